@@ -1,0 +1,1 @@
+"""An LLM judges responses and writes an AI preference dataset."""

@@ -1,0 +1,1 @@
+"""Online PPO and online / iterative DPO against a reward server."""

@@ -1,0 +1,1 @@
+"""Reward models, their training, and the gRPC service that scores with them."""

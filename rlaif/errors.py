@@ -1,0 +1,59 @@
+"""The one tree of errors. They travel untouched; the command line prints them and exits with `exit_code`.
+
+A message is one line: what is wrong, then what to do. Add a class here only when a caller or a shell
+script would act on it differently, and give it an exit code of its own.
+"""
+
+
+class RlaifError(Exception):
+    """Anything this project reports to its user on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(RlaifError, ValueError):
+    """A flag, a config file or a combination of them that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(RlaifError, ValueError):
+    """An input file that is missing, unreadable, or has no usable row."""
+
+    exit_code = 3
+
+
+class ModelError(RlaifError, ValueError):
+    """A model or checkpoint that is unknown, incomplete, or of the wrong kind for the task."""
+
+    exit_code = 4
+
+
+class EndpointError(RlaifError, ConnectionError):
+    """An LLM endpoint that cannot be reached or refuses every request."""
+
+    exit_code = 5
+
+
+class RewardServerError(RlaifError, ConnectionError):
+    """A reward server that cannot be reached, is not ready, or serves another model than was asked for."""
+
+    exit_code = 6
+
+
+class StorageError(RlaifError, OSError):
+    """Output that cannot be written: a full disk, a read-only folder, a run directory of another run."""
+
+    exit_code = 7
+
+
+class QualityError(RlaifError, RuntimeError):
+    """Work that finished but must not be trusted: too many rows unlabelled, too many rewards missing."""
+
+    exit_code = 8
+
+
+class SelfCheckError(RlaifError, RuntimeError):
+    """A start-up self-check that failed; the message names the cause."""
+
+    exit_code = 9

@@ -1,0 +1,77 @@
+"""How a model is named everywhere: `BACKEND:NAME[@BASE_URL]`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, get_args
+
+from rlaif.errors import ConfigError, ModelError
+
+Backend = Literal["hf", "openai", "tinyworld", "scripted"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A parsed model name.
+
+    Attributes:
+        backend: what runs it.
+        name: Hugging Face name or local path (`hf`), the endpoint's model name (`openai`), `judge` or `policy`
+            (`tinyworld`), a script file (`scripted`).
+        base_url: the endpoint of an `openai` model; None means the `OPENAI_BASE_URL` variable or OpenAI itself.
+    """
+
+    backend: Backend
+    name: str
+    base_url: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ModelRef:
+        """Read `openai:NAME[@BASE_URL]`, `hf:NAME_OR_PATH`, `tinyworld:judge|policy`, `scripted:FILE`.
+
+        A bare name or path is taken as `hf:`.
+
+        Raises:
+            ConfigError: the name is empty.
+        """
+        head, colon, rest = text.partition(":")
+        backend: Backend = "hf"
+        name = text
+        for known in BACKENDS:
+            if colon and head == known:
+                backend, name = known, rest
+        base_url = None
+        if backend == "openai":
+            name, _, url = name.partition("@")
+            base_url = url or None
+        if not name:
+            raise ConfigError(
+                f"model {text!r} has no name: write hf:NAME_OR_PATH, openai:NAME@BASE_URL or tinyworld:judge"
+            )
+        return cls(backend, name, base_url)
+
+    def __str__(self) -> str:
+        """The name in its canonical form."""
+        return f"{self.backend}:{self.name}" + (f"@{self.base_url}" if self.base_url else "")
+
+    def pretrained_path(self) -> str:
+        """What `from_pretrained` takes for this model: a local folder or a hub name.
+
+        Raises:
+            ModelError: the model runs behind an endpoint, or the embedded world has no such model.
+        """
+        if self.backend == "hf":
+            return self.name
+        if self.backend == "tinyworld":
+            spec = find_spec("tinyworld")
+            if spec is None or spec.origin is None:
+                raise ModelError("the tinyworld package is not installed; install rlaif again")
+            folder = Path(spec.origin).parent / "weights" / self.name
+            if not folder.is_dir():
+                known = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
+                raise ModelError(f"no embedded model {self.name!r}; tinyworld has: {', '.join(known) or 'none'}")
+            return str(folder)
+        raise ModelError(f"{self} has no weights here: this task needs hf:NAME_OR_PATH or tinyworld:NAME")
