@@ -93,7 +93,6 @@ def parse_config(command: Command, argv: Sequence[str]) -> Any:
         prog=f"rlaif {command.name}",
         description=config_class.__doc__,
         args=arguments,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.UsePythonSyntaxForLiteralCollections)[:0],
     )
 
 
