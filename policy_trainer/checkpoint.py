@@ -1,0 +1,231 @@
+"""Checkpoints that appear whole or not at all, and from which a run goes on bit for bit.
+
+A checkpoint is a folder `checkpoint-000040/`: the policy as an ordinary Hugging Face model (anyone can load it),
+`trainer_state.pt` (all else that has a state) and `state.json` (counters and identities). It is written to a
+hidden folder, flushed to disk and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from rlaif.errors import StorageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PREFIX = "checkpoint-"
+_STATE_FILE = "trainer_state.pt"
+_INFO_FILE = "state.json"
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint read back.
+
+    Attributes:
+        path: its folder; also loads as a policy.
+        step: completed steps.
+        state: what was given to `save_checkpoint` as `state`; tensors on the CPU.
+        info: what was given as `info`.
+    """
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    info: dict[str, Any]
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    *,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state: Mapping[str, Any],
+    info: Mapping[str, Any],
+    keep: int | None = None,
+) -> Path:
+    """Write `checkpoint-STEP` atomically, then remove the oldest beyond `keep`.
+
+    Args:
+        output_dir: the run directory.
+        step: completed steps, >= 0.
+        policy: saved with its tokenizer as a Hugging Face model.
+        tokenizer: the policy's.
+        state: name -> state dict (of optimisers, the critic, ...) or plain nested containers of tensors and numbers.
+            The random number generators of torch, numpy and Python are added by this function.
+        info: JSON values for people and for checks on resume.
+        keep: how many checkpoints stay; None keeps all.
+
+    Raises:
+        StorageError: the folder cannot be written; earlier checkpoints are untouched.
+    """
+    final = output_dir / f"{_PREFIX}{step:06d}"
+    temp = output_dir / f".{final.name}.tmp"
+    with storage_errors(output_dir):
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir(parents=True)
+        policy.save_pretrained(temp)
+        tokenizer.save_pretrained(temp)
+        torch.save({**state, "rng": rng_state()}, temp / _STATE_FILE)
+        (temp / _INFO_FILE).write_text(json.dumps({"step": step, **info}, indent=2) + "\n", encoding="utf-8")
+        _flush(temp)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(temp, final)
+        _flush_folder(output_dir)
+        if keep is not None:
+            for old in list_checkpoints(output_dir)[:-keep]:
+                shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders of complete checkpoints, oldest first."""
+    return sorted(p for p in output_dir.glob(f"{_PREFIX}*") if (p / _INFO_FILE).is_file())
+
+
+def load_latest(output_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run, or None.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints:
+        return None
+    path = checkpoints[-1]
+    try:
+        info = json.loads((path / _INFO_FILE).read_text(encoding="utf-8"))
+        state = torch.load(path / _STATE_FILE, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError) as err:
+        raise StorageError(
+            f"checkpoint {path} cannot be read ({' '.join(str(err).split())[:120]}): remove that folder to go on "
+            "from the one before"
+        ) from err
+    return Checkpoint(path, int(info["step"]), state, info)
+
+
+def save_final(output_dir: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save the trained policy into the run directory itself, as a Hugging Face model.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    temp = output_dir / ".final.tmp"
+    with storage_errors(output_dir):
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir(parents=True)
+        policy.save_pretrained(temp)
+        tokenizer.save_pretrained(temp)
+        _flush(temp)
+        # config.json last: a folder that has it has everything.
+        for file in sorted(temp.iterdir(), key=lambda p: p.name == "config.json"):
+            os.replace(file, output_dir / file.name)
+        temp.rmdir()
+        _flush_folder(output_dir)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the global generators of torch (CPU and GPUs), numpy and Python, in plain types."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(gauss)],
+        "python": random.getstate(),
+    }
+
+
+def restore_rng(state: Mapping[str, Any]) -> None:
+    """Inverse of `rng_state`."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+class StopRequest:
+    """Whether somebody asked this process to end."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __bool__(self) -> bool:
+        return self.received is not None
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Turn SIGTERM and SIGINT into a request that a loop reads between steps; a second one acts at once.
+
+    The loop saves a checkpoint and raises KeyboardInterrupt, which the command line reports.
+    """
+    request = StopRequest()
+    previous: dict[signal.Signals, Any] = {}
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        request.received = signal.Signals(number)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        previous[signum] = signal.signal(signum, on_signal)
+    try:
+        yield request
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def storage_errors(where: Path) -> Iterator[None]:
+    """Report a disk that is full or read-only as StorageError.
+
+    `safetensors` and `torch.save` wrap the operating system's error in one of their own, so the free space is
+    looked at as well.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as err:
+        if isinstance(err, OSError) and err.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST):
+            raise StorageError(f"cannot write to {where}: {err.strerror}") from err
+        full = isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(err) or "os error 28" in str(err):
+            raise StorageError(
+                f"the disk of {where} is full: free some space and run the same command again"
+            ) from err
+        raise
+
+
+def _flush(folder: Path) -> None:
+    for file in folder.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,260 @@
+"""Loading policies and critics. Everything stays in eval mode: dropout would make ratio and KL noisy.
+
+("The N+ Implementation Details", arXiv 2403.17031, detail 14: dropout off in policy, reference and critic.)
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from policy_trainer.logprobs import (
+    TokenLogprobs,
+    has_plain_head,
+    logprobs_from_hidden,
+    response_hidden,
+    token_logprobs,
+)
+from rlaif.chat import ensure_pad_token, ensure_template
+from rlaif.errors import ModelError
+from rlaif.models import ModelRef
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class LoadedPolicy(NamedTuple):
+    """A causal language model with its tokenizer (which has a chat template and a PAD that is not EOS)."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def default_device() -> torch.device:
+    """The first GPU where there is one, otherwise the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_policy(
+    model_name_or_path: str,
+    *,
+    dtype: str = "float32",
+    chat_template: str | None = None,
+    device: torch.device | None = None,
+) -> LoadedPolicy:
+    """Load a causal language model in eval mode.
+
+    Args:
+        model_name_or_path: as everywhere (`rlaif.models.ModelRef`): a path, `hf:NAME_OR_PATH` or `tinyworld:policy`.
+        dtype: `float32` or `bfloat16`.
+        chat_template: name of a built-in template or a file; None keeps the tokenizer's own.
+        device: where the model goes; `default_device()` if None.
+
+    Raises:
+        ModelError: there is no such model, or it is not a causal language model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = ModelRef.parse(model_name_or_path).pretrained_path()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+    except (OSError, ValueError, KeyError) as err:
+        reason = " ".join(str(err).split())[:200]
+        raise ModelError(f"cannot load {model_name_or_path!r} as a causal language model: {reason}") from err
+    ensure_template(tokenizer, chat_template)
+    ensure_pad_token(tokenizer)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        # Our own tensors never hold PAD, but whoever loads the saved model may pad with it.
+        model.resize_token_embeddings(len(tokenizer))
+    model.eval()
+    return LoadedPolicy(model.to(device or default_device()), tokenizer)
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a response: the model's generation config first, else the tokenizer's EOS.
+
+    Raises:
+        ModelError: neither names one, so no response could ever end.
+    """
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    if configured is None:
+        configured = tokenizer.eos_token_id
+    if configured is None:
+        raise ModelError("the model has no EOS token: set eos_token_id in its generation_config.json")
+    return (configured,) if isinstance(configured, int) else tuple(configured)
+
+
+class ValueModel(nn.Module):
+    """A transformer trunk with a scalar head: V(s) of the state before each response token."""
+
+    def __init__(self, trunk: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(hidden_size, 1)
+        # All values start at 0, so the first advantages are discounted rewards and not noise.
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, response_len: int) -> Tensor:
+        """Values of the states from which each response token was sampled: (N, P + R) -> (N, R) float32."""
+        hidden = response_hidden(self.trunk, input_ids, attention_mask, response_len)
+        values: Tensor = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+        return values.float()
+
+
+class Evaluation(NamedTuple):
+    """What policy and critic say of a batch; shapes (N, R), see `TokenLogprobs`."""
+
+    logprobs: Tensor
+    values: Tensor
+    entropy: Tensor | None
+
+
+class ActorCritic(nn.Module):
+    """The policy with either a critic of its own (`critic`) or a value head on its trunk (`value_head`)."""
+
+    def __init__(self, policy: PreTrainedModel, critic: ValueModel | None) -> None:
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+        self.value_head: nn.Linear | None = None
+        if critic is None:
+            if not has_plain_head(policy):
+                raise ModelError("this architecture transforms its logits: use --value_head separate")
+            self.value_head = nn.Linear(hidden_size(policy), 1, device=policy.device)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+        self.eval()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_len: int,
+        temperature: float,
+        *,
+        with_entropy: bool = False,
+    ) -> Evaluation:
+        """Log-probabilities at the sampling temperature and values of every response position."""
+        if self.critic is not None:
+            read = token_logprobs(
+                self.policy, input_ids, attention_mask, response_len, temperature, with_entropy=with_entropy
+            )
+            return Evaluation(
+                read.logprobs, self.critic(input_ids, attention_mask, response_len), read.entropy
+            )
+        assert self.value_head is not None
+        hidden = response_hidden(self.policy.base_model, input_ids, attention_mask, response_len)
+        targets = input_ids[:, -response_len:]
+        read = logprobs_from_hidden(self.policy, hidden, targets, temperature, with_entropy=with_entropy)
+        return Evaluation(read.logprobs, self.value_head(hidden.float()).squeeze(-1), read.entropy)
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """What the critic's optimiser owns: the separate critic, or the value head alone."""
+        module = self.critic if self.critic is not None else self.value_head
+        assert module is not None
+        return list(module.parameters())
+
+    def value_state(self) -> dict[str, Tensor]:
+        """Weights outside the policy's own checkpoint."""
+        module = self.critic if self.critic is not None else self.value_head
+        assert module is not None
+        return module.state_dict()
+
+    def load_value_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `value_state`."""
+        module = self.critic if self.critic is not None else self.value_head
+        assert module is not None
+        module.load_state_dict(state)
+
+
+def hidden_size(model: PreTrainedModel) -> int:
+    """Width of the trunk's output."""
+    return int(model.config.get_text_config().hidden_size)
+
+
+def build_critic(policy: PreTrainedModel, critic_init: str) -> ValueModel:
+    """A critic of its own: a copy of the policy's trunk, or the trunk and head of a reward model.
+
+    A reward model that carries `reward_model.json` has its normalisation folded into the head, so that values
+    start on the scale of the rewards that the server sends.
+
+    Args:
+        policy: gives the trunk, and the vocabulary that the critic must share (it reads the policy's token ids).
+        critic_init: `policy`, or a folder of `AutoModelForSequenceClassification(num_labels=1)`.
+
+    Raises:
+        ModelError: the reward model cannot be loaded, or reads another vocabulary.
+    """
+    if critic_init == "policy":
+        critic = ValueModel(copy.deepcopy(policy.base_model), hidden_size(policy)).to(policy.device)
+        critic.head.float()
+        return critic.eval()
+
+    from transformers import AutoModelForSequenceClassification
+
+    path = ModelRef.parse(critic_init).pretrained_path()
+    try:
+        rm = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=policy.dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as err:
+        reason = " ".join(str(err).split())[:200]
+        raise ModelError(f"cannot load {critic_init!r} as a reward model: {reason}") from err
+    if rm.config.vocab_size != policy.config.vocab_size:
+        raise ModelError(
+            f"the reward model reads {rm.config.vocab_size} token ids and the policy writes "
+            f"{policy.config.vocab_size}: a critic must share the policy's tokenizer; use --critic_init policy"
+        )
+    head = next(
+        (m for m in (getattr(rm, "score", None), getattr(rm, "classifier", None)) if m is not None), None
+    )
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"{critic_init!r} has no linear scalar head; use --critic_init policy")
+    critic = ValueModel(rm.base_model, head.in_features).to(policy.device)
+    mean, std = _normalization(Path(path))
+    with torch.no_grad():
+        bias = head.bias if head.bias is not None else torch.zeros(1)
+        critic.head.weight.copy_(head.weight / std)
+        critic.head.bias.copy_((bias - mean) / std)
+    return critic.eval()
+
+
+def _normalization(folder: Path) -> tuple[float, float]:
+    file = folder / "reward_model.json"
+    if not file.is_file():
+        return 0.0, 1.0
+    info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return float(info["mean"]), float(info["std"])
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """16 hex digits over all weights: two models with the same fingerprint compute the same function."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+__all__ = [
+    "ActorCritic",
+    "Evaluation",
+    "LoadedPolicy",
+    "TokenLogprobs",
+    "ValueModel",
+    "build_critic",
+    "default_device",
+    "eos_token_ids",
+    "fingerprint",
+    "hidden_size",
+    "load_policy",
+]

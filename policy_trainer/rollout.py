@@ -1,0 +1,164 @@
+"""Sampling responses. Token in, token out: what an engine sampled is what is trained on, ids and log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from policy_trainer.batching import PAD_FILL, length_buckets
+from policy_trainer.logprobs import gather_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Sampled(NamedTuple):
+    """One sampled response.
+
+    Attributes:
+        prompt_index: which prompt it answers.
+        response_ids: sampled token ids, the EOS included when there is one; at least one token.
+        logprobs: log-probability of each at the sampling temperature, as the engine computed it.
+        finished: whether it ended with an EOS; False when `max_new_tokens` cut it off.
+    """
+
+    prompt_index: int
+    response_ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+class RolloutEngine(Protocol):
+    """Whatever samples from the current policy's full distribution (no top-k, no top-p, no penalties)."""
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        num_return_sequences: int = 1,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[Sampled]:
+        """Sample `num_return_sequences` responses per prompt; ordered by prompt. Equal seeds, equal responses."""
+        ...
+
+
+class HFRollout:
+    """Samples with the trained `transformers` model itself, so there is no weight to synchronise.
+
+    Prompts of like length share a batch; a prompt is read once however many responses it gets; rows that have
+    ended leave the batch once they are half of it.
+
+    A decode loop of our own: `generate` returns no log-probabilities at the sampling temperature without holding
+    the logits of every step, and keeps ended rows to the end.
+    """
+
+    def __init__(self, model: PreTrainedModel, eos_ids: Sequence[int], *, batch_size: int = 128) -> None:
+        """Args:
+        model: in eval mode; sampled with its weights of the moment.
+        eos_ids: every token that ends a response.
+        batch_size: most sequences decoded at once.
+        """
+        self._model = model
+        self._eos = torch.tensor(sorted(eos_ids), device=model.device)
+        self._batch_size = batch_size
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        num_return_sequences: int = 1,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[Sampled]:
+        """See `RolloutEngine.generate`.
+
+        Raises:
+            ValueError: a prompt is empty or `temperature` is not positive.
+        """
+        if temperature <= 0 or not all(prompt_ids):
+            raise ValueError("prompts must have at least one token and the temperature must be positive")
+        generator = torch.Generator(device=self._model.device).manual_seed(seed)
+        max_rows = max(1, self._batch_size // num_return_sequences)
+        sampled: list[Sampled] = []
+        for batch in length_buckets([len(p) for p in prompt_ids], max_rows=max_rows):
+            prompts = [prompt_ids[i] for i in batch]
+            rows = self._decode(prompts, num_return_sequences, max_new_tokens, temperature, generator)
+            for k, (ids, logprobs, finished) in enumerate(rows):
+                sampled.append(Sampled(batch[k // num_return_sequences], ids, logprobs, finished))
+        # A stable sort: samples of one prompt keep their order.
+        return sorted(sampled, key=lambda s: s.prompt_index)
+
+    def _decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> list[tuple[list[int], list[float], bool]]:
+        from transformers import DynamicCache
+
+        device = self._model.device
+        longest = max(map(len, prompts))
+        input_ids = torch.tensor([[PAD_FILL] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        cache = DynamicCache(config=self._model.config)
+        logits = self._step(input_ids, mask, (mask.cumsum(1) - mask), cache)
+        if copies > 1:
+            logits = logits.repeat_interleave(copies, dim=0)
+            mask = mask.repeat_interleave(copies, dim=0)
+            cache.batch_repeat_interleave(copies)
+
+        n = len(prompts) * copies
+        tokens = torch.full((n, max_new_tokens), PAD_FILL, device=device)
+        logprobs = torch.zeros((n, max_new_tokens), device=device)
+        lengths = torch.full((n,), max_new_tokens, device=device)
+        ended = torch.zeros(n, dtype=torch.bool, device=device)
+        # `rows` maps the rows still in the batch to those of the result; `live` says which of them go on.
+        rows = torch.arange(n, device=device)
+        live = torch.ones(n, dtype=torch.bool, device=device)
+        for t in range(max_new_tokens):
+            probs = (logits.float() / temperature).softmax(-1)
+            token = torch.multinomial(probs, 1, generator=generator).squeeze(1)
+            tokens[rows, t] = token
+            logprobs[rows, t] = gather_logprobs(logits, token, temperature)
+            stops = live & torch.isin(token, self._eos)
+            lengths[rows[stops]] = t + 1
+            ended[rows[stops]] = True
+            live = live & ~stops
+            alive = int(live.sum())
+            if alive == 0 or t + 1 == max_new_tokens:
+                break
+            if alive <= len(rows) // 2:
+                keep = live.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                rows, token, mask, live = rows[keep], token[keep], mask[keep], live[keep]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            logits = self._step(token.unsqueeze(1), mask, mask.sum(1, keepdim=True) - 1, cache)
+
+        return [
+            (ids[:length], lps[:length], done)
+            for ids, lps, length, done in zip(
+                tokens.tolist(), logprobs.tolist(), lengths.tolist(), ended.tolist(), strict=True
+            )
+        ]
+
+    def _step(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: object) -> Tensor:
+        """Next-token logits after `input_ids` (N, S): (N, V). `cache` grows by S positions."""
+        out = self._model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
