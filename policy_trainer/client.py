@@ -245,8 +245,8 @@ class RewardClient:
         answer = self._retrying(lambda: self._stub.Score(request, timeout=self._timeout_s), "Score")
         if [outcome.id for outcome in answer.outcomes] != list(range(len(messages))):
             raise RewardServerError(
-                f"the reward server at {self.address} answered {len(messages)} items with other ids or another "
-                "length; it does not keep the contract of rlaif.reward.v1"
+                f"the reward server at {self.address} answered {len(messages)} items with other ids or "
+                "in another number; it does not keep the contract of rlaif.reward.v1"
             )
         return [read_outcome(outcome) for outcome in answer.outcomes]
 
