@@ -28,16 +28,46 @@ class Command:
 
 
 COMMANDS = (
-    Command("demo", "the whole loop in the embedded world; ends with a report", "tinyworld.config:DemoConfig", "tinyworld.demo:run"),
-    Command("sample", "candidates from a policy", "labeler.config:SampleConfig", "labeler.sample:run"),
-    Command("label pairs", "a judge compares pairs -> preference dataset", "labeler.config:PairsConfig", "labeler.pairs:run"),
-    Command("label scores", "a judge scores responses 1-10 -> score dataset", "labeler.config:ScoresConfig", "labeler.scores:run"),
-    Command("train sft", "supervised fine-tuning", "policy_trainer.config:SFTConfig", "policy_trainer.sft:run"),
-    Command("train rm", "reward model from soft preferences", "reward_server.config:RewardModelConfig", "reward_server.train:run"),
-    Command("train ppo", "online PPO against a reward server", "policy_trainer.config:PPOConfig", "policy_trainer.ppo:run"),
-    Command("train dpo", "iterative DPO against a reward server", "policy_trainer.config:DPOConfig", "policy_trainer.dpo:run"),
-    Command("serve", "reward server (gRPC): a learned RM or a direct judge", "reward_server.config:ServeConfig", "reward_server.server:run"),
-    Command("score", "score a file of conversations with a reward server", "policy_trainer.config:ScoreConfig", "policy_trainer.score:run"),
+    Command(
+        "demo", "the whole loop in the embedded world; ends with a report",
+        "tinyworld.config:DemoConfig", "tinyworld.demo:run",
+    ),
+    Command(
+        "sample", "candidates from a policy",
+        "labeler.config:SampleConfig", "labeler.sample:run",
+    ),
+    Command(
+        "label pairs", "a judge compares pairs -> preference dataset",
+        "labeler.config:PairsConfig", "labeler.pairs:run",
+    ),
+    Command(
+        "label scores", "a judge scores responses 1-10 -> score dataset",
+        "labeler.config:ScoresConfig", "labeler.scores:run",
+    ),
+    Command(
+        "train sft", "supervised fine-tuning",
+        "policy_trainer.config:SFTConfig", "policy_trainer.sft:run",
+    ),
+    Command(
+        "train rm", "reward model from soft preferences",
+        "reward_server.config:RewardModelConfig", "reward_server.train:run",
+    ),
+    Command(
+        "train ppo", "online PPO against a reward server",
+        "policy_trainer.config:PPOConfig", "policy_trainer.ppo:run",
+    ),
+    Command(
+        "train dpo", "iterative DPO against a reward server",
+        "policy_trainer.config:DPOConfig", "policy_trainer.dpo:run",
+    ),
+    Command(
+        "serve", "reward server (gRPC): a learned RM or a direct judge",
+        "reward_server.config:ServeConfig", "reward_server.server:run",
+    ),
+    Command(
+        "score", "score a file of conversations with a reward server",
+        "policy_trainer.config:ScoreConfig", "policy_trainer.score:run",
+    ),
 )  # fmt: skip
 
 

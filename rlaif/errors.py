@@ -23,6 +23,10 @@ class DataError(RlaifError, ValueError):
     exit_code = 3
 
 
+class ContextTooLong(DataError):
+    """A conversation with more tokens than the limit; a server answers it for that item alone."""
+
+
 class ModelError(RlaifError, ValueError):
     """A model or checkpoint that is unknown, incomplete, or of the wrong kind for the task."""
 

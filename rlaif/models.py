@@ -72,6 +72,8 @@ class ModelRef:
             folder = Path(spec.origin).parent / "weights" / self.name
             if not folder.is_dir():
                 known = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
-                raise ModelError(f"no embedded model {self.name!r}; tinyworld has: {', '.join(known) or 'none'}")
+                raise ModelError(
+                    f"no embedded model {self.name!r}; tinyworld has: {', '.join(known) or 'none'}"
+                )
             return str(folder)
         raise ModelError(f"{self} has no weights here: this task needs hf:NAME_OR_PATH or tinyworld:NAME")

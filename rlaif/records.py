@@ -1,0 +1,259 @@
+"""Reading and writing data at file edges: strict, streaming, and nothing lost.
+
+A reader yields the rows it understands and puts each other row, with its line number and one reason, into quarantine.
+A file without a single usable row is an error that says what was wrong with the first one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+from rlaif import shapes
+from rlaif.errors import DataError
+from rlaif.storage import Journal, storing, write_parquet
+from rlaif.types import CandidateSet, Conversation, Pair, PreferenceRow
+
+__all__ = [
+    "Journal",
+    "Quarantine",
+    "read_candidates",
+    "read_conversations",
+    "read_pairs",
+    "read_preferences",
+    "read_prompts",
+    "read_rows",
+    "write_parquet",
+]
+
+T = TypeVar("T")
+PREFERENCES_FILE = "preferences.parquet"
+"""The data file of a labelled dataset's directory."""
+
+
+class Quarantine:
+    """Rows that could not be used, each with its line number, one reason, and its raw text.
+
+    The file is a function of the input, which every run reads from its start, so each run begins it afresh; it
+    exists only if a row was added.
+
+    Attributes:
+        path: JSON lines `{line, reason, raw}`; None keeps counts only.
+        reasons: how many rows each reason sent here.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self.path = None if path is None else Path(path)
+        self.reasons: Counter[str] = Counter()
+        if self.path is not None:
+            with storing(self.path):
+                self.path.unlink(missing_ok=True)
+
+    @property
+    def count(self) -> int:
+        """Rows in quarantine."""
+        return self.reasons.total()
+
+    def add(self, line: int, reason: str, raw: str) -> None:
+        """Put one row aside. `line` counts from 1 in the file it came from.
+
+        Raises:
+            StorageError: the quarantine file cannot be written.
+        """
+        self.reasons[reason] += 1
+        if self.path is None:
+            return
+        text = json.dumps({"line": line, "reason": reason, "raw": raw})
+        with storing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+
+class _Line(NamedTuple):
+    number: int
+    raw: str
+    row: dict[str, Any] | None
+    reason: str = ""
+
+
+def read_rows(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, row) of a JSONL or Parquet file, a JSON array, or a labelled dataset's directory.
+
+    Raises:
+        DataError: the file is missing, unreadable, or has no usable row.
+    """
+    return _read(
+        path, quarantine, lambda number, row: (number, row), "JSON objects, one per line, or Parquet"
+    )
+
+
+def read_prompts(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[Conversation]:
+    """Prompts in any of `shapes.PROMPT_SHAPES`; each ends with a user turn.
+
+    Raises:
+        DataError: the file is missing, unreadable, or has no usable row.
+    """
+    return _read(path, quarantine, lambda _, row: shapes.parse_prompt(row), shapes.PROMPT_SHAPES)
+
+
+def read_candidates(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[CandidateSet]:
+    """Candidate sets in any of `shapes.CANDIDATE_SHAPES`.
+
+    Raises:
+        DataError: the file is missing, unreadable, or has no usable row.
+    """
+    return _read(path, quarantine, lambda _, row: shapes.parse_candidates(row), shapes.CANDIDATE_SHAPES)
+
+
+def read_pairs(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[Pair]:
+    """Pairs in any of `shapes.PAIR_SHAPES`, with their human labels where the rows carry them.
+
+    Raises:
+        DataError: the file is missing, unreadable, or has no usable row.
+    """
+    return _read(path, quarantine, lambda _, row: shapes.parse_pair(row), shapes.PAIR_SHAPES)
+
+
+def read_preferences(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[PreferenceRow]:
+    """Labelled pairs from a labelled dataset's directory or from a file in any of `shapes.PAIR_SHAPES`.
+
+    Raises:
+        DataError: the file is missing, unreadable, or has no usable row.
+    """
+    return _read(path, quarantine, lambda _, row: shapes.parse_preference(row), shapes.PAIR_SHAPES)
+
+
+def read_conversations(
+    path: str | os.PathLike[str], quarantine: Quarantine
+) -> Iterator[tuple[dict[str, Any], Conversation]]:
+    """(raw row, conversation that ends with an assistant turn), in any of `shapes.CONVERSATION_SHAPES`.
+
+    Raises:
+        DataError: the file is missing, unreadable, or has no usable row.
+    """
+    return _read(
+        path, quarantine, lambda _, row: (row, shapes.parse_conversation(row)), shapes.CONVERSATION_SHAPES
+    )
+
+
+def _read(
+    path: str | os.PathLike[str],
+    quarantine: Quarantine,
+    parse: Callable[[int, dict[str, Any]], T],
+    understood: str,
+) -> Iterator[T]:
+    usable = 0
+    first: tuple[int, str] | None = None
+    for line in _lines(Path(path)):
+        reason = line.reason
+        if line.row is not None:
+            try:
+                item = parse(line.number, line.row)
+            except shapes.RowError as err:
+                reason = str(err)
+            else:
+                usable += 1
+                yield item
+                continue
+        first = first or (line.number, reason)
+        quarantine.add(line.number, reason, line.raw)
+    if usable:
+        return
+    if first is None:
+        raise DataError(f"{path} has no rows; understood are {understood}")
+    raise DataError(f"{path} has no usable row; line {first[0]}: {first[1]}. Understood are {understood}")
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    if path.is_dir():
+        path = _data_file(path)
+    try:
+        if path.suffix == ".parquet":
+            yield from _parquet_lines(path)
+        else:
+            yield from _json_lines(path)
+    except OSError as err:
+        what = "does not exist" if isinstance(err, FileNotFoundError) else (err.strerror or str(err)).lower()
+        raise DataError(f"cannot read {path}: {what}; check the path") from err
+
+
+def _data_file(folder: Path) -> Path:
+    files = (
+        [folder / PREFERENCES_FILE]
+        if (folder / PREFERENCES_FILE).is_file()
+        else sorted(folder.glob("*.parquet"))
+    )
+    if len(files) == 1:
+        return files[0]
+    found = f"{len(files)} Parquet files" if files else "no Parquet file"
+    raise DataError(
+        f"{folder} holds {found}; name the file to read (a labelled dataset has {PREFERENCES_FILE})"
+    )
+
+
+def _parquet_lines(path: Path) -> Iterator[_Line]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        number = 0
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield _Line(number, json.dumps(row, default=str), row)
+    except pa.ArrowInvalid as err:
+        raise DataError(f"{path} is not a readable Parquet file: {' '.join(str(err).split())[:200]}") from err
+
+
+def _json_lines(path: Path) -> Iterator[_Line]:
+    with path.open("rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        file.seek(0)
+        if start.startswith(b"["):
+            yield from _array(path, file.read())
+            return
+        for number, data in enumerate(file, 1):
+            if data.strip():
+                yield _json_line(number, data)
+
+
+def _json_line(number: int, data: bytes) -> _Line:
+    try:
+        text = data.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as err:
+        return _Line(number, data.decode(errors="replace"), None, f"not UTF-8 text (byte {err.start + 1})")
+    try:
+        row = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as err:
+        return _Line(number, text, None, f"broken JSON: {err.msg} at column {err.colno}")
+    except ValueError as err:
+        return _Line(number, text, None, f"broken JSON: {err}")
+    except RecursionError:
+        return _Line(number, text, None, "broken JSON: nested too deeply")
+    if not isinstance(row, dict):
+        return _Line(number, text, None, "not a JSON object")
+    return _Line(number, text, row)
+
+
+def _array(path: Path, data: bytes) -> Iterator[_Line]:
+    try:
+        rows = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as err:
+        raise DataError(f"{path} begins like a JSON array but is broken: {err}") from err
+    for number, row in enumerate(rows, 1):
+        raw = json.dumps(row)
+        yield (
+            _Line(number, raw, row)
+            if isinstance(row, dict)
+            else _Line(number, raw, None, "not a JSON object")
+        )
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

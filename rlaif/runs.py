@@ -1,0 +1,348 @@
+"""The run directory: what was asked, by which code, and what came out.
+
+`run.json` (resolved config, versions, git revision, command line), `metrics.jsonl` (one line per step), `samples/`
+(transcripts to read), `tb/` (TensorBoard). A directory belongs to one run: opening it again continues that run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import numbers
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rlaif import __version__
+from rlaif.errors import ConfigError, QualityError, StorageError
+from rlaif.storage import cut_torn_line, storing, write_atomic
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["Progress", "Run", "code_revision", "library_versions", "progress", "write_atomic"]
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "grpcio", "openai", "vllm", "peft")
+_PLAIN_INTERVAL_S = 10.0
+
+
+class Run:
+    """One run directory, open for writing. Make it with `Run.open`.
+
+    Attributes:
+        directory: the run's folder.
+        resumed: whether the directory already held this run.
+    """
+
+    def __init__(self, directory: Path, *, resumed: bool) -> None:
+        self.directory = directory
+        self.resumed = resumed
+        self._metrics_path = directory / "metrics.jsonl"
+        self._board: SummaryWriter | None = None
+        self._purge_step: int | None = None
+
+    @classmethod
+    def open(cls, output_dir: str | os.PathLike[str], config: Any, *, command: str) -> Run:
+        """Create the run directory, or continue the run it holds.
+
+        Args:
+            output_dir: the folder; parents are made.
+            config: the command's config dataclass. Fields in its `VOLATILE: ClassVar[frozenset[str]]` (those that
+                cannot change the result, such as `max_in_flight`) may differ when a run is continued.
+            command: the command's name, such as `train ppo`.
+
+        Raises:
+            StorageError: the folder cannot be written, or holds a run of another command or configuration.
+        """
+        directory = Path(output_dir)
+        path = directory / "run.json"
+        identity = cls.identity(config)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        record: dict[str, Any] = {
+            "command": command,
+            "config": _plain(dataclasses.asdict(config)),
+            "identity": identity,
+            "versions": library_versions(),
+            "git_revision": code_revision(),
+            "command_line": sys.argv,
+            "started": now,
+            "resumed": [],
+        }
+        resumed = path.is_file()
+        if resumed:
+            earlier = _read_record(path)
+            _check_same_run(directory, earlier, command, identity)
+            record["started"] = earlier.get("started", now)
+            record["resumed"] = [*earlier.get("resumed", []), now]
+        write_atomic(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        cut_torn_line(directory / "metrics.jsonl")
+        return cls(directory, resumed=resumed)
+
+    @staticmethod
+    def identity(config: Any) -> dict[str, Any]:
+        """The config fields that decide the result, as JSON values: all but `output_dir` and `config.VOLATILE`."""
+        skip = {"output_dir", *getattr(config, "VOLATILE", frozenset())}
+        unknown = skip - {"output_dir"} - {f.name for f in dataclasses.fields(config)}
+        if unknown:
+            raise ConfigError(
+                f"VOLATILE of {type(config).__name__} names no field: {', '.join(sorted(unknown))}"
+            )
+        plain: dict[str, Any] = _plain(dataclasses.asdict(config))
+        return {name: value for name, value in plain.items() if name not in skip}
+
+    def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        """Append one line `{"step": step, **metrics}` to `metrics.jsonl` and to TensorBoard.
+
+        None means that the value could not be had at this step; TensorBoard has no point there.
+
+        Raises:
+            QualityError: a value is NaN or infinite; nothing is written.
+            StorageError: the disk is full.
+        """
+        values = {name: _scalar(name, value, step) for name, value in metrics.items()}
+        line = json.dumps({"step": step, **values}, allow_nan=False) + "\n"
+        with storing(self._metrics_path), self._metrics_path.open("a", encoding="utf-8") as file:
+            file.write(line)
+        board = self._tensorboard()
+        for name, value in values.items():
+            if value is not None:
+                board.add_scalar(name, value, step)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl` in order; empty if there are none."""
+        if not self._metrics_path.is_file():
+            return []
+        lines = self._metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop what was logged after `step`, so that a run resumed from that step writes each step once."""
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        if self._metrics_path.is_file():
+            write_atomic(self._metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._purge_step = step + 1
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+        """Write `samples/step-NNNNNN.jsonl`, transcripts for people to read, and return its path."""
+        path = self.directory / "samples" / f"step-{step:06d}.jsonl"
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return path
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self._board is not None:
+            with storing(self.directory / "tb"):
+                self._board.close()
+            self._board = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _tensorboard(self) -> SummaryWriter:
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            with storing(self.directory / "tb"):
+                self._board = SummaryWriter(str(self.directory / "tb"), purge_step=self._purge_step)
+        return self._board
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as err:
+        raise StorageError(f"{path} cannot be read ({err}); choose another --output_dir") from err
+    if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
+        raise StorageError(f"{path} was not written by this program; choose another --output_dir")
+    return record
+
+
+def _check_same_run(directory: Path, earlier: dict[str, Any], command: str, identity: dict[str, Any]) -> None:
+    if earlier.get("command") != command:
+        raise StorageError(
+            f"{directory} holds a run of `rlaif {earlier.get('command')}`, this is `rlaif {command}`; "
+            "choose another --output_dir"
+        )
+    before = earlier["identity"]
+    for name in sorted({*before, *identity}):
+        if before.get(name) != identity.get(name):
+            raise StorageError(
+                f"{directory} holds a run with {name}={before.get(name)!r}, this one has {identity.get(name)!r}; "
+                "choose another --output_dir or the same settings"
+            )
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON would hold it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def _scalar(name: str, value: object, step: int) -> float | int | None:
+    if value is None or isinstance(value, int):
+        return value
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"metric {name} must be a number or None, not {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise QualityError(
+            f"{name} is {number} at step {step}; the run cannot be trusted from here: lower --learning_rate or look at "
+            "the samples of the step before"
+        )
+    return number
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that decide results, without importing them."""
+    found = {"rlaif": __version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def code_revision() -> str | None:
+    """Git revision of this package's own checkout (with `-dirty` if changed); None for an installed copy."""
+    folder = Path(__file__).parent
+    try:
+        for arguments in (
+            ["ls-files", "--error-unmatch", "__init__.py"],  # an enclosing repository is not ours
+            ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        ):
+            done = subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+            )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+# ---- progress ----
+
+
+class Progress(Protocol):
+    """What `progress` yields."""
+
+    def advance(self, n: int = 1, **stats: object) -> None:
+        """Count `n` finished items; `stats` are shown beside the bar until the next call changes them."""
+
+
+@contextmanager
+def progress(total: int | None, description: str) -> Iterator[Progress]:
+    """Show how far long work has come, on stderr, with rate and ETA.
+
+    A bar on a terminal; elsewhere (a log file, CI) one plain line every ten seconds and one at the end.
+
+    Args:
+        total: number of items, or None if unknown.
+        description: what the items are, such as `labeling pairs`.
+    """
+    if sys.stderr.isatty():
+        with _bar() as display:
+            yield _Bar(display, display.add_task(description, total=total, stats=""))
+    else:
+        lines = _Lines(total, description)
+        try:
+            yield lines
+        finally:
+            lines.show()
+
+
+def _bar() -> RichProgress:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(text_format="{task.percentage:>3.0f}%", show_speed=True),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[stats]}"),
+        console=Console(stderr=True),
+    )
+
+
+class _Bar:
+    def __init__(self, display: RichProgress, task: TaskID) -> None:
+        self._display = display
+        self._task = task
+
+    def advance(self, n: int = 1, **stats: object) -> None:
+        text = _show(stats)
+        if text:
+            self._display.update(self._task, stats=text)
+        self._display.advance(self._task, n)
+
+
+class _Lines:
+    def __init__(self, total: int | None, description: str) -> None:
+        self._total = total
+        self._description = description
+        self._done = 0
+        self._stats: dict[str, object] = {}
+        self._start = self._shown = time.monotonic()
+
+    def advance(self, n: int = 1, **stats: object) -> None:
+        self._done += n
+        self._stats.update(stats)
+        if time.monotonic() - self._shown >= _PLAIN_INTERVAL_S:
+            self.show()
+
+    def show(self) -> None:
+        self._shown = time.monotonic()
+        elapsed = self._shown - self._start
+        rate = self._done / elapsed if elapsed > 0 else 0.0
+        of = "" if self._total is None else f"/{self._total}"
+        left = (
+            "" if self._total is None or not rate else f", {_clock((self._total - self._done) / rate)} left"
+        )
+        line = f"{self._description}: {self._done}{of} in {_clock(elapsed)}, {rate:.2f}/s{left} {_show(self._stats)}"
+        print(
+            line.rstrip(),
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _show(stats: Mapping[str, object]) -> str:
+    return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in stats.items())
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

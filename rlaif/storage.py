@@ -1,0 +1,220 @@
+"""Files that survive a kill and a full disk: whole-file writes are atomic, appends are one line each.
+
+Every failure to write becomes one `StorageError` line; what was there before stays as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rlaif.errors import DataError, RlaifError, StorageError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_ADVICE = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "your quota is used up; free some space and run the same command again",
+    errno.EROFS: "choose a writable folder",
+    errno.EACCES: "choose a folder you may write to",
+    errno.EPERM: "choose a folder you may write to",
+}
+
+
+@contextmanager
+def storing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an OSError raised while writing `path` into a StorageError that names the path and the way out.
+
+    Wrap the write alone, never the code that makes the data: a network error is an OSError too.
+    """
+    try:
+        yield
+    except RlaifError:
+        raise
+    except OSError as err:
+        what = os.strerror(err.errno).lower() if err.errno else str(err)
+        advice = _ADVICE.get(err.errno or 0, "check the path")
+        raise StorageError(f"cannot write {os.fspath(path)}: {what}; {advice}") from err
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling of `path` that takes its place, fsynced, if the block succeeds and vanishes if not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with storing(path):
+            _fsync(temporary)
+            os.replace(temporary, path)
+            _fsync(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write the whole file or nothing: a temporary file in the same folder, fsync, rename. Makes parent folders.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    target = Path(path)
+    with _replacing(target) as temporary, storing(target):
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_parquet(
+    path: str | os.PathLike[str], rows: Iterable[dict[str, Any]], schema: pyarrow.Schema, *, group: int = 1024
+) -> int:
+    """Stream `rows` into a Parquet file, `group` rows in memory at a time; the file appears whole or not at all.
+
+    Returns:
+        The number of rows written.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+        pyarrow.ArrowInvalid: a row does not fit the schema.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    target = Path(path)
+    source = iter(rows)
+    count = 0
+    with _replacing(target) as temporary:
+        with storing(target):
+            writer = pq.ParquetWriter(temporary, schema)
+        try:
+            while batch := list(islice(source, group)):
+                table = pa.Table.from_pylist(batch, schema=schema)
+                with storing(target):
+                    writer.write_table(table)
+                count += len(batch)
+        finally:
+            with storing(target):
+                writer.close()
+    return count
+
+
+def cut_torn_line(path: Path) -> None:
+    """Remove what follows the last newline: a line that a kill or a full disk left unfinished."""
+    if not path.is_file():
+        return
+    with storing(path), path.open("rb+") as file:
+        end = at = file.seek(0, os.SEEK_END)
+        while at:
+            start = max(0, at - 65536)
+            file.seek(start)
+            newline = file.read(at - start).rfind(b"\n")
+            if newline >= 0:
+                at = start + newline + 1
+                break
+            at = start
+        if at < end:
+            file.truncate(at)
+
+
+class Journal:
+    """A file of JSON lines that only grows; a line counts once `append` has returned.
+
+    Finished paid work goes here first. A writer holds a lock, so the same command started twice cannot buy the
+    same work twice. Exactly-once is the caller's: put a key in each record and skip the keys `records` yields.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._descriptor: int | None = None
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record and wait until it is on the disk.
+
+        Raises:
+            StorageError: the disk is full (the journal keeps all earlier records), or another process writes here.
+            ValueError: the record holds NaN or an infinity.
+        """
+        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        descriptor = self._descriptor if self._descriptor is not None else self._open()
+        with storing(self.path):
+            size = os.fstat(descriptor).st_size
+            try:
+                written = 0
+                while written < len(line):
+                    written += os.write(descriptor, line[written:])
+                os.fsync(descriptor)
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(descriptor, size)
+                raise
+
+    def _open(self) -> int:
+        with storing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            os.close(descriptor)
+            raise StorageError(
+                f"{self.path} is being written by another process; wait for it or choose another --output_dir"
+            ) from err
+        cut_torn_line(self.path)
+        self._descriptor = descriptor
+        return descriptor
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All whole records in order. A torn last line, left by a kill, is not a record.
+
+        Raises:
+            DataError: a line before the last one is not a JSON object; someone edited the file.
+        """
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    record = None
+                if not isinstance(record, dict):
+                    raise DataError(
+                        f"{self.path} line {number} is not a record; remove that line and run again"
+                    )
+                yield record
+
+    def close(self) -> None:
+        """Release the lock. Appending again takes it again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
