@@ -1,9 +1,9 @@
 """Preference losses on sequence log-probabilities: DPO, IPO and hinge, with one soft label per pair.
 
-Notation: B pairs; p in [0, 1] is P(chosen preferred) of each pair, so a hard label is p = 1 and a tie
-p = 0.5. Every loss is the expectation of the hard-label loss under p: p * loss(delta) + (1 - p) * loss(-delta),
-where delta is the difference of the two log-ratios. Losses come back per pair, unreduced, so that the caller
-divides once by the pair count of the whole batch.
+Notation: B pairs; p in [0, 1] is P(chosen preferred) of each pair: a hard label is p = 1, a tie p = 0.5.
+Every loss is the expectation of the hard-label loss under p, p loss(delta) + (1-p) loss(-delta), where delta
+is the difference of the two log-ratios. Losses come back per pair, unreduced, so that the caller divides once by
+the pair count of the whole batch.
 """
 
 from __future__ import annotations
