@@ -6,15 +6,23 @@ function that takes it. `--config FILE.yaml` fills flags of the same names; flag
 
 from __future__ import annotations
 
+import errno
+import io
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from rlaif.errors import ConfigError, RlaifError
+from rlaif.errors import ConfigError, RlaifError, StorageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,62 +110,120 @@ def find_command(argv: Sequence[str]) -> tuple[Command, list[str]]:
             if command.name == name:
                 return command, list(argv[words:])
     group = [c.name for c in COMMANDS if c.name.startswith(f"{argv[0]} ")]
+    named = argv[:2] if group else argv[:1]
     known = ", ".join(group or [c.name for c in COMMANDS])
-    raise ConfigError(f"no command {' '.join(argv[:2])!r}; choose one of: {known} (rlaif --help)")
+    raise ConfigError(f"no command {' '.join(named)!r}; choose one of: {known} (rlaif --help)")
 
 
 def parse_config(command: Command, argv: Sequence[str]) -> Any:
     """Build the command's config from `--config FILE` and flags.
 
     Raises:
-        ConfigError: the file or a value cannot be used.
-        SystemExit: a flag is unknown or missing (code 2), or `--help` was asked for (code 0).
+        ConfigError: the file, a flag or a value cannot be used, or a required flag is missing.
+        SystemExit: `--help` was asked for (code 0).
     """
     import tyro
 
-    config_class = _load(command.config)
-    assert is_dataclass(config_class)
-    arguments = _file_flags(argv)
-    return tyro.cli(
-        config_class,
-        prog=f"rlaif {command.name}",
-        description=config_class.__doc__,
-        args=arguments,
+    config_class: type[Any] = _load(command.config)
+    names = [field.name for field in fields(config_class) if field.init]
+    arguments = _file_flags(argv, names, command)
+    if not {"-h", "--help"} & set(arguments):
+        _check_flags(arguments, config_class, command)
+    # tyro reports every ValueError as its own; building the config apart from it lets a ConfigError through untouched.
+    unchecked = type(
+        config_class.__name__,
+        (config_class,),
+        {"__post_init__": lambda self: None, "__doc__": config_class.__doc__},
     )
+    report = io.StringIO()
+    try:
+        with redirect_stderr(report):
+            parsed: Any = tyro.cli(
+                unchecked,
+                prog=f"rlaif {command.name}",
+                description=config_class.__doc__,
+                args=arguments,
+                use_underscores=True,
+            )
+    except SystemExit as err:
+        if not err.code:
+            raise
+        raise ConfigError(f"{_first_paragraph(report.getvalue())} (rlaif {command.name} --help)") from err
+    return config_class(**{name: getattr(parsed, name) for name in names})
 
 
-def _file_flags(argv: Sequence[str]) -> list[str]:
+def _check_flags(arguments: Sequence[str], config_class: type[Any], command: Command) -> None:
+    """Refuse flags that do not exist and name those that are missing, in one line each."""
+    names = [field.name for field in fields(config_class) if field.init]
+    given = [a[2:].partition("=")[0].replace("-", "_") for a in arguments if a.startswith("--")]
+    for name in given:
+        if name not in names and name.removeprefix("no_") not in names:
+            raise ConfigError(
+                f"`rlaif {command.name}` has no flag --{name}; {_nearest(name, names, command)}"
+            )
+    required = [
+        f.name
+        for f in fields(config_class)
+        if f.init and f.default is MISSING and f.default_factory is MISSING
+    ]
+    if missing := [f"--{name}" for name in required if name not in given]:
+        raise ConfigError(
+            f"`rlaif {command.name}` needs {' and '.join(missing)} (rlaif {command.name} --help)"
+        )
+
+
+def _nearest(name: str, names: Sequence[str], command: Command) -> str:
+    close = get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"see rlaif {command.name} --help"
+
+
+def _first_paragraph(box: str) -> str:
+    """The text of a tyro error box down to its first rule, on one line."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    text = takewhile(lambda line: not line.startswith("─"), lines)
+    return " ".join(" ".join(text).split()) or " ".join(box.split())
+
+
+def _file_flags(argv: Sequence[str], names: Sequence[str], command: Command) -> list[str]:
     """Replace `--config FILE` by the flags that FILE holds, placed first so that the command line wins."""
-    import yaml
-
     rest = list(argv)
     flags: list[str] = []
-    while "--config" in rest:
-        at = rest.index("--config")
-        if at + 1 == len(rest):
-            raise ConfigError("--config needs a file: --config run.yaml")
-        path = Path(rest[at + 1])
-        del rest[at : at + 2]
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as err:
-            raise ConfigError(f"config file {path} cannot be read: {' '.join(str(err).split())}") from err
-        if not isinstance(content, dict):
-            raise ConfigError(f"config file {path} must hold `flag: value` lines")
-        for key, value in content.items():
-            flags += _flag(str(key), value)
+    for at, argument in reversed(list(enumerate(rest))):
+        if argument == "--config" or argument.startswith("--config="):
+            value = (
+                rest[at + 1] if argument == "--config" and at + 1 < len(rest) else argument.partition("=")[2]
+            )
+            if not value:
+                raise ConfigError("--config needs a file: --config run.yaml")
+            del rest[at : at + (2 if argument == "--config" else 1)]
+            flags = _read_flags(Path(value), names, command) + flags
     return flags + rest
 
 
+def _read_flags(path: Path, names: Sequence[str], command: Command) -> list[str]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        raise ConfigError(f"config file {path} cannot be read: {' '.join(str(err).split())}") from err
+    if not isinstance(content, dict):
+        raise ConfigError(f"config file {path} must hold `flag: value` lines")
+    flags = []
+    for key, value in content.items():
+        if key not in names:
+            hint = _nearest(str(key), names, command)
+            raise ConfigError(f"config file {path} has the key {key!r}, which is no flag; {hint}")
+        flags += _flag(key, value)
+    return flags
+
+
 def _flag(key: str, value: object) -> list[str]:
-    name = f"--{key}"
     if isinstance(value, bool):
-        return [name if value else f"--no-{key}"]
+        return [f"--{key}" if value else f"--no_{key}"]
     if isinstance(value, list):
-        return [name, *map(str, value)]
-    if value is None:
-        return [name, "None"]
-    return [name, str(value)]
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={value}"]
 
 
 def _load(target: str) -> Any:
@@ -165,11 +231,35 @@ def _load(target: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: what is on the disk stays usable."""
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM unwind the stack unless the command installs a handler of its own, as the server does."""
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors are one line on stderr (see `rlaif.errors`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    groups = {c.name.partition(" ")[0] for c in COMMANDS if " " in c.name}
+    if arguments and arguments[0] in groups and (arguments[1:2] or ["-h"])[0] in ("-h", "--help"):
+        arguments = arguments[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -179,18 +269,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rlaif {__version__}")
         return 0
     try:
-        command, rest = find_command(arguments)
-        config = parse_config(command, rest)
-        _load(command.run)(config)
+        with _sigterm_interrupts():
+            command, rest = find_command(arguments)
+            config = parse_config(command, rest)
+            _load(command.run)(config)
     except RlaifError as err:
-        if debug:
-            traceback.print_exc()
-        print(f"rlaif: {err}", file=sys.stderr)
-        return err.exit_code
-    except KeyboardInterrupt:
-        print("rlaif: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return _failed(str(err), err.exit_code, debug)
+    except OSError as err:
+        if err.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _failed(
+            f"{err}; free some space and run the same command again", StorageError.exit_code, debug
+        )
+    except KeyboardInterrupt as err:
+        code = 143 if isinstance(err, _Terminated) else 130
+        return _failed("interrupted; run the same command again to go on", code, debug)
     return 0
+
+
+def _failed(message: str, exit_code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"rlaif: {' '.join(message.split())}", file=sys.stderr)
+    return exit_code
 
 
 if __name__ == "__main__":
