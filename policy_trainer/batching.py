@@ -89,8 +89,8 @@ def length_buckets(
     Args:
         lengths: tokens of each sequence.
         max_rows: most sequences in one batch.
-        max_tokens: most tokens in one batch *after padding* (rows x longest row); None for no limit. A sequence
-            that exceeds it alone forms a batch of its own.
+        max_tokens: most tokens in one batch *after padding* (rows x longest row); None for no limit. A
+            sequence that exceeds it alone forms a batch of its own.
         indices: the sequences to group; all by default.
 
     Returns:

@@ -1,13 +1,12 @@
 """Checkpoints that appear whole or not at all, and from which a run goes on bit for bit.
 
-A checkpoint is a folder `checkpoint-000040/`: the policy as an ordinary Hugging Face model (anyone can load it),
-`trainer_state.pt` (all else that has a state) and `state.json` (counters and identities). It is written to a
-hidden folder, flushed to disk and renamed.
+A checkpoint is a folder `checkpoint-000040/`: the policy as an ordinary Hugging Face model (anyone can load
+it), `trainer_state.pt` (all else that has a state) and `state.json` (counters and identities). It is written
+to a hidden folder, flushed to disk and renamed.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
@@ -22,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from rlaif.errors import StorageError
+from rlaif.errors import RlaifError, StorageError
+from rlaif.storage import storing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _PREFIX = "checkpoint-"
 _STATE_FILE = "trainer_state.pt"
 _INFO_FILE = "state.json"
+_NO_ROOM_BYTES = 64 * 1024
 
 
 class Checkpoint(NamedTuple):
@@ -65,7 +66,7 @@ def save_checkpoint(
         step: completed steps, >= 0.
         policy: saved with its tokenizer as a Hugging Face model.
         tokenizer: the policy's.
-        state: name -> state dict (of optimisers, the critic, ...) or plain nested containers of tensors and numbers.
+        state: name -> state dict (of optimisers, the critic, ...) or nested containers of plain values.
             The random number generators of torch, numpy and Python are added by this function.
         info: JSON values for people and for checks on resume.
         keep: how many checkpoints stay; None keeps all.
@@ -75,7 +76,7 @@ def save_checkpoint(
     """
     final = output_dir / f"{_PREFIX}{step:06d}"
     temp = output_dir / f".{final.name}.tmp"
-    with storage_errors(output_dir):
+    with _saving(output_dir):
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(parents=True)
         policy.save_pretrained(temp)
@@ -113,8 +114,8 @@ def load_latest(output_dir: Path) -> Checkpoint | None:
         state = torch.load(path / _STATE_FILE, map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError) as err:
         raise StorageError(
-            f"checkpoint {path} cannot be read ({' '.join(str(err).split())[:120]}): remove that folder to go on "
-            "from the one before"
+            f"checkpoint {path} cannot be read ({' '.join(str(err).split())[:120]}): remove that folder "
+            "to go on from the one before"
         ) from err
     return Checkpoint(path, int(info["step"]), state, info)
 
@@ -126,7 +127,7 @@ def save_final(output_dir: Path, policy: PreTrainedModel, tokenizer: PreTrainedT
         StorageError: it cannot be written.
     """
     temp = output_dir / ".final.tmp"
-    with storage_errors(output_dir):
+    with _saving(output_dir):
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(parents=True)
         policy.save_pretrained(temp)
@@ -141,7 +142,8 @@ def save_final(output_dir: Path, policy: PreTrainedModel, tokenizer: PreTrainedT
 
 def rng_state() -> dict[str, Any]:
     """State of the global generators of torch (CPU and GPUs), numpy and Python, in plain types."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, gauss = numpy_state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -195,23 +197,21 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def storage_errors(where: Path) -> Iterator[None]:
+def _saving(where: Path) -> Iterator[None]:
     """Report a disk that is full or read-only as StorageError.
 
-    `safetensors` and `torch.save` wrap the operating system's error in one of their own, so the free space is
-    looked at as well.
+    torch and safetensors may hide the operating system's error in one of their own, so an exception on a disk
+    with no room left is taken for what it is.
     """
     try:
-        yield
-    except StorageError:
+        with storing(where):
+            yield
+    except RlaifError:
         raise
     except Exception as err:
-        if isinstance(err, OSError) and err.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST):
-            raise StorageError(f"cannot write to {where}: {err.strerror}") from err
-        full = isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(err) or "os error 28" in str(err):
+        if "os error 28" in str(err) or shutil.disk_usage(where).free < _NO_ROOM_BYTES:
             raise StorageError(
-                f"the disk of {where} is full: free some space and run the same command again"
+                f"cannot write {where}: no space left on device; free some space and run the same command again"
             ) from err
         raise
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Config fields of architectures that change logits after the head; those go through the model's own forward."""
+"""Config fields of architectures that change logits after the head: they need the model's own forward."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -22,7 +23,8 @@ class TokenLogprobs(NamedTuple):
 
     Attributes:
         logprobs: (N, R) float32, log pi(y_t | x, y_<t) at the sampling temperature; arbitrary at padding.
-        entropy: (N, R) float32, entropy of each next-token distribution in nats, without gradient; None unless asked.
+        entropy: (N, R) float32, entropy of each next-token distribution in nats, without gradient; None
+            unless asked for.
     """
 
     logprobs: Tensor
@@ -30,19 +32,19 @@ class TokenLogprobs(NamedTuple):
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that start at 0 on each row's first real token: `cumsum(mask) - mask`. (N, L) int64 -> (N, L)."""
+    """Positions counted from each row's first real token: `cumsum(mask) - mask`. (N, L) int64 -> (N, L)."""
     return attention_mask.cumsum(dim=1) - attention_mask
 
 
-@lru_cache(maxsize=64)
-def _accepts_positions(module_class: type[nn.Module]) -> bool:
-    return "position_ids" in inspect.signature(module_class.forward).parameters
+@cache
+def _accepts_positions(forward: Callable[..., object]) -> bool:
+    return "position_ids" in inspect.signature(forward).parameters
 
 
 def trunk_inputs(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
     """Keyword arguments of a full forward of `trunk` (or of a whole model) over padded sequences."""
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if _accepts_positions(type(trunk)):
+    if _accepts_positions(type(trunk).forward):
         inputs["position_ids"] = position_ids(attention_mask)
     return inputs
 
@@ -64,7 +66,7 @@ def response_hidden(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor,
 
 
 def gather_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) at `targets`, in float32. (..., V), (...) -> (...)."""
+    """Log-softmax: log softmax(logits / temperature) at `targets`, in float32. (..., V), (...) -> (...)."""
     scaled = logits.float() / temperature
     return scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
 
@@ -86,7 +88,7 @@ def logprobs_from_hidden(
 ) -> TokenLogprobs:
     """Apply the language-model head to `chunk` positions at a time.
 
-    With gradients each chunk's logits are recomputed in the backward pass, so at most (chunk, V) logits exist.
+    With gradients each chunk's logits are recomputed in the backward pass: at most (chunk, V) of them exist.
 
     Args:
         model: gives its output embedding.
@@ -96,7 +98,7 @@ def logprobs_from_hidden(
         chunk: positions per chunk.
         with_entropy: also return the entropy.
     """
-    head = model.get_output_embeddings()
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
     def read(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = head(h)
@@ -106,7 +108,7 @@ def logprobs_from_hidden(
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     one_chunk = len(flat) <= chunk
     logprobs, entropies = [], []
-    for h, y in zip(rows.split(chunk), flat.split(chunk), strict=True):
+    for h, y in zip(torch.split(rows, chunk), torch.split(flat, chunk), strict=True):
         if one_chunk or not torch.is_grad_enabled():
             logprob, entropy = read(h, y)
         else:
@@ -137,8 +139,9 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """Log-probability of each response token given all before it, at the sampling temperature.
 
-    The ratio of PPO and every KL compare distributions that were sampled from, hence `logits / temperature` for
-    policy, old policy and reference alike ("The N Implementation Details of RLHF with PPO", policy detail 1).
+    The ratio of PPO and every KL compare distributions that were sampled from, hence `logits / temperature`
+    for policy, old policy and reference alike ("The N Implementation Details of RLHF with PPO", policy training
+    detail 1).
 
     Args:
         model: a causal language model.

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from policy_trainer.logprobs import (
-    TokenLogprobs,
     has_plain_head,
     logprobs_from_hidden,
     response_hidden,
@@ -53,7 +52,7 @@ def load_policy(
     """Load a causal language model in eval mode.
 
     Args:
-        model_name_or_path: as everywhere (`rlaif.models.ModelRef`): a path, `hf:NAME_OR_PATH` or `tinyworld:policy`.
+        model_name_or_path: a path, `hf:NAME_OR_PATH` or `tinyworld:policy` (`rlaif.models.ModelRef`).
         dtype: `float32` or `bfloat16`.
         chat_template: name of a built-in template or a file; None keeps the tokenizer's own.
         device: where the model goes; `default_device()` if None.
@@ -66,13 +65,13 @@ def load_policy(
     path = ModelRef.parse(model_name_or_path).pretrained_path()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
     except (OSError, ValueError, KeyError) as err:
         reason = " ".join(str(err).split())[:200]
         raise ModelError(f"cannot load {model_name_or_path!r} as a causal language model: {reason}") from err
     ensure_template(tokenizer, chat_template)
     ensure_pad_token(tokenizer)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         # Our own tensors never hold PAD, but whoever loads the saved model may pad with it.
         model.resize_token_embeddings(len(tokenizer))
     model.eval()
@@ -189,7 +188,7 @@ def build_critic(policy: PreTrainedModel, critic_init: str) -> ValueModel:
     start on the scale of the rewards that the server sends.
 
     Args:
-        policy: gives the trunk, and the vocabulary that the critic must share (it reads the policy's token ids).
+        policy: gives the trunk, and the vocabulary that the critic must share, as it reads the policy's ids.
         critic_init: `policy`, or a folder of `AutoModelForSequenceClassification(num_labels=1)`.
 
     Raises:
@@ -211,7 +210,7 @@ def build_critic(policy: PreTrainedModel, critic_init: str) -> ValueModel:
     if rm.config.vocab_size != policy.config.vocab_size:
         raise ModelError(
             f"the reward model reads {rm.config.vocab_size} token ids and the policy writes "
-            f"{policy.config.vocab_size}: a critic must share the policy's tokenizer; use --critic_init policy"
+            f"{policy.config.vocab_size}: a critic shares the policy's tokenizer; use --critic_init policy"
         )
     head = next(
         (m for m in (getattr(rm, "score", None), getattr(rm, "classifier", None)) if m is not None), None
@@ -243,18 +242,3 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-__all__ = [
-    "ActorCritic",
-    "Evaluation",
-    "LoadedPolicy",
-    "TokenLogprobs",
-    "ValueModel",
-    "build_critic",
-    "default_device",
-    "eos_token_ids",
-    "fingerprint",
-    "hidden_size",
-    "load_policy",
-]

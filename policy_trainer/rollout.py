@@ -1,4 +1,4 @@
-"""Sampling responses. Token in, token out: what an engine sampled is what is trained on, ids and log-probabilities."""
+"""Sampling responses. Token in, token out: the very ids that an engine sampled are trained on."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RolloutEngine(Protocol):
         temperature: float,
         seed: int,
     ) -> list[Sampled]:
-        """Sample `num_return_sequences` responses per prompt; ordered by prompt. Equal seeds, equal responses."""
+        """Sample responses for each prompt, ordered by prompt; equal seeds give equal responses."""
         ...
 
 
@@ -53,15 +53,17 @@ class HFRollout:
     Prompts of like length share a batch; a prompt is read once however many responses it gets; rows that have
     ended leave the batch once they are half of it.
 
-    A decode loop of our own: `generate` returns no log-probabilities at the sampling temperature without holding
-    the logits of every step, and keeps ended rows to the end.
+    A decode loop of our own: `generate` holds the logits of every step if log-probabilities at the sampling
+    temperature are wanted, and keeps ended rows to the end.
     """
 
     def __init__(self, model: PreTrainedModel, eos_ids: Sequence[int], *, batch_size: int = 128) -> None:
-        """Args:
-        model: in eval mode; sampled with its weights of the moment.
-        eos_ids: every token that ends a response.
-        batch_size: most sequences decoded at once.
+        """Wrap a model that is in eval mode; its weights of the moment are sampled.
+
+        Args:
+            model: a causal language model.
+            eos_ids: every token that ends a response.
+            batch_size: most sequences decoded at once.
         """
         self._model = model
         self._eos = torch.tensor(sorted(eos_ids), device=model.device)

@@ -1,0 +1,99 @@
+"""The losses of PPO (Schulman et al., arXiv 1707.06347) as sums over response tokens.
+
+Nothing here divides by a count. The loop divides once by the token count of the whole minibatch; so a gradient
+does not depend on how the minibatch was cut into micro-batches, on padding, or on the order of rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from policy_trainer.kl import MAX_LOG_RATIO
+
+
+class PolicyLoss(NamedTuple):
+    """Sums over the tokens that count; scalars. All but `loss` are without gradient.
+
+    Attributes:
+        loss: of -min(ratio * A, clip(ratio) * A).
+        clipped: number of tokens whose clipped term was the larger loss.
+        approx_kl: of (log ratio)^2 / 2, the k2 estimate of KL(old || new).
+        ratio: of pi / pi_old.
+        ratio_sq: of (pi / pi_old)^2.
+    """
+
+    loss: Tensor
+    clipped: Tensor
+    approx_kl: Tensor
+    ratio: Tensor
+    ratio_sq: Tensor
+
+
+class ValueLoss(NamedTuple):
+    """Sums over the tokens that count; scalars.
+
+    Attributes:
+        loss: of half the squared error, clipped.
+        clipped: number of tokens whose clipped term was the larger loss; without gradient.
+    """
+
+    loss: Tensor
+    clipped: Tensor
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, cliprange: float
+) -> PolicyLoss:
+    """The clipped surrogate objective (arXiv 1707.06347, equation 7), negated.
+
+        rho_t = exp(log pi(y_t) - log pi_old(y_t))
+        loss  = sum_t max(-rho_t A_t, -clip(rho_t, 1 - eps, 1 + eps) A_t)
+
+    Args:
+        logprobs: (N, R), with gradient.
+        old_logprobs: (N, R), of the policy that sampled.
+        advantages: (N, R).
+        response_mask: (N, R) bool.
+        cliprange: eps, > 0.
+    """
+    # Padding is set to 0 before exp: whatever the models say there must not become inf * 0.
+    log_ratio = torch.where(response_mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    seen = ratio.detach()[response_mask]
+    return PolicyLoss(
+        loss=torch.maximum(plain, clipped)[response_mask].sum(),
+        clipped=(clipped > plain)[response_mask].sum(),
+        approx_kl=log_ratio.detach().square().sum() / 2,
+        ratio=seen.sum(),
+        ratio_sq=seen.square().sum(),
+    )
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, cliprange_value: float
+) -> ValueLoss:
+    """Half the squared error of the critic, pessimistic about moves beyond the clip range.
+
+        loss = 1/2 sum_t max((V_t - R_t)^2, (clip(V_t, V_old_t - eps, V_old_t + eps) - R_t)^2)
+
+    (OpenAI baselines `ppo2`; "The N+ Implementation Details", arXiv 2403.17031.)
+
+    Args:
+        values: (N, R), with gradient.
+        old_values: (N, R), of the critic when the batch was sampled.
+        returns: (N, R).
+        response_mask: (N, R) bool.
+        cliprange_value: eps, > 0.
+    """
+    near = torch.minimum(torch.maximum(values, old_values - cliprange_value), old_values + cliprange_value)
+    plain = (values - returns).square()
+    clipped = (near - returns).square()
+    return ValueLoss(
+        loss=torch.maximum(plain, clipped)[response_mask].sum() / 2,
+        clipped=(clipped > plain)[response_mask].sum(),
+    )
