@@ -7,8 +7,10 @@ cannot execute anything; the file's content hash is stored with every label it m
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -57,15 +59,19 @@ class RubricFile(BaseModel):
     name: str
     kind: Literal["pair", "score"]
     preamble: str = Field("", description="Role and criteria; opens the user message.")
-    exemplars: tuple[Exemplar, ...] = Field((), description="Worked examples; `--num_exemplars` takes the first n.")
+    exemplars: tuple[Exemplar, ...] = Field(
+        (), description="Worked examples; `--num_exemplars` takes the first n."
+    )
     sample: str = Field(
-        description="Jinja. Slots: prompt, response_1, response_2 (kind pair) or prompt, response (kind score)."
+        description="Jinja. Slots: prompt, response_1, response_2 (pair) or prompt, response (score)."
     )
     ask: str = Field("", description="Closes the user message when a label is wanted at once.")
     ask_rationale: str = Field("", description="Closes the user message when a rationale is wanted first.")
     rationale_cue: str = Field("", description="Assistant text that opens the rationale.")
     ending: str = Field(description="Assistant text directly before the label; the cue that forces it.")
-    labels: tuple[str, ...] = Field(description="The closed set of labels, in order: 1 and 2, or an ordered scale.")
+    labels: tuple[str, ...] = Field(
+        description="The closed set of labels, in order: 1 and 2, or an ordered scale."
+    )
     joiner: str = Field("\n\n", description="Between the parts of the user message, and before the ending.")
 
     @model_validator(mode="after")
@@ -75,7 +81,9 @@ class RubricFile(BaseModel):
         if missing := sorted(wanted - found):
             raise ValueError(f"sample lacks the slot(s) {', '.join(missing)}")
         if unknown := sorted(found - wanted):
-            raise ValueError(f"sample has unknown slot(s) {', '.join(unknown)}; known: {', '.join(sorted(wanted))}")
+            raise ValueError(
+                f"sample has unknown slot(s) {', '.join(unknown)}; known: {', '.join(sorted(wanted))}"
+            )
         if self.kind == "pair" and len(self.labels) != 2:
             raise ValueError(f"a pair rubric has two labels, not {len(self.labels)}")
         if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
@@ -89,7 +97,7 @@ class Question:
 
     Attributes:
         user: the whole user message: preamble, exemplars, sample, ask.
-        rationale_cue: assistant text after which the rationale is generated; None when no rationale is wanted.
+        rationale_cue: assistant text after which the rationale is generated; None when none is wanted.
         ending: assistant text that forces the label. Without a rationale it is the whole assistant prefix.
         joiner: what stands between a rationale and the ending.
     """
@@ -124,6 +132,19 @@ class Rubric:
     def labels(self) -> tuple[str, ...]:
         """The closed set of labels, in order."""
         return self.file.labels
+
+    @property
+    def kind(self) -> Literal["pair", "score"]:
+        """Whether it compares two responses or scores one."""
+        return self.file.kind
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """What a response must not forge: the text around the sample's slots, and both cues."""
+        f = self.file
+        around = re.split(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", f.sample)
+        lines = [line.strip() for text in around for line in text.splitlines()]
+        return tuple(dict.fromkeys(m for m in (*lines, f.rationale_cue.strip(), f.ending.strip()) if m))
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -185,13 +206,19 @@ def _fill(template: str, slots: dict[str, str]) -> str:
 
 
 def load_rubric(name_or_path: str) -> Rubric:
-    """Load a rubric by preset name (a file in `labeler/rubrics/`) or by path.
+    """Load a rubric: a preset name (a file in `labeler/rubrics/`), `tinyworld:pair|score`, or a path.
 
     Raises:
         ConfigError: there is no such file, it is not YAML, or a required slot is missing.
     """
+    package, colon, name = name_or_path.partition(":")
     path = Path(name_or_path)
-    if not path.suffix:
+    if colon and package == "tinyworld":
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ConfigError("the tinyworld package is not installed; install rlaif again")
+        path = Path(spec.origin).parent / "rubrics" / f"{name}.yaml"
+    elif not path.suffix:
         path = RUBRIC_DIR / f"{name_or_path}.yaml"
     if not path.is_file():
         presets = ", ".join(sorted(p.stem for p in RUBRIC_DIR.glob("*.yaml")))

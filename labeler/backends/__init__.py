@@ -1,0 +1,1 @@
+"""Back ends of `labeler.llm.LLM`: transformers in this process, OpenAI-compatible endpoints, and scripts."""

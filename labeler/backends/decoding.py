@@ -1,0 +1,176 @@
+"""Batched decoding of a causal LM: left-padded rows, rows leave the batch as they finish.
+
+`transformers.generate` keeps finished rows in the batch and has one seed for all rows; rationales differ in
+length, and a sample must depend on its own request alone, not on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+_TAIL = 4
+"""Prompt tokens decoded with a continuation, so that the seam (a leading space) comes out right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Token ids to continue and how; `max_new_tokens` 0 asks for the next-token distribution alone."""
+
+    ids: tuple[int, ...]
+    max_new_tokens: int = 0
+    temperature: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Most tokens the row can come to."""
+        return len(self.ids) + self.max_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A continuation: its text up to the stop, why it ended, and how many tokens were generated."""
+
+    text: str
+    finish_reason: str
+    tokens: int
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) padded on the left with `pad`, and the attention mask (B, T): 1 = token."""
+    width = max(len(r) for r in rows)
+    ids = torch.tensor([[pad] * (width - len(r)) + list(r) for r in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+    return ids, mask
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.inference_mode()
+def next_token_logprobs(model: PreTrainedModel, requests: Sequence[Request], pad: int) -> Tensor:
+    """Natural-log probabilities of the next token over the full vocabulary: fp32 (B, V), on the CPU."""
+    ids, mask = pad_left([r.ids for r in requests], pad, model.device)
+    out = model(
+        input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, logits_to_keep=1
+    )
+    return torch.log_softmax(out.logits[:, -1].float(), dim=-1).cpu()
+
+
+@torch.inference_mode()
+def decode_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    eos: Sequence[int],
+) -> list[Decoded]:
+    """Continue every request, greedily or by sampling; results in request order.
+
+    Each row samples with its own generator, so its tokens do not depend on the rest of the batch.
+    """
+    rows = [_Row(r, tokenizer) for r in requests]
+    pad = eos[0] if eos else 0
+    ids, mask = pad_left([r.ids for r in requests], pad, model.device)
+    positions = _positions(mask)
+    cache = DynamicCache(config=model.config)
+    ends = frozenset(eos)
+    live = rows
+    inputs = ids
+    while True:
+        out = model(
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        chosen = _choose(out.logits[:, -1].float(), live)
+        tokens = chosen.tolist()
+        for row, token in zip(live, tokens, strict=True):
+            row.take(token, ends)
+        if all(row.done for row in live):
+            break
+        keep = [i for i, row in enumerate(live) if not row.done]
+        # Dropping rows copies the cache, so it waits until an eighth of the rows can go.
+        if len(keep) <= len(live) * 7 // 8:
+            index = torch.tensor(keep, device=mask.device)
+            cache.batch_select_indices(index)
+            chosen, mask, positions = chosen[index], mask[index], positions[index]
+            live = [live[i] for i in keep]
+        inputs = chosen[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return [row.result() for row in rows]
+
+
+def _choose(logits: Tensor, rows: Sequence[_Row]) -> Tensor:
+    """Next ids (B,) from logits (B, V): argmax, or the Gumbel-max draw of a row's own generator."""
+    if all(row.generator is None for row in rows):
+        return logits.argmax(-1)
+    scores = logits.clone()
+    for i, row in enumerate(rows):
+        if row.generator is not None and not row.done:
+            noise = torch.empty(logits.shape[-1]).exponential_(generator=row.generator).log().neg()
+            scores[i] = logits[i] / row.request.temperature + noise.to(logits.device)
+    return scores.argmax(-1)
+
+
+class _Row:
+    """The state of one request while its batch decodes."""
+
+    __slots__ = ("_cut", "_last", "_tail_text", "_tokenizer", "done", "generator", "ids", "reason", "request")
+
+    def __init__(self, request: Request, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.request = request
+        self.generator = torch.Generator().manual_seed(request.seed) if request.temperature > 0 else None
+        self.ids: list[int] = []
+        self.done = False
+        self.reason = "length"
+        self._cut: str | None = None
+        self._tokenizer = tokenizer
+        self._last = frozenset(s.rstrip()[-1:] for s in request.stop)
+        self._tail_text = self._decode([])
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode([*self.request.ids[-_TAIL:], *ids], skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    def text(self) -> str:
+        return self._decode(self.ids)[len(self._tail_text) :]
+
+    def take(self, token: int, eos: frozenset[int]) -> None:
+        """Note the next token unless the row has ended."""
+        if self.done:
+            return
+        if token in eos:
+            self.done, self.reason = True, "stop"
+            self.ids.append(token)
+            return
+        self.ids.append(token)
+        if self._last and self._may_stop(token):
+            text = self.text()
+            found = [at for s in self.request.stop if (at := text.find(s)) >= 0]
+            if found:
+                self._cut = text[: min(found)]
+                self.done, self.reason = True, "stop"
+        if len(self.ids) >= self.request.max_new_tokens and not self.done:
+            self.done = True
+
+    def _may_stop(self, token: int) -> bool:
+        """Cheap test before the text is decoded: the token holds the last character of a stop string."""
+        piece = self._tokenizer.decode([token])
+        assert isinstance(piece, str)
+        return any(end in piece for end in self._last)
+
+    def result(self) -> Decoded:
+        text = self.text() if self._cut is None else self._cut
+        return Decoded(text, self.reason, len(self.ids))

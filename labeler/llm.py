@@ -1,0 +1,148 @@
+"""What a language model must do to serve as judge or policy: generate, and read out label probabilities.
+
+Back ends live in `labeler/backends/`; a judge sees only the protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rlaif.errors import RlaifError
+from rlaif.models import ModelRef
+from rlaif.types import Conversation, LabelDistribution
+
+
+class RequestFailed(RlaifError):
+    """One request failed for a reason of its own; others may well succeed. The row stays unlabelled.
+
+    A model or an endpoint that is of no use at all raises `ModelError` or `EndpointError` instead.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Generated text.
+
+    Attributes:
+        text: the continuation alone, without the assistant prefix and without the stop string.
+        finish_reason: `stop` (end of turn or a stop string) or `length` (cut at `max_tokens`).
+        prompt_tokens: tokens read, assistant prefix included.
+        completion_tokens: tokens generated.
+        cached_tokens: prompt tokens that the back end did not have to compute again.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LabelReading:
+    """Next-token log-probabilities of a closed set of labels, and what reading them cost."""
+
+    distribution: LabelDistribution
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class LLM(Protocol):
+    """A language model behind any back end; it batches the calls that are in flight together."""
+
+    @property
+    def name(self) -> str:
+        """The model's name as the user wrote it, e.g. `hf:gpt2`."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Identity of the weights where they can be seen, else the name: labels of two versions never mix."""
+        ...
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Strings that the tokenizer reads as control tokens; they are broken up in candidate text."""
+        ...
+
+    async def generate(
+        self,
+        messages: Conversation,
+        prefix: str = "",
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """Continue the assistant turn that starts with `prefix`.
+
+        Args:
+            messages: the conversation; ends with a user turn.
+            prefix: assistant text to continue from; empty for a fresh turn.
+            max_tokens: most tokens to generate, > 0.
+            temperature: 0 for greedy decoding, else sampling from the full distribution.
+            seed: makes sampling a function of the request.
+            stop: strings that end the generation; not part of the text.
+
+        Raises:
+            RequestFailed: this request failed.
+            ModelError: the model is unknown or of no use here.
+            EndpointError: the endpoint is gone.
+        """
+        ...
+
+    async def label_logprobs(
+        self, messages: Conversation, prefix: str, labels: Sequence[str]
+    ) -> LabelReading:
+        """Log-probabilities of `labels` as the next token after `prefix`, read in a fresh request.
+
+        Raises:
+            RequestFailed: this request failed, or no label is among the tokens the endpoint reports.
+            ModelError: the tokenizer splits a label, so that no single token stands for it.
+            EndpointError: the endpoint is gone or gives no log-probabilities.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Free the model or the connections."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LLMOptions:
+    """How a back end runs.
+
+    Attributes:
+        max_in_flight: most requests at a time; a local model batches at most so many rows.
+        timeout_s: seconds before one request to an endpoint counts as failed.
+        max_retries: further attempts after a transient failure of an endpoint.
+    """
+
+    max_in_flight: int = 128
+    timeout_s: float = 120.0
+    max_retries: int = 5
+
+
+def open_llm(ref: ModelRef, options: LLMOptions | None = None) -> LLM:
+    """The back end for a model name; heavy libraries are imported only by the one that needs them.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        ConfigError: the script of a `scripted:` model cannot be read.
+    """
+    options = options or LLMOptions()
+    if ref.backend == "openai":
+        from labeler.backends.openai import OpenAIModel
+
+        return OpenAIModel(ref, options)
+    if ref.backend == "scripted":
+        from labeler.backends.scripted import load_script
+
+        return load_script(ref.name)
+    from labeler.backends.hf import HFModel
+
+    return HFModel.load(ref, options)
