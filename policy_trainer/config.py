@@ -1,0 +1,236 @@
+"""The flags of the trainer's commands. Imports neither torch, grpc nor transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from rlaif.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What every training command has in common."""
+
+    model_name_or_path: str
+    """The policy to train: a path, hf:NAME_OR_PATH or tinyworld:policy."""
+    dataset: Path
+    """Training data: a JSONL or Parquet file, or a dataset folder."""
+    output_dir: Path
+    """Run directory. If it holds a checkpoint of this run, the run goes on from there."""
+    seed: int = 0
+    """Decides sampling and the order of the data."""
+    chat_template: str | None = None
+    """Chat template: `plain`, `transcript` or a Jinja file. By default the tokenizer's own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the weights."""
+    learning_rate: float = 3e-6
+    """Peak learning rate of the policy's AdamW."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after the warm-up; linear and cosine end at 0."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    adam_epsilon: float = 1e-5
+    """Epsilon of AdamW. 1e-5 is what the PPO reproductions use; PyTorch's own default is 1e-8."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    micro_batch_tokens: int = 8192
+    """Padded tokens in one forward pass. A matter of memory and speed: gradients do not depend on it."""
+    save_steps: int = 50
+    """Write a checkpoint every n steps; one is always written at the end."""
+    save_total_limit: int | None = 2
+    """Checkpoints to keep; None keeps all."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0")
+        require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "positive")
+        require(self.micro_batch_tokens > 0, "micro_batch_tokens", self.micro_batch_tokens, "positive")
+        require(self.save_steps > 0, "save_steps", self.save_steps, "at least 1")
+        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
+        if self.save_total_limit is not None:
+            require(self.save_total_limit > 0, "save_total_limit", self.save_total_limit, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig(TrainingConfig):
+    """What the commands that sample from the policy and ask a reward server have in common."""
+
+    reward_server: str
+    """HOST:PORT of the reward server (`rlaif serve`)."""
+    ref_model: str | None = None
+    """The reference that KL is measured against. By default the policy as it was before training."""
+    max_prompt_length: int = 512
+    """Longest prompt in tokens; longer ones lose their oldest tokens."""
+    max_new_tokens: int = 128
+    """Longest response in tokens, EOS included."""
+    temperature: float = 1.0
+    """Sampling temperature. Log-probabilities are taken at the same temperature."""
+    rollout_batch_size: int = 64
+    """Prompts per step."""
+    generation_batch_size: int = 128
+    """Most sequences decoded at once."""
+    max_missing_rewards: float = 0.5
+    """Stop at a checkpoint if a larger share of a step's rewards is missing. Missing ones never count as 0."""
+    reward_timeout_s: float = 120.0
+    """Deadline of one request to the reward server, in seconds."""
+    reward_give_up_after_s: float = 300.0
+    """How long an unavailable reward server is waited for, in seconds; a restart within it is ridden out."""
+    self_check: bool = True
+    """Check sampling, log-probabilities and the reward server before the first step."""
+    samples_per_step: int = 8
+    """Transcripts written per step, to samples/."""
+
+    VOLATILE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "reward_server",
+            "reward_timeout_s",
+            "reward_give_up_after_s",
+            "max_missing_rewards",
+            "self_check",
+            "samples_per_step",
+            "save_steps",
+            "save_total_limit",
+        }
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        super().__post_init__()
+        require(
+            self.temperature > 0,
+            "temperature",
+            self.temperature,
+            "positive; greedy answers cannot be learned from",
+        )
+        require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "at least 1")
+        require(self.max_prompt_length > 1, "max_prompt_length", self.max_prompt_length, "at least 2")
+        require(self.rollout_batch_size > 1, "rollout_batch_size", self.rollout_batch_size, "at least 2")
+        require(
+            self.generation_batch_size > 0, "generation_batch_size", self.generation_batch_size, "at least 1"
+        )
+        require(
+            0 <= self.max_missing_rewards < 1, "max_missing_rewards", self.max_missing_rewards, "in [0, 1)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(OnlineConfig):
+    """Improve a policy by PPO against a reward server."""
+
+    max_steps: int = 100
+    """Steps; each samples rollout_batch_size responses and learns from them."""
+    num_ppo_epochs: int = 4
+    """Passes over each step's responses."""
+    num_mini_batches: int = 1
+    """Optimiser steps per pass."""
+    critic_learning_rate: float = 1e-5
+    """Peak learning rate of the critic's AdamW."""
+    critic_warmup_steps: int = 0
+    """First steps in which only the critic learns."""
+    value_head: Literal["separate", "shared"] = "separate"
+    """A critic of its own, or a value head on the policy's trunk (half the memory and time)."""
+    critic_init: str = "policy"
+    """Where a separate critic starts: `policy`, or the folder of a reward model with the policy's tokenizer."""
+    kl_coef: float = 0.05
+    """Weight of the KL to the reference in the reward (per token, k1)."""
+    target_kl: float | None = None
+    """Steer kl_coef towards this KL per response, in nats (Ziegler et al.); None keeps it fixed."""
+    kl_horizon: float = 10_000.0
+    """Episodes over which an adaptive kl_coef reacts."""
+    gamma: float = 1.0
+    """Discount."""
+    lam: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    cliprange: float = 0.2
+    """Clip range of the probability ratio."""
+    cliprange_value: float = 0.2
+    """Clip range of the critic's move."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    whiten_rewards: bool = False
+    """Scale token rewards to unit variance over the batch, keeping their mean."""
+    reward_clip: float | None = None
+    """Clip normalised scores to [-x, x]; None does not clip."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the score of a response that was cut off before its EOS."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        super().__post_init__()
+        require(self.max_steps > 0, "max_steps", self.max_steps, "at least 1")
+        require(self.num_ppo_epochs > 0, "num_ppo_epochs", self.num_ppo_epochs, "at least 1")
+        require(
+            0 < self.num_mini_batches <= self.rollout_batch_size,
+            "num_mini_batches",
+            self.num_mini_batches,
+            "between 1 and rollout_batch_size",
+        )
+        require(self.kl_coef >= 0, "kl_coef", self.kl_coef, "at least 0")
+        require(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "positive")
+        require(0 <= self.gamma <= 1, "gamma", self.gamma, "in [0, 1]")
+        require(0 <= self.lam <= 1, "lam", self.lam, "in [0, 1]")
+        require(self.cliprange > 0, "cliprange", self.cliprange, "positive")
+        require(self.cliprange_value > 0, "cliprange_value", self.cliprange_value, "positive")
+        require(self.missing_eos_penalty >= 0, "missing_eos_penalty", self.missing_eos_penalty, "at least 0")
+        require(self.reward_clip is None or self.reward_clip > 0, "reward_clip", self.reward_clip, "positive")
+        if self.value_head == "shared" and self.critic_init != "policy":
+            raise ConfigError("critic_init names a separate critic: use it with value_head separate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainingConfig):
+    """Supervised fine-tuning on responses: conversations, prompt and completion, or the chosen side of pairs."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate of AdamW."""
+    adam_epsilon: float = 1e-8
+    """Epsilon of AdamW."""
+    num_train_epochs: int = 1
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps, whatever num_train_epochs says."""
+    per_device_train_batch_size: int = 32
+    """Conversations in one optimiser step."""
+    max_length: int = 1024
+    """Longest conversation in tokens; a longer one is set aside, and counted, because its end is what is learned."""
+
+    VOLATILE: ClassVar[frozenset[str]] = frozenset({"save_steps", "save_total_limit"})
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        super().__post_init__()
+        require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "at least 1")
+        require(self.max_steps is None or self.max_steps > 0, "max_steps", self.max_steps, "at least 1")
+        require(
+            self.per_device_train_batch_size > 0,
+            "per_device_train_batch_size",
+            self.per_device_train_batch_size,
+            "at least 1",
+        )
+        require(self.max_length > 1, "max_length", self.max_length, "at least 2")
+
+
+def require(condition: bool, name: str, value: object, must_be: str) -> None:
+    """Raise a ConfigError that says what `name` must be, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{name} must be {must_be}, not {value}")

@@ -1,0 +1,85 @@
+"""Optimisers whose learning rate is a pure function of the step, so that a resumed run needs no scheduler state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from policy_trainer.config import TrainingConfig
+from rlaif.errors import QualityError
+
+
+def adamw(
+    parameters: Iterable[nn.Parameter], learning_rate: float, config: TrainingConfig
+) -> torch.optim.AdamW:
+    """AdamW with the run's epsilon and weight decay."""
+    return torch.optim.AdamW(
+        parameters, lr=learning_rate, eps=config.adam_epsilon, weight_decay=config.weight_decay
+    )
+
+
+def lr_factor(kind: str, step: int, total_steps: int, warmup_steps: int = 0) -> float:
+    """Factor on the peak learning rate of step `step` (counted from 0) of `total_steps`.
+
+    Linear warm-up, then constant, linear to 0 or half a cosine to 0.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if kind == "linear":
+        return 1.0 - done
+    if kind == "cosine":
+        return (1.0 + math.cos(math.pi * done)) / 2
+    return 1.0
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, what: str) -> Tensor:
+    """Scale gradients down to `max_norm`; returns the norm before.
+
+    Raises:
+        QualityError: the norm is NaN or infinite; no weight has been changed by this gradient.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    if not torch.isfinite(norm):
+        raise QualityError(
+            f"the gradient of the {what} is {norm.item()}: lower the learning rate or look at the last samples; the "
+            "last checkpoint is from before this step"
+        )
+    return norm
+
+
+def step_seed(seed: int, *purpose: int) -> int:
+    """A seed for one purpose, a pure function of the run's seed and of the numbers that name the purpose."""
+    mixed = seed & 0xFFFFFFFF
+    for number in purpose:
+        # Multiplication by odd constants (splitmix64's) spreads neighbouring steps over all 63 bits.
+        mixed = (mixed * 0xBF58476D1CE4E5B9 + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return mixed >> 1
+
+
+def permutation(size: int, seed: int) -> list[int]:
+    """A random order of `range(size)`."""
+    order: list[int] = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
+
+
+def shuffled_stream(size: int, seed: int, start: int, count: int) -> list[int]:
+    """Items `start` to `start + count` of the endless stream that passes over `range(size)` in ever new orders.
+
+    The position in the stream is all there is to a data cursor.
+    """
+    picked: list[int] = []
+    while len(picked) < count:
+        epoch, offset = divmod(start + len(picked), size)
+        picked += permutation(size, step_seed(seed, epoch))[offset : offset + count - len(picked)]
+    return picked
