@@ -230,6 +230,96 @@ class SFTConfig(TrainingConfig):
         require(self.max_length > 1, "max_length", self.max_length, "at least 2")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(OnlineConfig):
+    """Improve a policy by iterative DPO: sample, score, pair, train; online DPO is one update per round."""
+
+    max_steps: int = 20
+    """Rounds. One step is one round: rollout_batch_size prompts sampled, scored, paired and learned from."""
+    num_generations: int = 4
+    """Responses sampled per prompt; at most one pair is made of them."""
+    num_train_epochs: int = 1
+    """Passes over each round's pairs."""
+    per_device_train_batch_size: int = 32
+    """Pairs in one optimiser step. With as many as rollout_batch_size, every round is one online update."""
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    adam_epsilon: float = 1e-8
+    """Epsilon of AdamW."""
+    beta: float = 0.1
+    """Pull towards the reference: the implicit reward is beta times the log-ratio to it."""
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """`sigmoid` is DPO. `ipo` averages log-ratios over tokens, as TRL does; `hinge` is SLiC's."""
+    reference: Literal["initial", "previous"] = "initial"
+    """What the log-ratios are taken to: the policy before training (or ref_model), or that of the round's start."""
+    pair_strategy: Literal["best_worst", "random"] = "best_worst"
+    """Which two responses of a prompt become a pair."""
+    tie_threshold: float = 0.0
+    """Pairs whose normalised rewards differ by no more than this are ties and are dropped."""
+    soft_labels: bool = True
+    """Train on P(chosen preferred) = sigmoid(difference of raw scores / label_temperature); otherwise on 1."""
+    label_temperature: float = 1.0
+    """Raw-score units per logit: 1 for a reward model; for a judge, how many points of its scale make one logit."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the normalised score of a response that was cut off before its EOS."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        super().__post_init__()
+        require(self.max_steps > 0, "max_steps", self.max_steps, "at least 1")
+        require(
+            self.num_generations > 1, "num_generations", self.num_generations, "at least 2, to make a pair"
+        )
+        require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "at least 1")
+        size = self.per_device_train_batch_size
+        require(size > 0, "per_device_train_batch_size", size, "at least 1")
+        require(self.beta > 0, "beta", self.beta, "positive")
+        require(self.tie_threshold >= 0, "tie_threshold", self.tie_threshold, "at least 0")
+        require(self.label_temperature > 0, "label_temperature", self.label_temperature, "positive")
+        require(self.missing_eos_penalty >= 0, "missing_eos_penalty", self.missing_eos_penalty, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Score the conversations of a file with a reward server."""
+
+    reward_server: str
+    """HOST:PORT of the reward server (`rlaif serve`)."""
+    dataset: Path
+    """JSONL or Parquet: `messages` that end with an assistant turn, or `prompt` and `response`."""
+    output: Path
+    """JSONL, or Parquet by its name. The rows of the input with reward, reward_raw, reward_reason, reward_tokens."""
+    truncation: Literal["reject", "left"] = "reject"
+    """A conversation longer than the model's context is a missing reward, or loses its oldest tokens."""
+    batch_size: int = 128
+    """Conversations that are journalled together; a kill loses at most those in flight."""
+    max_in_flight: int = 4
+    """Requests at a time."""
+    timeout_s: float = 120.0
+    """Deadline of one request, in seconds."""
+    give_up_after_s: float = 300.0
+    """How long an unavailable server is waited for, in seconds; a restart within it is ridden out."""
+    wait_s: float = 10.0
+    """How long a server that is not up yet is waited for at the start, in seconds."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        require(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
+        require(self.max_in_flight > 0, "max_in_flight", self.max_in_flight, "at least 1")
+        require(self.timeout_s > 0, "timeout_s", self.timeout_s, "positive")
+        require(self.give_up_after_s >= 0, "give_up_after_s", self.give_up_after_s, "at least 0")
+        if self.dataset.absolute() == self.output.absolute():
+            raise ConfigError("output is the dataset itself: name another file")
+
+
 def require(condition: bool, name: str, value: object, must_be: str) -> None:
     """Raise a ConfigError that says what `name` must be, unless `condition` holds."""
     if not condition:
