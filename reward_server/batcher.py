@@ -1,0 +1,276 @@
+"""Token-budget batching between requests and a scorer.
+
+A request is admitted whole or refused at once. A batch is cut whenever the device is free: there is no timer, so
+an idle server answers at once and a busy one fills its batches by itself. After the design of
+text-embeddings-inference (core/src/queue.rs), with length bucketing, deadlines and isolation of bad items.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from reward_server.scorers.base import Failure, Outcome, Prepared, Scored, Scorer, Task, TaskError
+
+_LOG = logging.getLogger(__name__)
+
+_WINDOW_BATCHES = 4  # lengths are matched among about this many batches' worth of the oldest items
+
+
+class Overloaded(Exception):
+    """The queue is full; `retry_after_s` estimates when there will be room."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"the queue is full; retry in {retry_after_s:.2f} s")
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcomes of a request, in order, and its timing in seconds."""
+
+    outcomes: list[Outcome]
+    queue_s: float
+    compute_s: float
+    batch_items: int
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """A request on its way. `deadline` and times are in seconds of `time.monotonic`."""
+
+    outcomes: list[Outcome | None]
+    done: asyncio.Future[None]
+    deadline: float
+    admitted: float
+    pending: int
+    first_cut: float | None = None
+    compute_s: float = 0.0
+    batch_items: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    request: _Request
+    index: int
+    item: Prepared
+
+
+@dataclass(slots=True)
+class _Rate:
+    """Tokens per second over recent batches, for the retry estimate."""
+
+    tokens_per_s: float = 0.0
+
+    def update(self, tokens: int, seconds: float) -> None:
+        current = tokens / max(seconds, 1e-6)
+        self.tokens_per_s = current if self.tokens_per_s == 0 else 0.8 * self.tokens_per_s + 0.2 * current
+
+
+class Batcher:
+    """The queue in front of one scorer. All methods belong to one event loop."""
+
+    def __init__(
+        self, scorer: Scorer, *, max_batch_tokens: int, max_queue_tokens: int, max_queue_items: int
+    ) -> None:
+        self.scorer = scorer
+        self._max_batch_tokens = max_batch_tokens
+        self._max_queue_tokens = max_queue_tokens
+        self._max_queue_items = max_queue_items
+        self._queue: list[_Entry] = []  # oldest first
+        self._queued_tokens = 0
+        self._preparing_items = 0
+        self._arrived = asyncio.Event()
+        self._tokenizer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-tokenize")
+        self._lanes: list[asyncio.Task[None]] = []
+        self._rate = _Rate()
+
+    def start(self) -> asyncio.Future[None]:
+        """Start computing. The returned future ends only if computing itself breaks, with the exception."""
+        self._lanes = [asyncio.create_task(self._lane()) for _ in range(self.scorer.parallel_batches)]
+        return asyncio.ensure_future(self._first_failure())
+
+    async def stop(self) -> None:
+        """Stop computing and release the threads; what is still queued is not computed."""
+        for lane in self._lanes:
+            lane.cancel()
+        await asyncio.gather(*self._lanes, return_exceptions=True)
+        self._tokenizer.shutdown(wait=False, cancel_futures=True)
+        await self.scorer.close()
+
+    async def submit(self, tasks: Sequence[Task], time_left_s: float | None = None) -> Report:
+        """One outcome per task, in order. Cancelling this call removes its items from the queue.
+
+        Args:
+            tasks: what to score.
+            time_left_s: until the caller's deadline; items whose turn comes later are not computed.
+
+        Raises:
+            Overloaded: the queue has no room for all of them; none was admitted.
+        """
+        arrived = time.monotonic()
+        deadline = math.inf if time_left_s is None else arrived + time_left_s
+        if not self._has_room(len(tasks), 0):
+            raise Overloaded(self._retry_after())
+        self._preparing_items += len(tasks)
+        try:
+            prepared = await asyncio.get_running_loop().run_in_executor(self._tokenizer, self._prepare, tasks)
+        finally:
+            self._preparing_items -= len(tasks)
+
+        outcomes: list[Outcome | None] = [p if isinstance(p, Failure) else None for p in prepared]
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        request = _Request(outcomes, done, deadline, arrived, pending=outcomes.count(None))
+        entries = [_Entry(request, i, p) for i, p in enumerate(prepared) if isinstance(p, Prepared)]
+        if entries:
+            cost = sum(e.item.tokens for e in entries)
+            if not self._has_room(len(entries), cost):
+                raise Overloaded(self._retry_after())
+            self._queue += entries
+            self._queued_tokens += cost
+            self._arrived.set()
+            try:
+                await done
+            except asyncio.CancelledError:
+                self._drop(request)
+                raise
+        first_cut = request.first_cut if request.first_cut is not None else time.monotonic()
+        return Report(
+            [o for o in request.outcomes if o is not None],
+            queue_s=first_cut - arrived,
+            compute_s=request.compute_s,
+            batch_items=request.batch_items,
+        )
+
+    def _prepare(self, tasks: Sequence[Task]) -> list[Prepared | Failure]:
+        prepared: list[Prepared | Failure] = []
+        for task in tasks:
+            try:
+                prepared.append(self.scorer.prepare(task))
+            except TaskError as err:
+                prepared.append(err.failure)
+            except Exception as err:
+                _LOG.warning("an item could not be prepared: %r", err)
+                prepared.append(
+                    Failure("model_failed", "the item could not be prepared; the server's log says how")
+                )
+        return prepared
+
+    def _has_room(self, items: int, tokens: int) -> bool:
+        """Whether a request fits. An empty queue takes any, since waiting would not make it fit better."""
+        if not self._queue and not self._preparing_items:
+            return True
+        return (
+            len(self._queue) + self._preparing_items + items <= self._max_queue_items
+            and self._queued_tokens + tokens <= self._max_queue_tokens
+        )
+
+    def _retry_after(self) -> float:
+        if self._rate.tokens_per_s == 0:
+            return 1.0
+        return min(max(0.5 * self._queued_tokens / self._rate.tokens_per_s, 0.05), 30.0)
+
+    def _drop(self, request: _Request) -> None:
+        self._queue = [e for e in self._queue if e.request is not request]
+        self._queued_tokens = sum(e.item.tokens for e in self._queue)
+
+    async def _first_failure(self) -> None:
+        done, _ = await asyncio.wait(self._lanes, return_when=asyncio.FIRST_COMPLETED)
+        for lane in done:
+            if not lane.cancelled():
+                lane.result()
+
+    async def _lane(self) -> None:
+        while True:
+            batch = self._cut()
+            if batch:
+                await self._compute(batch)
+            else:
+                self._arrived.clear()
+                await self._arrived.wait()
+
+    def _cut(self) -> list[_Entry]:
+        """Take the next batch: the oldest item, and those nearest to it in length among the next oldest.
+
+        The oldest item is always in the batch, so nothing starves; the batch is padded to its longest item, so
+        its cost is rows times width and neighbours in length waste least.
+        """
+        now = time.monotonic()
+        expired = [e for e in self._queue if e.request.deadline <= now]
+        for entry in expired:
+            self._deliver(entry, Failure("expired", "the deadline passed before this item's turn"))
+        if expired:
+            self._queue = [e for e in self._queue if e.request.deadline > now]
+        if not self._queue:
+            self._queued_tokens = 0
+            return []
+        window: list[_Entry] = []
+        tokens = 0
+        for entry in self._queue:
+            window.append(entry)
+            tokens += entry.item.tokens
+            if tokens > _WINDOW_BATCHES * self._max_batch_tokens:
+                break
+        oldest = window[0]
+        others = sorted(window[1:], key=lambda e: abs(e.item.width - oldest.item.width))
+        batch, rows, width = [oldest], oldest.item.rows, oldest.item.width
+        limit = self.scorer.max_batch_items or len(window)
+        for entry in others:
+            if len(batch) == limit:
+                break
+            wider = max(width, entry.item.width)
+            if (rows + entry.item.rows) * wider <= self._max_batch_tokens:
+                batch.append(entry)
+                rows, width = rows + entry.item.rows, wider
+        taken = set(map(id, batch))
+        self._queue = [e for e in self._queue if id(e) not in taken]
+        self._queued_tokens = sum(e.item.tokens for e in self._queue)
+        for entry in batch:
+            if entry.request.first_cut is None:
+                entry.request.first_cut = now
+        return batch
+
+    async def _compute(self, batch: list[_Entry]) -> None:
+        started = time.monotonic()
+        outcomes = await self._score([e.item for e in batch])
+        seconds = time.monotonic() - started
+        self._rate.update(sum(e.item.tokens for e in batch), seconds)
+        for request in {id(e.request): e.request for e in batch}.values():
+            request.compute_s += seconds
+            request.batch_items = max(request.batch_items, len(batch))
+        for entry, outcome in zip(batch, outcomes, strict=True):
+            self._deliver(entry, outcome)
+
+    async def _score(self, items: list[Prepared]) -> list[Outcome]:
+        """Score a batch; if it fails, halve it until only the item to blame is left with the failure."""
+        try:
+            outcomes = await self.scorer.score(items)
+            if len(outcomes) != len(items):
+                raise RuntimeError(f"{self.scorer.name} gave {len(outcomes)} outcomes for {len(items)} items")
+        except Exception as err:
+            if len(items) == 1:
+                _LOG.warning("an item of %d tokens failed in the model: %r", items[0].tokens, err)
+                return [Failure("model_failed", "the model failed on this item; the server's log says how")]
+            middle = len(items) // 2
+            return [*await self._score(items[:middle]), *await self._score(items[middle:])]
+        return [_finite(o) for o in outcomes]
+
+    def _deliver(self, entry: _Entry, outcome: Outcome) -> None:
+        request = entry.request
+        request.outcomes[entry.index] = outcome
+        request.pending -= 1
+        if request.pending == 0 and not request.done.done():
+            request.done.set_result(None)
+
+
+def _finite(outcome: Outcome) -> Outcome:
+    """The outcome, or a failure in its place if its number is NaN or infinite."""
+    if isinstance(outcome, Failure):
+        return outcome
+    value = outcome.raw if isinstance(outcome, Scored) else outcome.p_a
+    return outcome if math.isfinite(value) else Failure("not_finite", f"the model's score is {value}")

@@ -1,0 +1,240 @@
+"""Reward models: a backbone with one output, made, loaded, saved and read.
+
+A checkpoint is an ordinary `AutoModelForSequenceClassification` folder with its tokenizer (which holds the chat
+template) and `reward_model.json`. Any such checkpoint of a hub with one output loads as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from reward_server.scorers.base import Normalization
+from rlaif.chat import ensure_pad_token, ensure_template, template_hash
+from rlaif.errors import ModelError
+from rlaif.models import ModelRef
+from rlaif.storage import write_atomic
+
+CARD = "reward_model.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModel:
+    """A reward model ready to score: dropout off.
+
+    Attributes:
+        model: classifier with one output.
+        tokenizer: its tokenizer, with chat template and PAD.
+        max_length: longest conversation in tokens.
+        normalization: how raw scores become rewards.
+        card: content of `reward_model.json`, empty where there is none.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    normalization: Normalization
+    card: dict[str, Any]
+
+    @property
+    def version(self) -> str:
+        """Hash over all that a score depends on: weights, tokenizer, template, normalisation, longest input."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        scale = (self.normalization.center, self.normalization.scale, self.max_length)
+        digest.update(f"{vocabulary} {template_hash(self.tokenizer)} {scale}".encode())
+        return digest.hexdigest()[:16]
+
+
+def load_backbone(
+    model_name_or_path: str, *, chat_template: str | None, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A classifier with one output on any backbone, ready to train, and its tokenizer with template and PAD.
+
+    A head that the checkpoint does not have is drawn from N(0, 1/(d+1)), its bias 0 (Ziegler et al.,
+    arXiv 1909.08593; Huang et al., arXiv 2403.17031, detail 6).
+
+    Raises:
+        ModelError: the model is unknown, has no classifier in transformers, or has another number of outputs.
+    """
+    path = ModelRef.parse(model_name_or_path).pretrained_path()
+    torch.manual_seed(seed)
+    model, tokenizer, missing = _load(path, dtype)
+    _frame_with_encoder_tokens(tokenizer)
+    ensure_template(tokenizer, chat_template)
+    _set_pad(model, tokenizer)
+    _init_head(model, missing)
+    return model, tokenizer
+
+
+def load_reward_model(
+    name: str, *, device: str = "auto", dtype: str = "auto", max_length: int | None = None
+) -> RewardModel:
+    """Load a reward model for serving.
+
+    Raises:
+        ModelError: the model is unknown, or it is no reward model: several outputs, or a head that was not trained.
+    """
+    path = ModelRef.parse(name).pretrained_path()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted: torch.dtype | str = dtype
+    if dtype == "auto" and device == "cpu":
+        wanted = torch.float32  # half precision on a CPU is slow and, for some operations, missing
+    elif dtype != "auto":
+        wanted = getattr(torch, dtype)
+    model, tokenizer, missing = _load(path, wanted)
+    if missing:
+        raise ModelError(
+            f"{name} has no trained scalar head ({', '.join(missing)} missing): train one with rlaif train rm"
+        )
+    ensure_template(tokenizer)
+    if model.config.get_text_config().pad_token_id is None:  # else it keeps the one that it was trained with
+        _set_pad(model, tokenizer)
+    card = _read_card(Path(path))
+    context = context_length(model)
+    length = min(max_length or card.get("max_length") or context, context)
+    if card:
+        normalization = Normalization(card["mean"], card["std"], card["source"])
+    else:
+        normalization = Normalization(source=f"none: {name} has no {CARD}")
+    model.to(device)  # type: ignore[arg-type]
+    model.eval()  # type: ignore[no-untyped-call]
+    return RewardModel(model, tokenizer, length, normalization, card)
+
+
+def save_card(folder: Path, card: dict[str, Any]) -> None:
+    """Write `reward_model.json`; it is the last file of a checkpoint, and its presence says that it is whole."""
+    write_atomic(folder / CARD, json.dumps(card, indent=2, allow_nan=False) + "\n")
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Longest input in tokens that the model's configuration allows."""
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return int(length) if length else 1 << 20
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Right-padded input_ids (N, T) and attention_mask (N, T), int64; mask 1 where there is a token."""
+    width = max(map(len, sequences))
+    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(sequences):
+        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        attention_mask[row, : len(ids)] = 1
+    return input_ids, attention_mask
+
+
+def scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Raw scores of token sequences, (N,), float32: the head's output on each sequence's last (or [CLS]) token.
+
+    Padding is on the right, so positions are those of the unpadded sequence.
+    """
+    pad_id = model.config.get_text_config().pad_token_id
+    input_ids, attention_mask = pad(sequences, 0 if pad_id is None else pad_id)
+    output = model(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device))
+    logits: Tensor = output.logits
+    return logits.squeeze(-1).float()
+
+
+def _load(path: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """Model, tokenizer, and the names of the weights that the checkpoint did not have (head and pooler only)."""
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=1, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except (OSError, ValueError, KeyError) as err:
+        detail = " ".join(str(err).split())[:200]
+        raise ModelError(
+            f"cannot load {path} as a reward model; check the name or folder ({detail})"
+        ) from err
+    if info["mismatched_keys"]:
+        shapes = ", ".join(f"{key} of shape {tuple(old)}" for key, old, _ in sorted(info["mismatched_keys"]))
+        raise ModelError(
+            f"{path} is no reward model: it must have one output (num_labels=1), but has {shapes}"
+        )
+    missing = sorted(info["missing_keys"])
+    body = [k for k in missing if k.startswith(f"{model.base_model_prefix}.") and ".pooler." not in k]
+    if body:
+        raise ModelError(f"{path} lacks weights of its body, such as {body[0]}: the checkpoint is incomplete")
+    return model, tokenizer, missing
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bar and the report on missing heads, which is read and judged here."""
+    verbosity = hf_logging.get_verbosity()
+    bar = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _frame_with_encoder_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let templates, which write BOS and EOS, write the [CLS] and [SEP] that a BERT-like encoder was trained with."""
+    if tokenizer.bos_token is None and tokenizer.cls_token is not None:
+        tokenizer.bos_token = tokenizer.cls_token
+    if tokenizer.eos_token is None and tokenizer.sep_token is not None:
+        tokenizer.eos_token = tokenizer.sep_token
+
+
+def _set_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A PAD of its own for both, so that the last token is always read, whatever its neighbours' lengths."""
+    ensure_pad_token(tokenizer)
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    if len(tokenizer) > embeddings.num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def _init_head(model: PreTrainedModel, missing: Sequence[str]) -> None:
+    """Draw the output layer from N(0, 1/(d+1)) with bias 0; layers before it keep the backbone's own recipe."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.out_features == 1 and f"{name}.weight" in missing:
+            nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features + 1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    path = folder / CARD
+    if not path.is_file():
+        return {}
+    try:
+        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not (math.isfinite(card["mean"]) and card["std"] > 0):
+            raise ValueError(f"mean {card['mean']}, std {card['std']}")
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise ModelError(
+            f"{path} is damaged ({err!r}); train the reward model again or remove the file"
+        ) from err
+    return card

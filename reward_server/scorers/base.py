@@ -1,0 +1,167 @@
+"""The one interface between the batcher and whatever scores. Knows neither torch nor protobuf."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from rlaif.types import Conversation, Pair
+
+Kind = Literal["reward_model", "judge"]
+Truncation = Literal["reject", "left"]
+Problem = Literal[
+    "invalid", "too_long", "no_score", "not_finite", "model_failed", "unavailable", "expired", "unsupported"
+]
+"""Why one item has no outcome: the caller's text, its length, a judge that gave no reading, a NaN or infinity,
+an exception in the model, a model behind an endpoint that is gone, a deadline that passed before the item's turn,
+a task that this scorer does not do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTask:
+    """Score the last turn of a conversation."""
+
+    conversation: Conversation
+    truncation: Truncation = "reject"
+    with_rationale: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CompareTask:
+    """Say which response of a pair is preferred."""
+
+    pair: Pair
+    truncation: Truncation = "reject"
+
+
+Task = ScoreTask | CompareTask
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A task that is ready for the model.
+
+    Attributes:
+        task: what was asked.
+        sequences: token ids to read: one sequence for a score, two for a comparison; empty if the back end
+            tokenises by itself.
+        tokens: cost of the item in tokens (an estimate where the back end tokenises).
+        width: length of its longest sequence in tokens, which decides the padding of a batch.
+        truncated: whether the prompt was shortened.
+    """
+
+    task: Task
+    sequences: tuple[tuple[int, ...], ...]
+    tokens: int
+    width: int
+    truncated: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows that the item takes in a padded batch."""
+        return max(1, len(self.sequences))
+
+
+@dataclass(frozen=True, slots=True)
+class LevelReading:
+    """A judge's distribution over its levels, lowest first; `mass` is the probability of all labels together."""
+
+    probability: tuple[float, ...]
+    level: tuple[float, ...]
+    mass: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The score of one conversation, before normalisation."""
+
+    raw: float
+    tokens: int
+    truncated: bool = False
+    distribution: LevelReading | None = None
+    rationale: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """P(A preferred); for a judge also the two orders it is the mean of (A shown first, A shown second)."""
+
+    p_a: float
+    tokens: int
+    truncated: bool = False
+    p_a_first: float | None = None
+    p_a_second: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an item has no score. The message is for the caller and never quotes a conversation."""
+
+    problem: Problem
+    message: str
+
+
+Outcome = Scored | Compared | Failure
+
+
+class TaskError(ValueError):
+    """A task that this scorer refuses while preparing it; becomes the item's `Failure`."""
+
+    def __init__(self, problem: Problem, message: str) -> None:
+        super().__init__(message)
+        self.failure = Failure(problem, message)
+
+
+@dataclass(frozen=True, slots=True)
+class Normalization:
+    """reward = (raw - center) / scale; `source` says in words where the two come from."""
+
+    center: float = 0.0
+    scale: float = 1.0
+    source: str = "none: raw scores"
+
+
+class Scorer(Protocol):
+    """Something that scores batches.
+
+    Attributes:
+        kind: a learned reward model, or a judge.
+        name: the model as the server was told.
+        version: hash over everything a score depends on.
+        normalization: how raw scores become rewards.
+        max_tokens_per_item: longest conversation in tokens; 0 if the back end decides.
+        parallel_batches: batches that may be computed at the same time.
+        max_batch_items: most items in one batch; 0 for no limit.
+    """
+
+    kind: Kind
+    name: str
+    version: str
+    normalization: Normalization
+    max_tokens_per_item: int
+    parallel_batches: int
+    max_batch_items: int
+
+    def prepare(self, task: Task) -> Prepared:
+        """Tokenise. Called in one thread that is not the event loop's.
+
+        Raises:
+            TaskError: the task cannot be done; the others of its request can.
+        """
+        ...
+
+    async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
+        """Outcomes in the order of `batch`. Must not block the event loop.
+
+        An exception fails the batch; the batcher then halves it to find the item to blame.
+        """
+        ...
+
+    async def warm_up(self) -> None:
+        """Do once, before the first request, what the first request would otherwise wait for."""
+        ...
+
+    async def close(self) -> None:
+        """Release threads and connections."""
+        ...

@@ -1,0 +1,162 @@
+"""Direct reward: an LLM judge scores each response on its rubric's scale (RLAIF, section 2.2.2)."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from labeler.judge import Judge
+from labeler.llm import LLMOptions, open_llm
+from labeler.rubric import Rubric, load_rubric
+from reward_server.config import ServeConfig
+from reward_server.scorers.base import (
+    Compared,
+    CompareTask,
+    Failure,
+    Kind,
+    LevelReading,
+    Normalization,
+    Outcome,
+    Prepared,
+    Scored,
+    ScoreTask,
+    Task,
+    TaskError,
+)
+from rlaif.errors import ConfigError, EndpointError
+from rlaif.models import ModelRef
+from rlaif.types import Judgment, content_id
+
+_CHARS_PER_TOKEN = 4  # for the queue's bookkeeping alone; the back end tokenises
+
+T = TypeVar("T")
+
+
+class JudgeScorer:
+    """Scores with one rubric and, where a pair rubric is given, compares with another.
+
+    The judge runs on an event loop of its own in one thread, so that whatever its back end does there cannot hold
+    up the server. The back end batches what is in flight; the batcher hands over single items.
+    """
+
+    kind: Kind = "judge"
+    max_tokens_per_item = 0
+    max_batch_items = 1
+
+    def __init__(self, score_judge: Judge, pair_judge: Judge | None, *, max_in_flight: int) -> None:
+        if score_judge.rubric.kind != "score":
+            raise ConfigError(
+                f"--rubric {score_judge.rubric.name} compares pairs; serving needs a rubric that scores one response"
+            )
+        if pair_judge is not None and pair_judge.rubric.kind != "pair":
+            raise ConfigError(
+                f"--pair_rubric {pair_judge.rubric.name} scores single responses; give one for pairs"
+            )
+        self._score_judge = score_judge
+        self._pair_judge = pair_judge
+        self.name = score_judge.name
+        self.version = content_id(score_judge.version, pair_judge.version if pair_judge else None)
+        self.parallel_batches = max_in_flight
+        levels = score_judge.rubric.levels
+        self.normalization = Normalization(
+            center=(levels[0] + levels[-1]) / 2,
+            scale=(levels[-1] - levels[0]) / 2,
+            source=f"the scale {levels[0]:g} to {levels[-1]:g} of rubric {score_judge.rubric.name}, mapped to -1 to 1",
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def open(cls, config: ServeConfig) -> JudgeScorer:
+        """Load the judge and its rubrics.
+
+        Raises:
+            ConfigError: a rubric is unknown or of the wrong kind.
+            ModelError: the model cannot be loaded.
+        """
+        assert config.judge is not None
+        score_rubric = load_rubric(config.rubric)
+        pair_rubric = load_rubric(config.pair_rubric) if config.pair_rubric else None
+        ref = ModelRef.parse(config.judge)
+        llm = open_llm(ref, LLMOptions(max_in_flight=config.max_in_flight))
+
+        def judge(rubric: Rubric) -> Judge:
+            return Judge(llm, rubric.with_options(cot=config.cot))
+
+        pair_judge = judge(pair_rubric) if pair_rubric else None
+        return cls(judge(score_rubric), pair_judge, max_in_flight=config.max_in_flight)
+
+    def prepare(self, task: Task) -> Prepared:
+        """Estimate the cost; the back end tokenises."""
+        if isinstance(task, ScoreTask):
+            messages = task.conversation
+            extra = ""
+        else:
+            if self._pair_judge is None:
+                raise TaskError(
+                    "unsupported", "this judge serves no comparisons: start it with --pair_rubric"
+                )
+            messages = task.pair.prompt
+            extra = task.pair.a + task.pair.b
+        tokens = 1 + (sum(len(m.content) for m in messages) + len(extra)) // _CHARS_PER_TOKEN
+        return Prepared(task, (), tokens=tokens, width=tokens)
+
+    async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
+        """Judge the items concurrently."""
+        return list(await asyncio.gather(*(self._run(self._judge(p.task)) for p in batch)))
+
+    async def warm_up(self) -> None:
+        """Nothing to do: a local model is loaded already, and a paid endpoint is not called for nothing."""
+
+    async def close(self) -> None:
+        """Close the back end and end the thread."""
+        await self._run(self._score_judge.llm.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        self._loop.close()
+
+    async def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run on the judge's loop; cancelling the caller cancels the work."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    async def _judge(self, task: Task) -> Outcome:
+        try:
+            return await (self._score(task) if isinstance(task, ScoreTask) else self._compare(task))
+        except EndpointError as err:
+            return Failure("unavailable", str(err))
+
+    async def _score(self, task: ScoreTask) -> Outcome:
+        response = task.conversation[-1].content
+        score = await self._score_judge.judge_score(task.conversation[:-1], response)
+        if score.expected is None:
+            return Failure("no_score", score.reason or "the judge gave no reading")
+        judgment = score.judgment
+        reading = None
+        if judgment is not None and judgment.labels is not None:
+            reading = LevelReading(judgment.labels.probs, score.levels, judgment.labels.mass)
+        return Scored(
+            raw=score.expected,
+            tokens=_tokens(judgment),
+            distribution=reading,
+            rationale=judgment.rationale if judgment is not None and task.with_rationale else None,
+        )
+
+    async def _compare(self, task: CompareTask) -> Outcome:
+        assert self._pair_judge is not None  # refused in prepare
+        preference = await self._pair_judge.judge_pair(task.pair)
+        if preference.p_a is None:
+            return Failure("no_score", preference.reason or "the judge gave no reading")
+        ab, ba = preference.ab, preference.ba
+        return Compared(
+            p_a=preference.p_a,
+            tokens=_tokens(ab) + _tokens(ba),
+            p_a_first=ab.labels.probs[0] if ab is not None and ab.labels is not None else None,
+            p_a_second=ba.labels.probs[1] if ba is not None and ba.labels is not None else None,
+        )
+
+
+def _tokens(judgment: Judgment | None) -> int:
+    return 0 if judgment is None else judgment.prompt_tokens + judgment.completion_tokens

@@ -1,0 +1,99 @@
+"""A learned reward model as a scorer: tokenises, runs the forward in its own thread, one batch at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from reward_server.model import RewardModel, scores
+from reward_server.scorers.base import (
+    Compared,
+    CompareTask,
+    Kind,
+    Outcome,
+    Prepared,
+    Scored,
+    ScoreTask,
+    Task,
+    TaskError,
+)
+from rlaif.chat import encode_conversation
+from rlaif.errors import ContextTooLong, DataError
+from rlaif.types import Conversation, Message, with_response
+
+_WARM_UP = (Message("user", "Hello"), Message("assistant", "Hello."))
+
+
+class LearnedScorer:
+    """Scores with a `RewardModel`; compares by the sigmoid of the difference (Bradley-Terry)."""
+
+    kind: Kind = "reward_model"
+    parallel_batches = 1  # one device
+    max_batch_items = 0
+
+    def __init__(self, name: str, reward_model: RewardModel) -> None:
+        self.name = name
+        self.version = reward_model.version
+        self.normalization = reward_model.normalization
+        self.max_tokens_per_item = reward_model.max_length
+        self._model = reward_model.model
+        self._tokenizer = reward_model.tokenizer
+        self._device_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-forward")
+
+    def prepare(self, task: Task) -> Prepared:
+        """Apply the model's chat template and tokenise."""
+        if isinstance(task, ScoreTask):
+            conversations: tuple[Conversation, ...] = (task.conversation,)
+        else:
+            pair = task.pair
+            conversations = (with_response(pair.prompt, pair.a), with_response(pair.prompt, pair.b))
+        sequences = []
+        truncated = False
+        for conversation in conversations:
+            try:
+                encoded = encode_conversation(
+                    self._tokenizer,
+                    conversation,
+                    max_length=self.max_tokens_per_item,
+                    truncation=task.truncation,
+                )
+            except ContextTooLong as err:
+                raise TaskError("too_long", str(err)) from err
+            except DataError as err:
+                raise TaskError("invalid", str(err)) from err
+            if not encoded.ids:
+                raise TaskError("invalid", "the conversation has no text")
+            sequences.append(tuple(encoded.ids))
+            truncated = truncated or encoded.truncated
+        lengths = [len(s) for s in sequences]
+        return Prepared(task, tuple(sequences), tokens=sum(lengths), width=max(lengths), truncated=truncated)
+
+    async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
+        """One padded forward pass over all sequences of the batch."""
+        return await asyncio.get_running_loop().run_in_executor(self._device_thread, self._forward, batch)
+
+    async def warm_up(self) -> None:
+        """Run the model once."""
+        await self.score([self.prepare(ScoreTask(_WARM_UP, "left"))])
+
+    async def close(self) -> None:
+        """End the forward thread."""
+        self._device_thread.shutdown(wait=False, cancel_futures=True)
+
+    def _forward(self, batch: Sequence[Prepared]) -> list[Outcome]:
+        with torch.inference_mode():
+            raw = scores(self._model, [s for item in batch for s in item.sequences]).double().cpu()
+        outcomes: list[Outcome] = []
+        row = 0
+        for item in batch:
+            own = raw[row : row + item.rows]
+            row += item.rows
+            if isinstance(item.task, CompareTask):
+                p_a = torch.sigmoid(own[0] - own[1]).item()
+                outcomes.append(Compared(p_a, tokens=item.tokens, truncated=item.truncated))
+            else:
+                outcomes.append(Scored(own[0].item(), tokens=item.tokens, truncated=item.truncated))
+        return outcomes

@@ -1,0 +1,162 @@
+"""`rlaif serve`: the process around the service. Binds, loads, warms up, serves, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from reward_server.batcher import Batcher
+from reward_server.config import ServeConfig
+from reward_server.scorers.base import Scorer
+from reward_server.service import SERVICE, RewardService
+from rlaif.errors import ConfigError
+from rlaif.storage import write_atomic
+
+_HEALTH_SERVICES = ("", SERVICE)
+
+
+class RewardServer:
+    """A bound gRPC server: first warming up, then serving, then drained.
+
+    Health says NOT_SERVING before `open` and from `drain` on, for the whole server and for the service by name.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._service = RewardService(max_items=config.max_items, max_request_bytes=config.max_request_bytes)
+        self._health = HealthServicer()
+        self._batcher: Batcher | None = None
+        self._server = grpc.aio.server(
+            options=(
+                ("grpc.so_reuseport", 0),  # else a second server shares the port in silence
+                ("grpc.max_receive_message_length", config.max_request_bytes),
+                ("grpc.max_metadata_size", 16 << 10),
+                ("grpc.max_concurrent_streams", 256),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            )
+        )
+
+    async def start(self) -> str:
+        """Bind and answer health checks; returns HOST:PORT.
+
+        Raises:
+            ConfigError: the port is taken.
+        """
+        config = self._config
+        for name in _HEALTH_SERVICES:
+            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._server.add_generic_rpc_handlers((self._service.handlers(),))
+        reflection.enable_server_reflection(
+            (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
+            self._server,
+        )
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        try:
+            port = self._server.add_insecure_port(f"{host}:{config.port}")
+        except RuntimeError as err:
+            raise ConfigError(
+                f"cannot listen on {host}:{config.port}: the port is in use or not allowed; give another --port"
+            ) from err
+        await self._server.start()
+        return f"{host}:{port}"
+
+    async def open(self, scorer: Scorer) -> asyncio.Future[None]:
+        """Warm up and serve; the returned future ends only if computing breaks, with the exception."""
+        await scorer.warm_up()
+        config = self._config
+        self._batcher = Batcher(
+            scorer,
+            max_batch_tokens=config.max_batch_tokens,
+            max_queue_tokens=config.max_queue_tokens,
+            max_queue_items=config.max_queue_items,
+        )
+        broken = self._batcher.start()
+        self._service.open(self._batcher)
+        for name in _HEALTH_SERVICES:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return broken
+
+    async def drain(self) -> bool:
+        """Say NOT_SERVING, finish what is in flight, stop; returns whether all of it finished in time."""
+        await self._health.enter_graceful_shutdown()
+        finished = await self._service.drain(self._config.drain_timeout_s)
+        await self._server.stop(grace=1.0)  # health answers until here, and idle connections close
+        if self._batcher is not None:
+            await self._batcher.stop()
+        return finished
+
+
+def load_scorer(config: ServeConfig) -> Scorer:
+    """The scorer that the flags name.
+
+    Raises:
+        ConfigError: a rubric cannot be used.
+        ModelError: the model cannot be loaded or is of the wrong kind.
+    """
+    if config.judge is not None:
+        from reward_server.scorers.judge import JudgeScorer
+
+        return JudgeScorer.open(config)
+    from reward_server.model import load_reward_model
+    from reward_server.scorers.learned import LearnedScorer
+
+    assert config.model is not None
+    reward_model = load_reward_model(
+        config.model, device=config.device, dtype=config.dtype, max_length=config.max_length
+    )
+    return LearnedScorer(config.model, reward_model)
+
+
+async def serve(config: ServeConfig, load: Callable[[], Awaitable[Scorer]]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Args:
+        config: the flags.
+        load: makes the scorer; awaited after the port is bound, so that health answers meanwhile.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = RewardServer(config)
+    address = await server.start()
+    stopping: asyncio.Future[bool] = asyncio.ensure_future(stop.wait())
+    loading = asyncio.ensure_future(load())
+    try:
+        await _first(stopping, loading)
+        if stop.is_set():
+            return
+        scorer = await loading
+        broken = await server.open(scorer)
+        print(f"serving {scorer.name} version={scorer.version} on {address}", flush=True)
+        if config.ready_file is not None:
+            write_atomic(config.ready_file, address)
+        await _first(stopping, broken)
+        if broken.done():
+            broken.result()
+    finally:
+        stopping.cancel()
+        if config.ready_file is not None:
+            config.ready_file.unlink(missing_ok=True)
+        if not await server.drain():
+            print(f"rlaif: requests were still in flight after {config.drain_timeout_s:g} s", flush=True)
+
+
+async def _first(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
+def run(config: ServeConfig) -> None:
+    """Serve rewards (see `ServeConfig`)."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    asyncio.run(serve(config, lambda: asyncio.to_thread(load_scorer, config)))
