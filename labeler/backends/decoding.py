@@ -8,13 +8,57 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 _TAIL = 4
 """Prompt tokens decoded with a continuation, so that the seam (a leading space) comes out right."""
+
+
+_ROOM = 64
+"""Tokens of free room in a key-value buffer when it is made."""
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer with free room at its end: a step writes one column where `DynamicLayer` copies them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past = self.get_seq_length()
+        total = past + key_states.shape[-2]
+        buffers = self._buffers
+        if buffers is None or buffers[0].shape[0] != key_states.shape[0] or buffers[0].shape[-2] < total:
+            buffers = (_with_room(self.keys, past, key_states), _with_room(self.values, past, value_states))
+            self._buffers = buffers
+        buffers[0][..., past:total, :] = key_states
+        buffers[1][..., past:total, :] = value_states
+        self.keys, self.values = buffers[0][..., :total, :], buffers[1][..., :total, :]
+        return self.keys, self.values
+
+
+def _with_room(stored: Tensor | None, past: int, states: Tensor) -> Tensor:
+    *shape, new, dim = states.shape
+    buffer = states.new_empty(*shape, past + new + _ROOM, dim)
+    if past and stored is not None:
+        buffer[..., :past, :] = stored
+    return buffer
+
+
+def _roomy_cache(model: PreTrainedModel) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +123,7 @@ def decode_batch(
     pad = eos[0] if eos else 0
     ids, mask = pad_left([r.ids for r in requests], pad, model.device)
     positions = _positions(mask)
-    cache = DynamicCache(config=model.config)
+    cache = _roomy_cache(model)
     ends = frozenset(eos)
     live = rows
     inputs = ids
