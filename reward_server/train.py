@@ -188,7 +188,7 @@ def optimise(model: PreTrainedModel, rows: Sequence[EncodedRow], config: RewardM
 
             loss, correct = accumulate_gradient(model, batch, config.micro_batch_tokens)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            learning_rate = schedule.get_last_lr()[0]
+            learning_rate = float(schedule.get_last_lr()[0])
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
