@@ -61,7 +61,9 @@ def load_policy(
         ModelError: there is no such model, or it is not a causal language model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one bar per shard and save would bury the progress of training
     path = ModelRef.parse(model_name_or_path).pretrained_path()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -73,9 +75,19 @@ def load_policy(
     ensure_pad_token(tokenizer)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         # Our own tensors never hold PAD, but whoever loads the saved model may pad with it.
-        model.resize_token_embeddings(len(tokenizer))
+        _grow_vocabulary(model, len(tokenizer))
     model.eval()
     return LoadedPolicy(model.to(device or default_device()), tokenizer)
+
+
+@torch.no_grad()
+def _grow_vocabulary(model: PreTrainedModel, size: int) -> None:
+    """Add embedding rows, each the mean of the others: policy and reference must get the same ones."""
+    old = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(size, mean_resizing=False)
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    for embedding in embeddings:
+        embedding.weight[old:] = embedding.weight[:old].mean(dim=0)
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from policy_trainer.batching import PAD_FILL, length_buckets
 from policy_trainer.logprobs import gather_logprobs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Sampled(NamedTuple):
@@ -164,3 +164,26 @@ class HFRollout:
         )
         logits: Tensor = out.logits[:, -1]
         return logits
+
+
+def decode_response(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], sampled: Sampled, eos_ids: Sequence[int]
+) -> str:
+    """The response as text for the reward server: without its EOS and without special tokens.
+
+    The text is what decoding adds to the prompt's text, because a tokenizer may drop a space at the beginning of
+    what it decodes, and for a model that continues text ("Once upon a" + " time") that space matters. Where the
+    prompt ends in a special token, the space separates the two and belongs to neither.
+    """
+    ids = sampled.response_ids
+    if sampled.finished and ids[-1] in eos_ids:
+        ids = ids[:-1]
+    before = tokenizer.decode(list(prompt_ids), skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt_ids, *ids], skip_special_tokens=True)
+    assert isinstance(before, str) and isinstance(whole, str)
+    if whole.startswith(before):
+        response = whole[len(before) :]
+        return response.lstrip(" ") if prompt_ids[-1] in tokenizer.all_special_ids else response
+    alone = tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(alone, str)
+    return alone
