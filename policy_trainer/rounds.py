@@ -1,0 +1,247 @@
+"""A round of iterative DPO as data: responses of one policy, their rewards, and what the reference thinks of them.
+
+A round is written to the run directory before it is learned from, so that neither the sampling nor the reward
+calls are paid for twice when a run is killed, and a resumed run learns from the very numbers of the first
+attempt.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from policy_trainer.batching import collate, length_buckets
+from policy_trainer.client import Reward, RewardSource
+from policy_trainer.logprobs import token_logprobs
+from policy_trainer.online import Prompts
+from policy_trainer.rollout import RolloutEngine, decode_response
+from rlaif.errors import StorageError
+from rlaif.runs import write_atomic
+from rlaif.types import with_response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROUNDS_FOLDER = "rounds"
+
+
+class RoundSample(NamedTuple):
+    """One sampled response of a round.
+
+    Attributes:
+        prompt: row of its prompt in the dataset.
+        response_ids: as sampled, the EOS included.
+        response: the text that was scored.
+        finished: whether it ended with an EOS.
+        logprob: under the policy that sampled it, summed over tokens, in nats.
+        reference_logprob: the same under the reference of this round's log-ratios.
+        kl: log-probability under the policy minus that under the frozen reference model (k1), in nats.
+        reward: what is learned from: the server's, less the penalty of an unfinished response.
+    """
+
+    prompt: int
+    response_ids: list[int]
+    response: str
+    finished: bool
+    logprob: float
+    reference_logprob: float
+    kl: float
+    reward: Reward
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one round learns from.
+
+    Attributes:
+        step: rounds completed before this one.
+        samples: grouped by prompt, `num_generations` in a row.
+        seconds: how long sampling, reading with the reference and waiting for rewards took.
+        reward_version: of the model that rewarded it.
+    """
+
+    step: int
+    samples: list[RoundSample]
+    seconds: dict[str, float]
+    reward_version: str
+
+    @property
+    def rewards(self) -> list[Reward]:
+        """Of all samples."""
+        return [s.reward for s in self.samples]
+
+    def groups(self, size: int) -> list[list[RoundSample]]:
+        """The samples of each prompt together."""
+        return [self.samples[i : i + size] for i in range(0, len(self.samples), size)]
+
+
+def collect_round(
+    step: int,
+    rows: Sequence[int],
+    prompts: Prompts,
+    *,
+    engine: RolloutEngine,
+    source: RewardSource,
+    tokenizer: PreTrainedTokenizerBase,
+    reference: PreTrainedModel,
+    log_ratios_to: PreTrainedModel,
+    eos_ids: Sequence[int],
+    num_generations: int,
+    max_new_tokens: int,
+    temperature: float,
+    missing_eos_penalty: float,
+    micro_batch_tokens: int,
+    seed: int,
+) -> Round:
+    """Sample responses to the prompts `rows`, and read them with the reference while the server scores them.
+
+    Args:
+        step: rounds completed before.
+        rows: of `prompts`, this round's.
+        prompts: the dataset.
+        engine: samples from the current policy.
+        source: gives the rewards.
+        tokenizer: the policy's.
+        reference: the frozen model that KL is measured against.
+        log_ratios_to: the model that DPO's log-ratios are taken to: `reference`, or the current policy.
+        eos_ids: tokens that end a response.
+        num_generations: responses per prompt.
+        max_new_tokens: longest response.
+        temperature: of sampling; log-probabilities are taken at it as well.
+        missing_eos_penalty: subtracted from the normalised reward of an unfinished response.
+        micro_batch_tokens: padded tokens in one forward pass.
+        seed: of the sampling.
+
+    Raises:
+        RewardServerError: the server cannot be reached or used.
+    """
+    # 1. Sample from the current policy.
+    began = time.perf_counter()
+    prompt_ids = [prompts.ids[row] for row in rows]
+    sampled = engine.generate(
+        prompt_ids,
+        num_return_sequences=num_generations,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    sampled_at = time.perf_counter()
+
+    # 2. Ask for the rewards; the answer is awaited after the reference's forwards, which it overlaps.
+    texts = [decode_response(tokenizer, prompt_ids[s.prompt_index], s, eos_ids) for s in sampled]
+    future = source.submit(
+        [
+            with_response(prompts.conversations[rows[s.prompt_index]], text)
+            for s, text in zip(sampled, texts, strict=True)
+        ]
+    )
+
+    # 3. Log-probabilities under the frozen reference, and under the model of the log-ratios if that is
+    # another.
+    pairs = [(prompt_ids[s.prompt_index], s.response_ids) for s in sampled]
+    frozen = sequence_logprobs(reference, pairs, temperature, micro_batch_tokens)
+    ratio = (
+        frozen
+        if log_ratios_to is reference
+        else sequence_logprobs(log_ratios_to, pairs, temperature, micro_batch_tokens)
+    )
+    read_at = time.perf_counter()
+
+    # 4. Rewards. A missing one stays missing; an unfinished response pays its penalty in both units.
+    rewards = future.result()
+    info = source.info()
+    samples = []
+    for s, text, reward, of_frozen, of_ratio in zip(sampled, texts, rewards, frozen, ratio, strict=True):
+        logprob = sum(s.logprobs)
+        samples.append(
+            RoundSample(
+                prompt=rows[s.prompt_index],
+                response_ids=s.response_ids,
+                response=text,
+                finished=s.finished,
+                logprob=logprob,
+                reference_logprob=of_ratio,
+                kl=logprob - of_frozen,
+                reward=reward if s.finished else penalised(reward, missing_eos_penalty, info.scale),
+            )
+        )
+    seconds = {
+        "rollout": sampled_at - began,
+        "forward": read_at - sampled_at,
+        "reward": time.perf_counter() - read_at,
+    }
+    return Round(step, samples, seconds, info.version)
+
+
+def penalised(reward: Reward, penalty: float, scale: float) -> Reward:
+    """The reward less a penalty given in normalised units, in both units; a missing one stays missing."""
+    if reward.value is None or reward.raw is None:
+        return reward
+    return reward._replace(value=reward.value - penalty, raw=reward.raw - penalty * scale)
+
+
+@torch.no_grad()
+def sequence_logprobs(
+    model: PreTrainedModel,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    temperature: float,
+    micro_batch_tokens: int,
+) -> list[float]:
+    """Log-probability of each (prompt ids, response ids), summed over the response including its EOS, in nats."""
+    sums = [0.0] * len(pairs)
+    lengths = [len(prompt) + len(response) for prompt, response in pairs]
+    for rows in length_buckets(lengths, max_rows=len(pairs), max_tokens=micro_batch_tokens):
+        batch = collate([pairs[i][0] for i in rows], [pairs[i][1] for i in rows]).to(model.device)
+        read = token_logprobs(
+            model, batch.input_ids, batch.attention_mask, batch.response_len, temperature
+        ).logprobs
+        totals = read.masked_fill(~batch.response_mask, 0.0).sum(dim=1)
+        for i, total in zip(rows, totals.tolist(), strict=True):
+            sums[i] = total
+    return sums
+
+
+def store_round(output_dir: Path, round_: Round) -> None:
+    """Write the round to the run directory, whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    record = {name: getattr(round_, name) for name in ("step", "samples", "seconds", "reward_version")}
+    write_atomic(_path(output_dir, round_.step), json.dumps(record))
+
+
+def stored_round(output_dir: Path, step: int, reward_version: str) -> Round | None:
+    """The round of this step if an earlier attempt has collected it, with rewards of the same model.
+
+    Raises:
+        StorageError: the file was not written by this program.
+    """
+    path = _path(output_dir, step)
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["reward_version"] != reward_version:
+            return None
+        samples = [RoundSample(*fields)._replace(reward=Reward(*fields[-1])) for fields in record["samples"]]
+        return Round(int(record["step"]), samples, dict(record["seconds"]), reward_version)
+    except (ValueError, KeyError, TypeError) as err:
+        raise StorageError(f"{path} cannot be read: remove it and run the same command again") from err
+
+
+def forget_rounds(output_dir: Path, before: int) -> None:
+    """Remove stored rounds that a checkpoint at step `before` has made useless."""
+    for path in (output_dir / ROUNDS_FOLDER).glob("round-*.json"):
+        if path < _path(output_dir, before):
+            path.unlink()
+
+
+def _path(output_dir: Path, step: int) -> Path:
+    return output_dir / ROUNDS_FOLDER / f"round-{step:06d}.json"

@@ -1,0 +1,176 @@
+"""`rlaif score`: conversations in a file, rewards of a server out. Resumes; loses nothing; buys nothing twice.
+
+Each answer is journalled as it comes. The output is written at the end, whole, in the order of the input. A
+reward that could not be had is null with a reason, and the next run of the same command asks for it again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from itertools import islice
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any
+
+from policy_trainer.client import Reward, RewardClient, RewardSource, missing_by_reason
+from rlaif.errors import DataError, QualityError, StorageError
+from rlaif.records import Journal, Quarantine, read_conversations, write_parquet
+from rlaif.runs import progress, write_atomic
+from rlaif.types import Conversation, content_id
+
+if TYPE_CHECKING:
+    from policy_trainer.config import ScoreConfig
+
+REWARD_COLUMNS = ("reward", "reward_raw", "reward_reason", "reward_tokens", "reward_model")
+"""Written beside the columns of the input: normalised, raw, why there is none, tokens read, served version."""
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def run(config: ScoreConfig) -> None:
+    """Score `config.dataset` into `config.output` and print a summary.
+
+    Raises:
+        DataError: the input cannot be read or has no conversation.
+        RewardServerError: the server cannot be reached, or serves another model than an earlier run of this
+            output.
+        StorageError: the output cannot be written.
+        QualityError: no conversation at all got a reward.
+    """
+    journal_path = config.output.with_name(config.output.name + ".journal")
+    with Journal(journal_path) as journal:
+        rewards, header = read_journal(journal)
+        with RewardClient(
+            config.reward_server,
+            timeout_s=config.timeout_s,
+            give_up_after_s=config.give_up_after_s,
+            max_in_flight=config.max_in_flight,
+            truncation=config.truncation,
+        ) as client:
+            info = client.wait_ready(config.wait_s)
+            mine = {"model": info.name, "version": info.version, "truncation": config.truncation}
+            if header is None:
+                journal.append(mine)
+            elif header != mine:
+                raise StorageError(
+                    f"{journal_path} holds rewards of {header}, this run asks {mine}; "
+                    "choose another --output, or remove that file to score everything again"
+                )
+            score_missing(config.dataset, client, journal, rewards, config.batch_size, config.max_in_flight)
+    quarantine = Quarantine(config.output.with_name(config.output.stem + ".quarantine.jsonl"))
+    scored = list(_scored_rows(config.dataset, rewards, info.version, quarantine))
+    _write(config.output, [row for row, _ in scored])
+    print(summary([reward for _, reward in scored], quarantine))
+    print(f"written: {config.output}" + (f"; set aside: {quarantine.path}" if quarantine.count else ""))
+    if all(reward.value is None for _, reward in scored):
+        raise QualityError(
+            f"no conversation of {config.dataset} got a reward; the reasons are in {config.output}"
+        )
+
+
+def read_journal(journal: Journal) -> tuple[dict[str, Reward], dict[str, Any] | None]:
+    """The rewards of earlier runs by conversation id, and which server gave them; failures are not among them."""
+    records = journal.records()
+    header = next(records, None)
+    rewards = {
+        key: Reward(*values)
+        for record in records
+        for key, values in zip(record["keys"], record["rewards"], strict=True)
+        if values[0] is not None
+    }
+    return rewards, header
+
+
+def score_missing(
+    dataset: Path,
+    source: RewardSource,
+    journal: Journal,
+    rewards: dict[str, Reward],
+    batch_size: int,
+    max_in_flight: int,
+) -> None:
+    """Score every conversation of `dataset` whose id is not in `rewards`, and put it there once journalled."""
+    todo: dict[str, Conversation] = {}
+    for _, conversation in read_conversations(dataset, Quarantine(None)):
+        key = content_id(conversation)
+        if key not in rewards:
+            todo[key] = conversation
+    waiting = iter(todo)
+    under_way: deque[tuple[list[str], Future[list[Reward]]]] = deque()
+    with progress(len(todo), "scoring conversations") as bar:
+        while True:
+            while len(under_way) < 2 * max_in_flight and (keys := list(islice(waiting, batch_size))):
+                under_way.append((keys, source.submit([todo[key] for key in keys])))
+            if not under_way:
+                return
+            keys, future = under_way.popleft()
+            batch = future.result()
+            journal.append({"keys": keys, "rewards": batch})
+            rewards.update(zip(keys, batch, strict=True))
+            bar.advance(len(keys), missing=sum(1 for r in rewards.values() if r.value is None))
+
+
+def _scored_rows(
+    dataset: Path, rewards: dict[str, Reward], version: str, quarantine: Quarantine
+) -> Iterator[tuple[dict[str, Any], Reward]]:
+    for row, conversation in read_conversations(dataset, quarantine):
+        reward = rewards[content_id(conversation)]
+        columns = (reward.value, reward.raw, reward.reason, reward.tokens, version)
+        yield {**row, **dict(zip(REWARD_COLUMNS, columns, strict=True))}, reward
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    if path.suffix != ".parquet":
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return
+    import pyarrow as pa
+
+    given = [{name: value for name, value in row.items() if name not in REWARD_COLUMNS} for row in rows]
+    try:
+        schema = pa.Table.from_pylist(given).schema
+    except pa.ArrowException as err:
+        raise DataError(
+            f"the rows do not share one set of column types ({' '.join(str(err).split())[:120]}); "
+            "write --output FILE.jsonl instead"
+        ) from err
+    types = (pa.float64(), pa.float64(), pa.string(), pa.int64(), pa.string())
+    for name, kind in zip(REWARD_COLUMNS, types, strict=True):
+        schema = schema.append(pa.field(name, kind))
+    write_parquet(path, rows, schema)
+
+
+def summary(rewards: Sequence[Reward], quarantine: Quarantine) -> str:
+    """What the rewards look like, in at most three lines."""
+    values = [reward.value for reward in rewards if reward.value is not None]
+    raws = [reward.raw for reward in rewards if reward.raw is not None]
+    lines = [f"scored {len(values)} of {len(rewards)} conversations"]
+    if values:
+        lines[0] += (
+            f": reward mean {fmean(values):.3f}, sd {pstdev(values):.3f} (raw mean {fmean(raws):.3f}, "
+            f"sd {pstdev(raws):.3f})"
+        )
+        lines.append(f"{min(values):8.2f} {histogram(values)} {max(values):.2f}")
+    missing = missing_by_reason(rewards)
+    if missing:
+        lines.append("missing: " + _counts(missing))
+    if quarantine.count:
+        lines.append("not understood: " + _counts(quarantine.reasons))
+    return "\n".join(lines)
+
+
+def histogram(values: Sequence[float], bins: int = 24) -> str:
+    """Counts over equal bins from the least to the greatest value, one character each; empty bins are spaces."""
+    low, high = min(values), max(values)
+    width = (high - low) / bins or 1.0
+    counts = Counter(min(int((value - low) / width), bins - 1) for value in values)
+    top = max(counts.values())
+    return "".join(
+        BARS[math.ceil(counts[i] / top * len(BARS)) - 1] if counts[i] else " " for i in range(bins)
+    )
+
+
+def _counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
