@@ -79,10 +79,10 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def usage() -> str:
+def usage(commands: Sequence[Command] = COMMANDS) -> str:
     """The text of `rlaif --help`."""
-    width = max(len(c.name) for c in COMMANDS)
-    lines = [f"  {c.name:<{width}}  {c.help}" for c in COMMANDS]
+    width = max(len(c.name) for c in commands)
+    lines = [f"  {c.name:<{width}}  {c.help}" for c in commands]
     return "\n".join(
         [
             "usage: rlaif COMMAND [--config FILE.yaml] [--flag VALUE ...]",
@@ -98,7 +98,7 @@ def usage() -> str:
     )
 
 
-def find_command(argv: Sequence[str]) -> tuple[Command, list[str]]:
+def find_command(argv: Sequence[str], commands: Sequence[Command] = COMMANDS) -> tuple[Command, list[str]]:
     """The command that `argv` names, and the arguments that remain.
 
     Raises:
@@ -106,12 +106,12 @@ def find_command(argv: Sequence[str]) -> tuple[Command, list[str]]:
     """
     for words in (2, 1):
         name = " ".join(argv[:words])
-        for command in COMMANDS:
+        for command in commands:
             if command.name == name:
                 return command, list(argv[words:])
-    group = [c.name for c in COMMANDS if c.name.startswith(f"{argv[0]} ")]
+    group = [c.name for c in commands if c.name.startswith(f"{argv[0]} ")]
     named = argv[:2] if group else argv[:1]
-    known = ", ".join(group or [c.name for c in COMMANDS])
+    known = ", ".join(group or [c.name for c in commands])
     raise ConfigError(f"no command {' '.join(named)!r}; choose one of: {known} (rlaif --help)")
 
 
@@ -186,17 +186,18 @@ def _first_paragraph(box: str) -> str:
 
 def _file_flags(argv: Sequence[str], names: Sequence[str], command: Command) -> list[str]:
     """Replace `--config FILE` by the flags that FILE holds, placed first so that the command line wins."""
-    rest = list(argv)
+    rest: list[str] = []
     flags: list[str] = []
-    for at, argument in reversed(list(enumerate(rest))):
-        if argument == "--config" or argument.startswith("--config="):
-            value = (
-                rest[at + 1] if argument == "--config" and at + 1 < len(rest) else argument.partition("=")[2]
-            )
-            if not value:
-                raise ConfigError("--config needs a file: --config run.yaml")
-            del rest[at : at + (2 if argument == "--config" else 1)]
-            flags = _read_flags(Path(value), names, command) + flags
+    arguments = iter(argv)
+    for argument in arguments:
+        name, _, file = argument.partition("=")
+        if name != "--config":
+            rest.append(argument)
+            continue
+        file = file or next(arguments, "")
+        if not file:
+            raise ConfigError("--config needs a file: --config run.yaml")
+        flags += _read_flags(Path(file), names, command)
     return flags + rest
 
 
@@ -252,16 +253,16 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMANDS) -> int:
     """Run one command and return its exit code; errors are one line on stderr (see `rlaif.errors`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    groups = {c.name.partition(" ")[0] for c in COMMANDS if " " in c.name}
+    groups = {c.name.partition(" ")[0] for c in commands if " " in c.name}
     if arguments and arguments[0] in groups and (arguments[1:2] or ["-h"])[0] in ("-h", "--help"):
         arguments = arguments[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+        print(usage(commands))
         return 0
     if arguments[0] == "--version":
         from rlaif import __version__
@@ -270,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         with _sigterm_interrupts():
-            command, rest = find_command(arguments)
+            command, rest = find_command(arguments, commands)
             config = parse_config(command, rest)
             _load(command.run)(config)
     except RlaifError as err:

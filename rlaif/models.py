@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +36,7 @@ class ModelRef:
         A bare name or path is taken as `hf:`.
 
         Raises:
-            ConfigError: the name is empty.
+            ConfigError: the name is empty, or an endpoint is given without http:// or https://.
         """
         head, colon, rest = text.partition(":")
         backend: Backend = "hf"
@@ -45,8 +46,12 @@ class ModelRef:
                 backend, name = known, rest
         base_url = None
         if backend == "openai":
-            name, _, url = name.partition("@")
-            base_url = url or None
+            name, at, url = name.partition("@http")  # a name may hold "@" too: @cf/org/model, model@20240620
+            base_url = f"http{url}" if at else None
+            if re.search(r"@[\w.-]+:\d+(/|$)", name):
+                raise ConfigError(
+                    f"the endpoint in {text!r} needs its scheme: openai:NAME@http://HOST:PORT/v1"
+                )
         if not name:
             raise ConfigError(
                 f"model {text!r} has no name: write hf:NAME_OR_PATH, openai:NAME@BASE_URL or tinyworld:judge"

@@ -220,10 +220,10 @@ def parse_conversation(row: Row) -> Conversation:
 
 
 def _response(value: object, name: str, prompt: Conversation) -> str:
-    """One response: text, a single assistant message, or the whole conversation with its prompt repeated."""
+    """One response: text, an assistant message (alone or in a list), or the conversation with its prompt repeated."""
     if isinstance(value, str) or value is None:
         return _text(value, name)
-    turns = messages(value, name)
+    turns = messages([value] if isinstance(value, dict) else value, name)
     if turns[-1].role != "assistant":
         raise RowError(f"{name} does not end with an assistant turn")
     if len(turns) > 1 and turns[:-1] != prompt:

@@ -92,7 +92,7 @@ def write_parquet(
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
-        pyarrow.ArrowInvalid: a row does not fit the schema.
+        pyarrow.ArrowException: a row does not fit the schema.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
