@@ -81,12 +81,11 @@ def load_policy(
 
 
 @torch.no_grad()
-def _grow_vocabulary(model: PreTrainedModel, size: int) -> None:
+def _grow_vocabulary(model: Any, size: int) -> None:
     """Add embedding rows, each the mean of the others: policy and reference must get the same ones."""
     old = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(size, mean_resizing=False)
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
-    for embedding in embeddings:
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
         embedding.weight[old:] = embedding.weight[:old].mean(dim=0)
 
 

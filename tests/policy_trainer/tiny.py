@@ -1,4 +1,4 @@
-"""A policy of a few thousand parameters with a word-level tokenizer and a chat template: real files, built in a moment."""
+"""A policy of a few thousand parameters with a word-level tokenizer and a chat template, built in a moment."""
 
 from __future__ import annotations
 

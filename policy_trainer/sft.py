@@ -1,0 +1,160 @@
+"""`rlaif train sft`: supervised fine-tuning. The loss is on the response alone, averaged over the step's tokens."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from policy_trainer import optim
+from policy_trainer.batching import collate, length_buckets
+from policy_trainer.checkpoint import load_latest, restore_rng, save_checkpoint, save_final, stop_on_signal
+from policy_trainer.config import SFTConfig
+from policy_trainer.logprobs import token_logprobs
+from policy_trainer.models import load_policy
+from rlaif.chat import EncodedPair, encode_pair
+from rlaif.errors import ConfigError, DataError
+from rlaif.records import Quarantine, read_conversations, read_preferences, read_rows
+from rlaif.runs import Run, progress
+from rlaif.types import Conversation, with_response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def run(config: SFTConfig) -> None:
+    """Fine-tune, or go on from the run directory's last checkpoint.
+
+    Raises:
+        QualityError: a gradient or the loss is not finite.
+        KeyboardInterrupt: SIGTERM or SIGINT asked for an end; a checkpoint has been written.
+        RlaifError: bad input, see the message.
+    """
+    with Run.open(config.output_dir, config, command="train sft") as out, stop_on_signal() as stop:
+        checkpoint = load_latest(config.output_dir)
+        path = config.model_name_or_path if checkpoint is None else str(checkpoint.path)
+        template = config.chat_template if checkpoint is None else None
+        model, tokenizer = load_policy(path, dtype=config.dtype, chat_template=template)
+        examples = load_examples(config, tokenizer)
+        check_context(
+            config, examples, getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        )
+        optimizer = optim.adamw(model.parameters(), config.learning_rate, config)
+        step = 0
+        if checkpoint is None:
+            torch.manual_seed(config.seed)
+        else:
+            step = checkpoint.step
+            optimizer.load_state_dict(checkpoint.state["optimizer"])
+            restore_rng(checkpoint.state["rng"])
+        out.truncate_metrics(step)
+
+        total = config.num_train_epochs * len(examples)
+        steps = math.ceil(total / config.per_device_train_batch_size)
+        if config.max_steps is not None:
+            steps = min(steps, config.max_steps)
+        lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
+        parameters = list(model.parameters())
+        with progress(steps, "SFT steps") as bar:
+            bar.advance(step)
+            while step < steps:
+                started = time.perf_counter()
+                seen = step * config.per_device_train_batch_size
+                count = min(config.per_device_train_batch_size, total - seen)
+                chosen = optim.shuffled_stream(len(examples), config.seed, seen, count)
+                tokens = sum(len(examples[i].response_ids) for i in chosen)
+                rate = config.learning_rate * optim.lr_factor(
+                    config.lr_scheduler_type, step, steps, config.warmup_steps
+                )
+                optim.set_learning_rate(optimizer, rate)
+                optimizer.zero_grad(set_to_none=True)
+                loss_sum = 0.0
+                micro_batches = length_buckets(
+                    lengths, max_rows=count, max_tokens=config.micro_batch_tokens, indices=chosen
+                )
+                for rows in micro_batches:
+                    batch = collate(
+                        [examples[i].prompt_ids for i in rows], [examples[i].response_ids for i in rows]
+                    ).to(model.device)
+                    read = token_logprobs(
+                        model, batch.input_ids, batch.attention_mask, batch.response_len, temperature=1.0
+                    )
+                    # Divided by the tokens of the whole step, so that the cut into micro-batches does not matter.
+                    loss = -read.logprobs[batch.response_mask].sum() / tokens
+                    torch.autograd.backward(loss)
+                    loss_sum += loss.item()
+                norm = optim.clip_gradients(parameters, config.max_grad_norm, "model")
+                optimizer.step()
+
+                step += 1
+                out.log(
+                    step,
+                    {
+                        "loss": loss_sum,
+                        "epoch": (seen + count) / len(examples),
+                        "num_tokens": tokens,
+                        "grad_norm": norm.item(),
+                        "learning_rate": rate,
+                        "time/step": time.perf_counter() - started,
+                    },
+                )
+                bar.advance(1, loss=loss_sum)
+                if stop or step % config.save_steps == 0 or step == steps:
+                    save_checkpoint(
+                        config.output_dir,
+                        step,
+                        policy=model,
+                        tokenizer=tokenizer,
+                        state={"optimizer": optimizer.state_dict()},
+                        info={"examples": len(examples)},
+                        keep=config.save_total_limit,
+                    )
+                if stop and step < steps:
+                    raise KeyboardInterrupt
+        save_final(config.output_dir, model, tokenizer)
+
+
+def load_examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> list[EncodedPair]:
+    """Prompts and responses as token ids; what is unusable or too long goes to `quarantine.jsonl`.
+
+    Raises:
+        DataError: nothing usable is left.
+    """
+    quarantine = Quarantine(config.output_dir / "quarantine.jsonl")
+    encoded = []
+    for number, conversation in enumerate(_conversations(config, quarantine), 1):
+        example = encode_pair(tokenizer, conversation[:-1], conversation[-1].content)
+        size = len(example.prompt_ids) + len(example.response_ids)
+        if size > config.max_length:
+            reason = f"longer than max_length {config.max_length} tokens"
+            quarantine.add(number, reason, conversation[-1].content)
+        else:
+            encoded.append(example)
+    if not encoded:
+        raise DataError(
+            f"{config.dataset} has no conversation of at most {config.max_length} tokens; raise --max_length"
+        )
+    return encoded
+
+
+def _conversations(config: SFTConfig, quarantine: Quarantine) -> list[Conversation]:
+    _, first = next(read_rows(config.dataset, Quarantine(None)))
+    if "chosen" in first:
+        rows = read_preferences(config.dataset, quarantine)
+        return [with_response(row.prompt, row.chosen) for row in rows]
+    return [conversation for _, conversation in read_conversations(config.dataset, quarantine)]
+
+
+def check_context(config: SFTConfig, examples: list[EncodedPair], context: int | None) -> None:
+    """All examples fit the model's context.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    longest = max(len(e.prompt_ids) + len(e.response_ids) for e in examples)
+    if context is not None and longest > context:
+        raise ConfigError(
+            f"a conversation of {longest} tokens exceeds the model's context of {context}: lower --max_length"
+        )

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policy_trainer.advantages import gae, moments, whiten
+
+
+def test_gae_by_hand() -> None:
+    """gamma = lambda = 1/2, two tokens and one of padding.
+
+    delta_2 = 4 - 2 = 2                     A_2 = 2
+    delta_1 = 1 + 0.5 * 2 - 3 = -1          A_1 = -1 + 0.25 * 2 = -0.5
+    R = A + V = (2.5, 4)
+    """
+    found = gae(
+        torch.tensor([[1.0, 4.0, 9.0]]),
+        torch.tensor([[3.0, 2.0, 7.0]]),
+        torch.tensor([[True, True, False]]),
+        gamma=0.5,
+        lam=0.5,
+    )
+    assert found.advantages.tolist() == [[-0.5, 2.0, 0.0]]
+    assert found.returns.tolist() == [[2.5, 4.0, 0.0]]
+
+
+def test_with_lambda_and_gamma_1_the_return_is_the_sum_of_rewards_to_come() -> None:
+    rewards = torch.tensor([[0.5, -1.0, 2.0]])
+    values = torch.tensor([[10.0, -3.0, 0.25]])
+    found = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, lam=1.0)
+    torch.testing.assert_close(found.returns, torch.tensor([[1.5, 1.0, 2.0]]))
+
+
+def test_with_lambda_0_the_advantage_is_the_one_step_error() -> None:
+    rewards = torch.tensor([[0.5, -1.0, 2.0]])
+    values = torch.tensor([[10.0, -3.0, 0.25]])
+    found = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=0.9, lam=0.0)
+    expected = [[0.5 + 0.9 * -3.0 - 10.0, -1.0 + 0.9 * 0.25 + 3.0, 2.0 - 0.25]]
+    torch.testing.assert_close(found.advantages, torch.tensor(expected))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(0, 9), st.integers(0, 2**31))
+def test_gae_is_bitwise_the_same_under_any_padding(lengths: list[int], extra: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    rewards = torch.randn(len(lengths), width, generator=generator) * mask
+    values = torch.randn(len(lengths), width, generator=generator)
+    wide = torch.nn.functional.pad
+    padded = gae(
+        wide(rewards, (0, extra)),
+        wide(values, (0, extra), value=5.0),
+        wide(mask, (0, extra)),
+        gamma=0.99,
+        lam=0.95,
+    )
+    together = gae(rewards, values, mask, gamma=0.99, lam=0.95)
+    assert torch.equal(padded.advantages[:, :width], together.advantages)
+    assert torch.equal(padded.returns[:, :width], together.returns)
+    for i, n in enumerate(lengths):
+        alone = gae(rewards[i : i + 1, :n], values[i : i + 1, :n], mask[i : i + 1, :n], gamma=0.99, lam=0.95)
+        assert torch.equal(alone.advantages[0], together.advantages[i, :n])
+
+
+def test_moments_count_only_the_mask_and_divide_by_n() -> None:
+    # values 1, 2, 6: mean 3, variance (4 + 1 + 9) / 3
+    values = torch.tensor([[1.0, 2.0, 100.0], [6.0, 100.0, 100.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    found = moments(values, mask)
+    assert found.size == 3
+    assert found.mean == 3.0
+    assert found.variance == pytest.approx(14 / 3, abs=1e-12)
+
+
+def test_whitening_by_hand() -> None:
+    values = torch.tensor([[1.0, 2.0, 100.0], [6.0, 100.0, 100.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    std = (14 / 3) ** 0.5
+    expected = torch.tensor([[-2 / std, -1 / std, 0.0], [3 / std, 0.0, 0.0]])
+    torch.testing.assert_close(whiten(values, mask, moments(values, mask)), expected)
+    kept_mean = whiten(values, mask, moments(values, mask), shift_mean=False)
+    torch.testing.assert_close(kept_mean[mask], expected[mask] + 3.0)
+
+
+def test_whitening_a_part_with_the_moments_of_the_whole_is_the_part_of_the_whole() -> None:
+    values = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) > 0.3
+    whole = moments(values, mask)
+    assert torch.equal(whiten(values[2:4], mask[2:4], whole), whiten(values, mask, whole)[2:4])
+    # The control: moments of the part give something else, which is why they are an argument.
+    assert not torch.allclose(
+        whiten(values[2:4], mask[2:4], moments(values[2:4], mask[2:4])), whiten(values, mask, whole)[2:4]
+    )
+
+
+def test_moments_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="no values"):
+        moments(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool))

@@ -1,0 +1,89 @@
+"""KL estimators against numbers worked by hand and against the exact divergence of small distributions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from policy_trainer.kl import Estimator, KLController, kl_estimate
+
+P = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
+Q = torch.tensor([0.25, 0.25, 0.25, 0.25], dtype=torch.float64)
+# sum p log(p/q) = 0.5 log 2 + 0 - 0.25 log 2
+KL_PQ = 0.25 * math.log(2)
+
+
+def test_estimators_of_one_token_by_hand() -> None:
+    # d = log 0.5 - log 0.25 = log 2: k1 = log 2, k2 = (log 2)^2 / 2, k3 = 1/2 - 1 + log 2
+    logp, ref = torch.tensor([0.5]).double().log(), torch.tensor([0.25]).double().log()
+    assert kl_estimate(logp, ref, "k1").item() == pytest.approx(0.6931471805599453, abs=1e-12)
+    assert kl_estimate(logp, ref, "k2").item() == pytest.approx(0.2402265069591007, abs=1e-12)
+    assert kl_estimate(logp, ref, "k3").item() == pytest.approx(0.1931471805599453, abs=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_expectation_over_the_policy_is_the_exact_kl(estimator: Estimator) -> None:
+    assert (P * kl_estimate(P.log(), Q.log(), estimator)).sum().item() == pytest.approx(KL_PQ, abs=1e-12)
+
+
+def test_k3_is_never_negative_and_stays_finite() -> None:
+    d = torch.linspace(-500, 500, 2001)
+    k3 = kl_estimate(d, torch.zeros_like(d), "k3")
+    assert torch.isfinite(k3).all()
+    within = d.abs() <= 20
+    assert (k3[within] >= 0).all()
+
+
+def expected_gradient(estimator: Estimator) -> torch.Tensor:
+    """Gradient by the logits of E_{y ~ p}[estimate(y)] with the samples held fixed, as a loss term has it."""
+    logits = P.log().clone().requires_grad_()
+    logp = logits.log_softmax(-1)
+    (P * kl_estimate(logp, Q.log(), estimator)).sum().backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+def divergence_gradient(forward: bool) -> torch.Tensor:
+    logits = P.log().clone().requires_grad_()
+    logp = logits.log_softmax(-1)
+    divergence = (Q * (Q.log() - logp)).sum() if forward else (logp.exp() * (logp - Q.log())).sum()
+    divergence.backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+def test_k1_as_a_loss_has_no_gradient() -> None:
+    torch.testing.assert_close(
+        expected_gradient("k1"), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0
+    )
+
+
+def test_k2_as_a_loss_has_the_gradient_of_the_reverse_kl() -> None:
+    torch.testing.assert_close(
+        expected_gradient("k2"), divergence_gradient(forward=False), atol=1e-12, rtol=0
+    )
+
+
+def test_k3_as_a_loss_has_the_gradient_of_the_forward_kl() -> None:
+    torch.testing.assert_close(expected_gradient("k3"), divergence_gradient(forward=True), atol=1e-12, rtol=0)
+    assert not torch.allclose(expected_gradient("k3"), divergence_gradient(forward=False), atol=1e-3)
+
+
+def test_fixed_coefficient_never_moves() -> None:
+    assert KLController(0.05).updated(kl=100.0, episodes=512).coef == 0.05
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        pytest.param(6.6, 0.15 * (1 + 0.1 * 512 / 10_000), id="ten percent above"),
+        pytest.param(60.0, 0.15 * (1 + 0.2 * 512 / 10_000), id="clipped above"),
+        pytest.param(0.0, 0.15 * (1 - 0.2 * 512 / 10_000), id="clipped below"),
+        pytest.param(6.0, 0.15, id="on target"),
+    ],
+)
+def test_adaptive_coefficient_by_hand(kl: float, expected: float) -> None:
+    """Ziegler et al.'s settings: beta 0.15, target 6 nats, horizon 10 000 episodes, batch 512."""
+    assert KLController(0.15, target=6.0).updated(kl, 512).coef == pytest.approx(expected, abs=1e-15)
