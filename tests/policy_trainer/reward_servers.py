@@ -1,6 +1,7 @@
 """A reward server for tests of the client: the whole contract over real gRPC, with a script for its moods.
 
-The score of a conversation is the number that its last message spells; anything else is that item's error.
+The score of a conversation is the number that its last message spells, unless the test says otherwise; a text
+that cannot be scored is that item's error.
 """
 
 from __future__ import annotations
@@ -52,9 +53,13 @@ def refusing(code: grpc.StatusCode, words: str) -> Callable[[grpc.ServicerContex
     return lambda context: context.abort(code, words)
 
 
+def spelled_number(text: str) -> float:
+    return float(text.strip("x"))
+
+
 @dataclass
 class NumberServer(reward_pb2_grpc.RewardServiceServicer):
-    """Scores what the last message spells; `moods` are consumed one per Score call before it is answered."""
+    """Scores the last message; `moods` are consumed one per Score call before it is answered."""
 
     version: str = "v1"
     kind: int = reward_pb2.SCORER_KIND_REWARD_MODEL
@@ -62,6 +67,7 @@ class NumberServer(reward_pb2_grpc.RewardServiceServicer):
     max_request_bytes: int = 1 << 20
     center: float = 1.0
     scale: float = 2.0
+    score: Callable[[str], float] = spelled_number
     moods: list[Callable[[grpc.ServicerContext], None]] = field(default_factory=list)
     calls: list[reward_pb2.ScoreRequest] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -96,7 +102,7 @@ class NumberServer(reward_pb2_grpc.RewardServiceServicer):
     def _outcome(self, item: reward_pb2.ScoreItem) -> reward_pb2.ScoreOutcome:
         text = item.conversation.messages[-1].content
         try:
-            raw = float(text.strip("x"))
+            raw = self.score(text)
         except ValueError:
             error = status_pb2.Status(code=code_pb2.OUT_OF_RANGE, message=f"{text} is no number")
             return reward_pb2.ScoreOutcome(id=item.id, error=error)
