@@ -90,6 +90,11 @@ class Batcher:
         self._lanes: list[asyncio.Task[None]] = []
         self._rate = _Rate()
 
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait to be computed."""
+        return self._queued_tokens
+
     def start(self) -> asyncio.Future[None]:
         """Start computing. The returned future ends only if computing itself breaks, with the exception."""
         self._lanes = [asyncio.create_task(self._lane()) for _ in range(self.scorer.parallel_batches)]

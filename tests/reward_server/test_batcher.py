@@ -1,0 +1,101 @@
+"""How batches are cut."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reward_server.batcher import Batcher, Overloaded
+from reward_server.scorers.base import Failure, Scored, ScoreTask, Task
+from rlaif.types import Message, user_prompt
+from tests.reward_server.fakes import LengthScorer
+
+
+def task(length: int) -> Task:
+    return ScoreTask((*user_prompt("q"), Message("assistant", "x" * length)))
+
+
+def batcher(scorer: LengthScorer, **limits: int) -> Batcher:
+    defaults = {"max_batch_tokens": 64, "max_queue_tokens": 10**6, "max_queue_items": 10**6}
+    return Batcher(scorer, **{**defaults, **limits})
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=12), min_size=1, max_size=8))
+def test_each_item_is_computed_once_within_the_budget_and_answered_in_order(
+    requests: list[list[int]],
+) -> None:
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        queue = batcher(scorer)
+        queue.start()
+        reports = await asyncio.gather(*(queue.submit([task(n) for n in lengths]) for lengths in requests))
+        await queue.stop()
+        for report, lengths in zip(reports, requests, strict=True):
+            assert [o.raw for o in report.outcomes if isinstance(o, Scored)] == lengths
+        assert sorted(map(len, scorer.computed)) == sorted(n for lengths in requests for n in lengths)
+        for batch in scorer.batches:
+            padded = len(batch) * max(map(len, batch))
+            assert padded <= 64 or len(batch) == 1  # an item larger than the budget goes alone
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_takes_the_oldest_item_and_those_of_its_length() -> None:
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        scorer.gate.clear()
+        queue = batcher(scorer, max_batch_tokens=40)
+        queue.start()
+        first = asyncio.ensure_future(queue.submit([task(1)]))
+        await scorer.started.wait()
+        waiting = asyncio.ensure_future(queue.submit([task(n) for n in (20, 3, 19, 4, 5)]))
+        while queue.queued_tokens != 51:
+            await asyncio.sleep(0.001)
+        scorer.gate.set()
+        await asyncio.gather(first, waiting)
+        await queue.stop()
+        assert [[len(r) for r in batch] for batch in scorer.batches] == [[1], [20, 19], [3, 4, 5]]
+
+    asyncio.run(scenario())
+
+
+def test_an_idle_queue_takes_a_request_larger_than_its_bounds() -> None:
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        queue = batcher(scorer, max_queue_tokens=10, max_queue_items=1)
+        queue.start()
+        report = await queue.submit([task(30), task(30)])
+        assert len(report.outcomes) == 2
+        scorer.gate.clear()
+        scorer.started.clear()
+        running = asyncio.ensure_future(queue.submit([task(1)]))
+        await scorer.started.wait()
+        waiting = asyncio.ensure_future(queue.submit([task(9)]))
+        while queue.queued_tokens != 9:
+            await asyncio.sleep(0.001)
+        with pytest.raises(Overloaded) as refused:
+            await queue.submit([task(2)])
+        assert refused.value.retry_after_s > 0
+        scorer.gate.set()
+        await asyncio.gather(running, waiting)
+        await queue.stop()
+
+    asyncio.run(scenario())
+
+
+def test_an_item_whose_time_is_up_fails_without_being_computed() -> None:
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        queue = batcher(scorer)
+        queue.start()
+        report = await queue.submit([task(5)], time_left_s=0.0)
+        await queue.stop()
+        outcome = report.outcomes[0]
+        assert isinstance(outcome, Failure) and outcome.problem == "expired"
+        assert scorer.batches == []
+
+    asyncio.run(scenario())

@@ -1,0 +1,137 @@
+"""A judge behind the service, answering from a script."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import pytest
+from google.rpc import code_pb2
+
+from labeler.backends.scripted import Asked, ScriptedModel
+from labeler.judge import Judge
+from labeler.llm import RequestFailed
+from labeler.rubric import Rubric, RubricFile
+from protos.rlaif.reward.v1 import reward_pb2 as pb
+from reward_server.scorers.judge import JudgeScorer
+from rlaif.errors import ConfigError
+from tests.reward_server.fakes import conversation, score_request, serving
+
+SCORE = RubricFile(
+    name="score",
+    kind="score",
+    sample="{{ prompt }} -> {{ response }}",
+    ask_rationale="Why?",
+    rationale_cue="Because ",
+    ending="Score: ",
+    labels=tuple(str(i) for i in range(1, 11)),
+)
+PAIR = RubricFile(
+    name="pair",
+    kind="pair",
+    sample="{{ prompt }}: (1) {{ response_1 }} (2) {{ response_2 }}",
+    ending="Preferred: ",
+    labels=("1", "2"),
+)
+
+
+def reply(asked: Asked) -> str | tuple[float, ...]:
+    """Answers `fine` for a good reason with 8 or 9, fails on `fail`; in pairs likes `good`, and the first place."""
+    if "fail" in asked.user:
+        raise RequestFailed("the endpoint returned 500")
+    if asked.labels is None:
+        return "it is fine."
+    if len(asked.labels) == 2:
+        good_first = asked.user.index("good") < asked.user.index("bad")
+        return (0.9, 0.1) if good_first else (0.4, 0.6)
+    return (0.0,) * 7 + (0.2, 0.6, 0.0)  # mass 0.8
+
+
+def scorer(*, cot: bool = True, pair: bool = True) -> JudgeScorer:
+    model = ScriptedModel(reply)
+    judge = Judge(model, Rubric(SCORE, "hash-of-score", cot=cot))
+    pair_judge = Judge(model, Rubric(PAIR, "hash-of-pair", cot=False)) if pair else None
+    return JudgeScorer(judge, pair_judge, max_in_flight=4)
+
+
+def test_a_score_is_the_expectation_over_the_levels_with_its_distribution() -> None:
+    async def scenario() -> None:
+        async with serving(scorer()) as served:
+            answer = await served.stub.Score(score_request("fine", "fail", with_rationale=True))
+            score = answer.outcomes[0].score
+            assert score.raw == pytest.approx(0.25 * 8 + 0.75 * 9)
+            assert score.normalized == pytest.approx((8.75 - 5.5) / 4.5)
+            assert list(score.distribution.probability) == pytest.approx([0] * 7 + [0.25, 0.75, 0], abs=1e-9)
+            assert list(score.distribution.level) == list(range(1, 11))
+            assert score.distribution.mass == pytest.approx(0.8)
+            assert score.rationale == "it is fine."
+            assert answer.outcomes[1].error.code == code_pb2.INTERNAL
+            assert "500" in answer.outcomes[1].error.message
+            info = await served.stub.GetInfo(pb.GetInfoRequest())
+            assert info.kind == pb.SCORER_KIND_JUDGE
+            assert (info.normalization.center, info.normalization.scale) == (5.5, 4.5)
+
+    asyncio.run(scenario())
+
+
+def test_the_rationale_is_sent_only_when_asked_for() -> None:
+    async def scenario() -> None:
+        async with serving(scorer()) as served:
+            answer = await served.stub.Score(score_request("fine"))
+            assert not answer.outcomes[0].score.HasField("rationale")
+
+    asyncio.run(scenario())
+
+
+def test_a_comparison_is_the_mean_of_both_orders() -> None:
+    async def scenario() -> None:
+        async with serving(scorer()) as served:
+            items = [
+                pb.CompareItem(id=1, prompt=conversation("q"), response_a="good", response_b="bad"),
+                pb.CompareItem(id=2, prompt=conversation("q"), response_a="bad", response_b="good"),
+            ]
+            good_bad, bad_good = (
+                o.comparison for o in (await served.stub.Compare(pb.CompareRequest(items=items))).outcomes
+            )
+            assert (good_bad.p_a_first, good_bad.p_a_second) == pytest.approx((0.9, 0.6))
+            assert good_bad.p_a == pytest.approx(0.75)
+            assert bad_good.p_a == pytest.approx(1 - good_bad.p_a)
+
+    asyncio.run(scenario())
+
+
+def test_a_judge_without_a_pair_rubric_says_so_per_item() -> None:
+    async def scenario() -> None:
+        async with serving(scorer(pair=False)) as served:
+            item = pb.CompareItem(id=1, prompt=conversation("q"), response_a="a", response_b="b")
+            outcome = (await served.stub.Compare(pb.CompareRequest(items=[item]))).outcomes[0]
+            assert outcome.error.code == code_pb2.UNIMPLEMENTED
+            assert "--pair_rubric" in outcome.error.message
+
+    asyncio.run(scenario())
+
+
+def test_the_version_follows_rubric_and_chain_of_thought() -> None:
+    async def scenario() -> None:
+        scorers = [scorer(), scorer(), scorer(cot=False), scorer(pair=False)]
+        versions = [s.version for s in scorers]
+        assert versions[0] == versions[1]
+        assert len(set(versions)) == 3
+        for s in scorers:
+            await s.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_pair_rubric_cannot_score() -> None:
+    with pytest.raises(ConfigError, match="scores one response"):
+        JudgeScorer(Judge(ScriptedModel(reply), Rubric(PAIR, "x")), None, max_in_flight=1)
+
+
+def test_the_scale_of_another_rubric_maps_to_minus_one_to_one() -> None:
+    five = SCORE.model_copy(update={"labels": ("1", "2", "3", "4", "5")})
+    judge = JudgeScorer(Judge(ScriptedModel(reply), Rubric(five, "x")), None, max_in_flight=1)
+    scale = judge.normalization
+    assert [(level - scale.center) / scale.scale for level in (1, 3, 5)] == [-1, 0, 1]
+    assert math.isfinite(scale.scale)
+    asyncio.run(judge.close())

@@ -1,0 +1,167 @@
+"""A reward model behind the service: what it serves is what transformers computes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from protos.rlaif.reward.v1 import reward_pb2 as pb
+from reward_server.model import load_backbone, load_reward_model, scores
+from reward_server.scorers.base import Scored, ScoreTask
+from reward_server.scorers.learned import LearnedScorer
+from rlaif.chat import BUILTIN_TEMPLATES
+from rlaif.errors import ModelError
+from rlaif.types import Message, user_prompt
+from tests.reward_server import tiny
+from tests.reward_server.fakes import conversation, score_request, serving
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_classifier(tmp_path_factory.mktemp("classifier"))
+
+
+def load(folder: Path) -> LearnedScorer:
+    return LearnedScorer(str(folder), load_reward_model(str(folder), device="cpu"))
+
+
+def test_the_served_score_is_the_forward_pass_of_transformers(checkpoint: Path) -> None:
+    responses = ["yes", "no, not at all", "a" * 60, "?"]
+
+    async def scenario() -> pb.ScoreResponse:
+        async with serving(load(checkpoint)) as served:
+            answer: pb.ScoreResponse = await served.stub.Score(score_request(*responses))
+            return answer
+
+    answer = asyncio.run(scenario())
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = BUILTIN_TEMPLATES["plain"]  # what a tokenizer without a template gets
+    for response, outcome in zip(responses, answer.outcomes, strict=True):
+        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": response}]
+        ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
+        with torch.no_grad():
+            expected = model(input_ids=ids).logits.item()
+        assert outcome.score.raw == pytest.approx(expected, abs=1e-5)
+        assert outcome.score.normalized == outcome.score.raw  # a plain checkpoint has no statistics
+        assert outcome.score.tokens == ids.shape[1]
+
+
+def test_a_score_does_not_depend_on_its_batch(checkpoint: Path) -> None:
+    scorer = load(checkpoint)
+    rng = random.Random(0)
+    items = [
+        scorer.prepare(ScoreTask((*user_prompt("p" * rng.randint(1, 40)), Message("assistant", "r" * n))))
+        for n in range(1, 60)
+    ]
+
+    async def score(batch: list[int]) -> list[float]:
+        outcomes = await scorer.score([items[i] for i in batch])
+        return [o.raw for o in outcomes if isinstance(o, Scored)]
+
+    async def scenario() -> None:
+        alone = [(await score([i]))[0] for i in range(len(items))]
+        assert max(alone) - min(alone) > 0.1
+        for _ in range(20):
+            batch = rng.sample(range(len(items)), rng.randint(2, 30))
+            for i, value in zip(batch, await score(batch), strict=True):
+                assert value == pytest.approx(alone[i], abs=1e-5)
+        await scorer.close()
+
+    asyncio.run(scenario())
+
+
+def test_comparison_is_the_sigmoid_of_the_difference(checkpoint: Path) -> None:
+    async def scenario() -> None:
+        async with serving(load(checkpoint)) as served:
+            items = [
+                pb.CompareItem(id=i, prompt=conversation("q"), response_a=a, response_b=b)
+                for i, (a, b) in enumerate([("yes", "no"), ("no", "yes"), ("same", "same")])
+            ]
+            compared = (await served.stub.Compare(pb.CompareRequest(items=items))).outcomes
+            scored = (await served.stub.Score(score_request("yes", "no"))).outcomes
+            difference = torch.tensor(scored[0].score.raw - scored[1].score.raw, dtype=torch.float64)
+            p_a = [o.comparison.p_a for o in compared]
+            assert p_a[0] == pytest.approx(torch.sigmoid(difference).item(), abs=1e-5)
+            assert p_a[0] + p_a[1] == pytest.approx(1.0, abs=1e-6)
+            assert p_a[2] == pytest.approx(0.5, abs=1e-6)
+            assert not compared[0].comparison.HasField("p_a_first")
+
+    asyncio.run(scenario())
+
+
+def test_a_long_conversation_is_refused_or_loses_the_start_of_its_prompt(checkpoint: Path) -> None:
+    async def scenario() -> None:
+        async with serving(load(checkpoint)) as served:
+            long = pb.ScoreItem(id=1, conversation=conversation("x" * 500 + "the end", "fine"))
+            refused = await served.stub.Score(pb.ScoreRequest(items=[long]))
+            assert "128" in refused.outcomes[0].error.message
+            request = pb.ScoreRequest(items=[long], truncation=pb.TRUNCATION_LEFT)
+            score = (await served.stub.Score(request)).outcomes[0].score
+            assert score.truncated and score.tokens == 128
+
+    asyncio.run(scenario())
+
+
+def test_the_version_follows_weights_template_and_scale(checkpoint: Path, tmp_path: Path) -> None:
+    version = load_reward_model(str(checkpoint), device="cpu").version
+    assert load_reward_model(str(checkpoint), device="cpu").version == version
+    other = tiny.save_classifier(tmp_path / "other", seed=1)
+    assert load_reward_model(str(other), device="cpu").version != version
+    templated = tiny.save_classifier(tmp_path / "templated")
+    (templated / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}|{% endfor %}")
+    assert load_reward_model(str(templated), device="cpu").version != version
+    scaled = tiny.save_classifier(tmp_path / "scaled")
+    (scaled / "reward_model.json").write_text(json.dumps({"mean": 1.0, "std": 2.0, "source": "a test"}))
+    model = load_reward_model(str(scaled), device="cpu")
+    assert model.version != version
+    assert (model.normalization.center, model.normalization.scale) == (1.0, 2.0)
+
+
+def test_what_is_no_reward_model_is_refused_by_name(tmp_path: Path) -> None:
+    three = tiny.save_classifier(tmp_path / "three", num_labels=3)
+    with pytest.raises(ModelError, match=r"one output .*\(3, 32\)"):
+        load_reward_model(str(three))
+    language_model = tiny.save_language_model(tmp_path / "lm")
+    with pytest.raises(ModelError, match=r"no trained scalar head .*rlaif train rm"):
+        load_reward_model(str(language_model))
+    with pytest.raises(ModelError, match="cannot load"):
+        load_reward_model(str(tmp_path / "nothing"))
+    damaged = tiny.save_classifier(tmp_path / "damaged")
+    (damaged / "reward_model.json").write_text('{"mean": 0.0, "std": 0.0, "source": ""}')
+    with pytest.raises(ModelError, match=r"reward_model\.json is damaged"):
+        load_reward_model(str(damaged))
+
+
+def test_a_causal_language_model_gets_a_seeded_head_and_a_pad_of_its_own(tmp_path: Path) -> None:
+    folder = tiny.save_language_model(tmp_path)
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    model, tokenizer = load_backbone(str(folder), chat_template="transcript", seed=3)
+    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert model.score.weight.std().item() == pytest.approx(1 / 33**0.5, rel=0.4)
+    assert not torch.equal(model.score.weight, torch.zeros_like(model.score.weight))
+    again, _ = load_backbone(str(folder), chat_template="transcript", seed=3)
+    other, _ = load_backbone(str(folder), chat_template="transcript", seed=4)
+    assert torch.equal(again.score.weight, model.score.weight)
+    assert not torch.equal(other.score.weight, model.score.weight)
+
+
+def test_the_last_token_is_read_even_when_it_is_eos(tmp_path: Path) -> None:
+    """With PAD = EOS the pooling would step back over a final EOS, and only then."""
+    model, tokenizer = load_backbone(str(tiny.save_language_model(tmp_path)), chat_template=None, seed=0)
+    model.eval()
+    ids = [0, 70, 71, tokenizer.eos_token_id]
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.tensor([ids])).last_hidden_state
+        by_hand = (hidden @ model.score.weight.T)[0, -1, 0].item()
+        padded = scores(model, [ids, [0, *range(60, 80)]])[0].item()
+    assert padded == pytest.approx(by_hand, abs=1e-5)
