@@ -1,0 +1,437 @@
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from policy_trainer.checkpoint import list_checkpoints
+from policy_trainer.client import FunctionReward, Reward, RewardClient
+from policy_trainer.config import DPOConfig
+from policy_trainer.dpo import PairExample, PairSums, accumulate_gradients, train
+from policy_trainer.preference_losses import LossType
+from policy_trainer.rounds import Round, RoundSample, penalised, sequence_logprobs, store_round, stored_round
+from rlaif.cli import main
+from rlaif.errors import ConfigError, ModelError, QualityError, RewardServerError
+from rlaif.types import Conversation
+from tests.policy_trainer import tiny
+from tests.policy_trainer.reward_servers import NumberServer, free_port, serving
+
+
+def dpo_config(folder: Path, **changes: Any) -> DPOConfig:
+    """A run in `folder`, over a policy and prompts that are made there if they are not."""
+    policy, prompts = folder / "policy", folder / "prompts.jsonl"
+    if not policy.exists():
+        tiny.save_policy(policy)
+    if not prompts.exists():
+        tiny.save_prompts(prompts)
+    given: dict[str, Any] = {
+        "model_name_or_path": str(policy),
+        "dataset": prompts,
+        "output_dir": folder / "run",
+        "reward_server": "127.0.0.1:1",
+        "max_new_tokens": 8,
+        "rollout_batch_size": 8,
+        "num_generations": 4,
+        "max_steps": 4,
+        "per_device_train_batch_size": 3,
+        "learning_rate": 2e-3,
+        "save_steps": 1000,
+    }
+    return DPOConfig(**{**given, **changes})
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return tiny.without_times(rows)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    mine, theirs = weights(one), weights(other)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.fixture
+def source() -> Iterator[FunctionReward]:
+    made = FunctionReward(tiny.share_of_w0)
+    yield made
+    made.close()
+
+
+class Interrupting(FunctionReward):
+    """Share of w0, and something that happens at the n-th call (the self-check's is call 0)."""
+
+    def __init__(self, at: int, event: Any, function: Any = tiny.share_of_w0) -> None:
+        super().__init__(function)
+        self.calls, self._at, self._event = 0, at, event
+
+    def score(self, conversations: Sequence[Conversation]) -> list[Reward]:
+        self.calls += 1
+        if self.calls - 1 == self._at:
+            self._event()
+        return super().score(conversations)
+
+
+# ---- the gradient of a minibatch ----
+
+
+def some_pairs(count: int = 5) -> list[PairExample]:
+    rng = random.Random(5)
+
+    def words(most: int) -> list[int]:
+        return [rng.randrange(6, 30) for _ in range(rng.randint(1, most))]
+
+    return [
+        PairExample([1, 4, *words(9), 5], words(12), words(12), -rng.uniform(1, 30), -rng.uniform(1, 30), p)
+        for p in (1.0, 0.9, 0.6, 0.75, 0.5)[:count]
+    ]
+
+
+def gradients(model: LlamaForCausalLM) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def gradient_of(
+    examples: Sequence[PairExample], micro_batch_tokens: int, loss_type: LossType = "sigmoid"
+) -> tuple[torch.Tensor, PairSums]:
+    model = tiny.model()
+    sums = accumulate_gradients(
+        model,
+        examples,
+        beta=0.2,
+        loss_type=loss_type,
+        temperature=0.7,
+        micro_batch_tokens=micro_batch_tokens,
+    )
+    return gradients(model), sums
+
+
+def by_the_equation(examples: Sequence[PairExample], divisors: Sequence[int]) -> torch.Tensor:
+    """Equation 7 with soft labels, pair by pair, without padding, from the model's plain logits in float32."""
+    model = tiny.model()
+    for example, divisor in zip(examples, divisors, strict=True):
+
+        def logprob(response: Sequence[int], prompt: Sequence[int] = example.prompt_ids) -> torch.Tensor:
+            ids = torch.tensor([[*prompt, *response]])
+            logps = (model(ids).logits[0, :-1] / 0.7).log_softmax(-1)
+            return logps[range(ids.shape[1] - 1), ids[0, 1:]][len(prompt) - 1 :].sum()
+
+        h = 0.2 * (
+            (logprob(example.chosen_ids) - example.reference_chosen)
+            - (logprob(example.rejected_ids) - example.reference_rejected)
+        )
+        p = example.chosen_prob
+        loss = -(p * torch.log(torch.sigmoid(h)) + (1 - p) * torch.log(torch.sigmoid(-h)))
+        torch.autograd.backward(loss / divisor)
+    return gradients(model)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 60, 100_000], ids=["one pair", "some", "all at once"])
+def test_gradient_is_that_of_the_equation_whatever_the_micro_batch(micro_batch_tokens: int) -> None:
+    examples = some_pairs()
+    gradient, sums = gradient_of(examples, micro_batch_tokens)
+    torch.testing.assert_close(gradient, by_the_equation(examples, [5] * 5), rtol=1e-4, atol=1e-6)
+    assert sums.pairs == 5
+
+
+def test_a_mean_of_micro_batch_means_would_be_another_gradient() -> None:
+    examples = some_pairs()
+    # Micro-batches of two and three pairs, averaged each and then together: weights 1/4 and 1/6 for 1/5.
+    wrong = by_the_equation(examples, [4, 4, 6, 6, 6])
+    gradient, _ = gradient_of(examples, 100_000)
+    assert (gradient - wrong).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.permutations(range(5)), micro_batch_tokens=st.integers(1, 400))
+def test_neither_order_nor_padding_nor_micro_batches_change_the_gradient_or_the_metrics(
+    loss_type: LossType, order: list[int], micro_batch_tokens: int
+) -> None:
+    examples = some_pairs()
+    expected, expected_sums = gradient_of(examples, 100_000, loss_type)
+    gradient, sums = gradient_of([examples[i] for i in order], micro_batch_tokens, loss_type)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    assert list(sums) == pytest.approx(list(expected_sums), rel=1e-5)
+
+
+def test_log_probabilities_of_sequences_are_the_models() -> None:
+    model = tiny.model()
+    pairs = [(list(e.prompt_ids), list(e.chosen_ids)) for e in some_pairs()]
+    found = sequence_logprobs(model, pairs, 1.0, 50)
+    for (prompt, response), logprob in zip(pairs, found, strict=True):
+        ids = torch.tensor([[*prompt, *response]])
+        logps = model(ids).logits[0, :-1].log_softmax(-1)
+        alone = logps[range(ids.shape[1] - 1), ids[0, 1:]][len(prompt) - 1 :].sum()
+        assert logprob == pytest.approx(alone.item(), abs=1e-4)
+
+
+# ---- the loop ----
+
+
+def test_the_first_update_starts_at_the_reference(tmp_path: Path, source: FunctionReward) -> None:
+    train(dpo_config(tmp_path, max_steps=1, per_device_train_batch_size=8), source)
+    (first,) = metrics(tmp_path / "run")
+    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert first["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+    assert 0.0 <= first["rewards/accuracies"] <= 1.0
+
+
+def test_log_ratios_to_the_previous_policy_start_every_round_at_zero(
+    tmp_path: Path, source: FunctionReward
+) -> None:
+    online = {"max_steps": 3, "per_device_train_batch_size": 8}
+    train(dpo_config(tmp_path, reference="previous", **online), source)
+    rows = metrics(tmp_path / "run")
+    assert [row["loss/dpo"] for row in rows] == pytest.approx([math.log(2)] * 3, abs=1e-5)
+    assert rows[2]["objective/kl"] > 1e-3  # KL is still measured from where training began
+    train(dpo_config(tmp_path, reference="initial", output_dir=tmp_path / "initial", **online), source)
+    assert metrics(tmp_path / "initial")[2]["loss/dpo"] != pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"soft_labels": False},
+        {"reference": "previous"},
+        {"pair_strategy": "random"},
+        {"loss_type": "ipo"},
+        {"loss_type": "hinge"},
+    ],
+    ids=str,
+)
+def test_the_reward_rises_and_kl_stays_in_range(
+    tmp_path: Path, changes: dict[str, Any], source: FunctionReward
+) -> None:
+    learning = {"max_steps": 10, "rollout_batch_size": 16, "learning_rate": 5e-3, "num_train_epochs": 2}
+    train(
+        dpo_config(tmp_path, per_device_train_batch_size=8, label_temperature=0.1, **{**learning, **changes}),
+        source,
+    )
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["objective/scores"] < 0.15
+    assert rows[-1]["objective/scores"] > rows[0]["objective/scores"] + 0.25
+    assert all(-1e-4 <= row["objective/kl"] < 30 for row in rows)
+
+
+def test_metrics_carry_the_names_that_users_know(tmp_path: Path, source: FunctionReward) -> None:
+    train(dpo_config(tmp_path, max_steps=1), source)
+    (row,) = metrics(tmp_path / "run")
+    assert {"step", "episode", "objective/kl", "objective/scores", "reward/missing", "loss/dpo"} < set(row)
+    assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"} < set(row)
+    assert (row["step"], row["episode"]) == (1, 32)
+
+
+def test_transcripts_are_written_for_people(tmp_path: Path, source: FunctionReward) -> None:
+    train(dpo_config(tmp_path, max_steps=1, samples_per_step=5), source)
+    lines = (tmp_path / "run/samples/step-000001.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    assert len(lines) == 5
+    assert row["prompt"][-1]["role"] == "user"
+    words = row["response"].split()
+    assert row["reward"] == pytest.approx(words.count("w0") / max(1, len(words)))
+
+
+def test_a_missing_reward_is_counted_and_takes_no_part(tmp_path: Path) -> None:
+    def mostly(prompts: Sequence[Conversation], responses: Sequence[str]) -> list[float | None]:
+        rewards = tiny.share_of_w0(prompts, responses)
+        return [None if len(prompts) == 32 and i % 4 == 0 else 5.0 for i, _ in enumerate(rewards)]
+
+    train(dpo_config(tmp_path, max_steps=1, self_check=False), FunctionReward(mostly))
+    (row,) = metrics(tmp_path / "run")
+    assert row["reward/missing"] == 8
+    assert row["objective/scores"] == 5.0  # a missing one as 0 would make it 3.75
+    assert row["pairs/count"] == 0 and row["pairs/skipped_tie"] == 8
+    assert row["loss/dpo"] is None
+
+
+def test_a_round_of_ties_changes_nothing(tmp_path: Path) -> None:
+    equal = FunctionReward(lambda prompts, responses: [1.0] * len(responses))
+    train(dpo_config(tmp_path, max_steps=2, self_check=False), equal)
+    before, after = weights(tmp_path / "policy"), weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in after)
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_too_many_missing_rewards_stop_the_run_at_a_checkpoint_from_which_it_goes_on(
+    tmp_path: Path, source: FunctionReward
+) -> None:
+    failing = False
+
+    def half(prompts: Sequence[Conversation], responses: Sequence[str]) -> list[float | None]:
+        rewards = tiny.share_of_w0(prompts, responses)
+        return [None if failing and i % 2 else r for i, r in enumerate(rewards)]
+
+    def fail() -> None:
+        nonlocal failing
+        failing = True
+
+    config = dpo_config(tmp_path, max_missing_rewards=0.4)
+    with pytest.raises(QualityError, match=r"16 of 32 rewards are missing.*function returned None"):
+        train(config, Interrupting(3, fail, half))
+    assert list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-000002"
+    train(config, source)
+    train(dpo_config(tmp_path, output_dir=tmp_path / "whole"), source)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+# ---- resume ----
+
+
+def test_a_run_stopped_between_two_updates_of_a_round_goes_on_to_the_same_result(
+    tmp_path: Path, source: FunctionReward
+) -> None:
+    config = dpo_config(tmp_path, num_train_epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, Interrupting(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    state = json.loads((list_checkpoints(tmp_path / "run")[-1] / "state.json").read_text())
+    assert (state["step"], state["updates"]) == (1, 1)
+    counting = Interrupting(-1, None)
+    train(config, counting)
+    train(dpo_config(tmp_path, num_train_epochs=2, output_dir=tmp_path / "whole"), source)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    # The self-check, and rounds 3 and 4: the round under way had been scored already.
+    assert counting.calls == 3
+
+
+def test_a_server_that_is_lost_leaves_a_checkpoint(tmp_path: Path, source: FunctionReward) -> None:
+    def lose() -> None:
+        raise RewardServerError("gone")
+
+    config = dpo_config(tmp_path)
+    with pytest.raises(RewardServerError, match="gone"):
+        train(config, Interrupting(3, lose))
+    train(config, source)
+    train(dpo_config(tmp_path, output_dir=tmp_path / "whole"), source)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_micro_batches_do_not_change_the_run(tmp_path: Path, source: FunctionReward) -> None:
+    train(dpo_config(tmp_path, micro_batch_tokens=30, output_dir=tmp_path / "small"), source)
+    train(dpo_config(tmp_path, micro_batch_tokens=100_000, output_dir=tmp_path / "large"), source)
+    for small, large in zip(metrics(tmp_path / "small"), metrics(tmp_path / "large"), strict=True):
+        assert small == pytest.approx(large, abs=1e-4)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, source: FunctionReward) -> None:
+    train(dpo_config(tmp_path), source)
+    before = metrics(tmp_path / "run")
+    counting = Interrupting(-1, None)
+    train(dpo_config(tmp_path), counting)
+    assert metrics(tmp_path / "run") == before
+    assert counting.calls == 0
+
+
+def test_another_reward_model_is_refused_on_resume(tmp_path: Path, source: FunctionReward) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(dpo_config(tmp_path), Interrupting(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    other = FunctionReward(tiny.share_of_w0, version="2")
+    with pytest.raises(RewardServerError, match="serves version 2, this run began with 1"):
+        train(dpo_config(tmp_path), other)
+
+
+def test_another_reference_is_refused_on_resume(tmp_path: Path, source: FunctionReward) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(dpo_config(tmp_path), Interrupting(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    tiny.save_policy(tmp_path / "policy", seed=1)
+    with pytest.raises(ModelError, match="not the one that this run began with"):
+        train(dpo_config(tmp_path), source)
+
+
+@pytest.mark.slow
+def test_kill_9_at_a_random_moment_and_the_same_command_again_give_the_uninterrupted_run(
+    tmp_path: Path,
+) -> None:
+    def share(text: str) -> float:
+        return text.split().count("w0") / max(1, len(text.split()))
+
+    rng = random.Random()
+    killed, lines = tmp_path / "killed", tmp_path / "killed/metrics.jsonl"
+    with serving(NumberServer(score=share, max_items=16)) as at:
+        config = dpo_config(tmp_path, max_steps=30, save_steps=4, reward_server=at, output_dir=killed)
+        changed = [
+            f.name for f in fields(DPOConfig) if getattr(config, f.name) != f.default and f.name != "seed"
+        ]
+        flags = [word for name in changed for word in (f"--{name}", str(getattr(config, name)))]
+        command = [sys.executable, "-m", "rlaif.cli", "train", "dpo", *flags]
+
+        kill_after = rng.randint(1, 20)
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None:
+            if lines.is_file() and len(lines.read_text().splitlines()) >= kill_after:
+                break
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+        assert kill_after <= len(lines.read_text().splitlines()) < 30
+        subprocess.run(command, check=True, capture_output=True)
+        with RewardClient(at) as client:
+            train(replace(config, output_dir=tmp_path / "whole"), client)
+    assert_same_run(killed, tmp_path / "whole")
+    assert len(metrics(killed)) == 30
+
+
+# ---- the round as data, flags, errors ----
+
+
+def test_a_stored_round_is_read_back_exactly_and_only_for_its_reward_model(tmp_path: Path) -> None:
+    sample = RoundSample(3, [7, 2], "w1", True, -1.1, -1.3, 0.2, Reward(0.1 + 0.2, 1 / 3, None, 9))
+    missing = RoundSample(3, [8], "w2", False, -2.0, -2.0, 0.0, Reward(None, None, "out_of_range: long"))
+    written = Round(4, [sample, missing], {"rollout": 0.25}, "v1")
+    store_round(tmp_path, written)
+    assert stored_round(tmp_path, 4, "v1") == written
+    assert stored_round(tmp_path, 4, "v2") is None
+    assert stored_round(tmp_path, 5, "v1") is None
+
+
+def test_the_penalty_of_an_unfinished_response_counts_in_both_units() -> None:
+    assert penalised(Reward(1.0, 7.0), 0.5, scale=4.0)[:2] == (0.5, 5.0)
+    missing = Reward(None, None, "no_reward")
+    assert penalised(missing, 0.5, scale=4.0) == missing
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"num_generations": 1}, "num_generations"),
+        ({"beta": 0.0}, "beta"),
+        ({"label_temperature": 0.0}, "label"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        dpo_config(tmp_path, **change)
+
+
+def test_a_dead_server_is_one_line_and_exit_code_6(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dpo_config(tmp_path)
+    at = f"127.0.0.1:{free_port()}"
+    flags = {"model_name_or_path": config.model_name_or_path, "dataset": config.dataset, "reward_server": at}
+    flags |= {"output_dir": tmp_path / "run", "reward_give_up_after_s": 0.2}
+    code = main(["train", "dpo", *(str(w) for name, value in flags.items() for w in (f"--{name}", value))])
+    assert code == 6
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlaif:")]
+    assert len(lines) == 1 and "start one: rlaif serve" in lines[0]
