@@ -63,7 +63,7 @@ def load_policy(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one bar per shard and save would bury the progress of training
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar per shard and save would bury the progress of training
     path = ModelRef.parse(model_name_or_path).pretrained_path()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)

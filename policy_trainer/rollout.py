@@ -10,6 +10,7 @@ from torch import Tensor
 
 from policy_trainer.batching import PAD_FILL, length_buckets
 from policy_trainer.logprobs import gather_logprobs
+from rlaif.errors import QualityError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,6 +84,7 @@ class HFRollout:
 
         Raises:
             ValueError: a prompt is empty or `temperature` is not positive.
+            QualityError: the policy's logits are not finite.
         """
         if temperature <= 0 or not all(prompt_ids):
             raise ValueError("prompts must have at least one token and the temperature must be positive")
@@ -113,6 +115,11 @@ class HFRollout:
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         cache = DynamicCache(config=self._model.config)
         logits = self._step(input_ids, mask, (mask.cumsum(1) - mask), cache)
+        if not torch.isfinite(logits).all():
+            raise QualityError(
+                "the policy's logits are not finite: training has diverged; start again from an earlier checkpoint "
+                "with a lower --learning_rate"
+            )
         if copies > 1:
             logits = logits.repeat_interleave(copies, dim=0)
             mask = mask.repeat_interleave(copies, dim=0)

@@ -1,0 +1,282 @@
+"""The PPO loop as a whole: what must hold at its first step, whatever the batch is cut into, and over a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from policy_trainer.advantages import moments, whiten
+from policy_trainer.client import FunctionReward
+from policy_trainer.ppo import Episodes, Reading, Trainer, train
+from rlaif.errors import ConfigError, QualityError, SelfCheckError
+from rlaif.types import Conversation
+from tests.policy_trainer import tiny
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def source(function: Callable[..., list[float | None]] = tiny.share_of_w0) -> FunctionReward:
+    return FunctionReward(function)
+
+
+# ---- the first step ----
+
+
+@pytest.mark.parametrize("value_head", ["separate", "shared"])
+@pytest.mark.parametrize("micro_batch_tokens", [40, 8192], ids=["many micro-batches", "one micro-batch"])
+def test_at_the_first_step_ratio_is_1_and_kl_0_to_the_last_bit(
+    tmp_path: Path, value_head: str, micro_batch_tokens: int
+) -> None:
+    settings = {"value_head": value_head, "micro_batch_tokens": micro_batch_tokens, "max_steps": 1}
+    train(tiny.ppo_config(tmp_path, num_ppo_epochs=1, num_mini_batches=1, **settings), source())
+    (first,) = metrics(tmp_path)
+    assert first["val/ratio"] == 1.0
+    assert first["val/ratio_var"] == 0.0
+    assert first["policy/approxkl_avg"] == 0.0
+    assert first["policy/clipfrac_avg"] == 0.0
+    assert first["objective/kl"] == 0.0
+    assert first["objective/non_score_reward"] == 0.0
+    assert first["objective/rlhf_reward"] == first["objective/scores"]
+
+
+def test_later_minibatches_move_away_from_ratio_1(tmp_path: Path) -> None:
+    """The control: the numbers above are measured and not constants."""
+    train(tiny.ppo_config(tmp_path, max_steps=2), source())
+    first, second = metrics(tmp_path)
+    assert first["val/ratio_var"] > 0
+    assert second["objective/kl"] != 0.0
+
+
+# ---- invariance ----
+
+
+@dataclasses.dataclass
+class Step:
+    """One step's data, with old log-probabilities moved so that ratios are not 1 and some are clipped."""
+
+    trainer: Trainer
+    episodes: Episodes
+    read: Reading
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+    def gradient(
+        self, micro_batches: Sequence[Sequence[int]], divisors: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        tokens = int(self.read.mask.sum())
+        self.trainer.model.zero_grad()
+        for rows, divisor in zip(micro_batches, divisors or [tokens] * len(micro_batches), strict=True):
+            self.trainer.accumulate(
+                self.episodes, self.read, self.advantages, self.returns, rows, divisor, policy_learns=True
+            )
+        grads = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        return torch.cat([g.flatten() for g in grads])
+
+    def padded(self, extra: int) -> Step:
+        wide = torch.nn.functional.pad
+        return dataclasses.replace(
+            self,
+            read=Reading(*(wide(t, (0, extra)) for t in self.read)),
+            advantages=wide(self.advantages, (0, extra), value=3.0),
+            returns=wide(self.returns, (0, extra), value=3.0),
+        )
+
+
+@pytest.fixture(params=["separate", "shared"])
+def step(request: pytest.FixtureRequest, tmp_path: Path) -> Step:
+    config = tiny.ppo_config(tmp_path, value_head=request.param, rollout_batch_size=12, vf_coef=0.5)
+    trainer = Trainer.start(config, source())
+    episodes = trainer.rollout()
+    read = trainer.read(episodes)
+    noise = torch.Generator().manual_seed(0)
+    moved = read.logprobs + 0.3 * torch.randn(read.logprobs.shape, generator=noise) * read.mask
+    advantages = torch.randn(read.mask.shape, generator=noise) * read.mask
+    returns = torch.randn(read.mask.shape, generator=noise) * read.mask
+    return Step(trainer, episodes, read._replace(logprobs=moved), advantages, returns)
+
+
+def test_gradients_do_not_depend_on_micro_batches_padding_or_order(step: Step) -> None:
+    whole = step.gradient([range(12)])
+    assert whole.abs().max() > 1e-3
+    cuts = {
+        "one by one": [[i] for i in range(12)],
+        "ragged": [[0, 1, 2, 3, 4], [5], [6, 7, 8, 9, 10, 11]],
+        "reversed": [list(reversed(range(12)))],
+        "by length": [[i] for i in sorted(range(12), key=lambda i: step.episodes.lengths[i])],
+    }
+    for name, cut in cuts.items():
+        torch.testing.assert_close(
+            step.gradient(cut), whole, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    torch.testing.assert_close(step.padded(5).gradient([range(12)]), whole, atol=2e-6, rtol=1e-4)
+
+
+def test_a_mean_of_micro_batch_means_would_be_another_gradient(step: Step) -> None:
+    """The control: what the loop avoids is visible with these tolerances."""
+    cut = [[0, 1, 2, 3, 4], [5], [6, 7, 8, 9, 10, 11]]
+    means = [int(step.read.mask[rows].sum()) * len(cut) for rows in cut]
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(
+            step.gradient(cut, means), step.gradient([range(12)]), atol=2e-6, rtol=1e-4
+        )
+
+
+def test_a_run_does_not_depend_on_the_size_of_micro_batches(tmp_path: Path) -> None:
+    runs = []
+    for tokens in (30, 8192):
+        config = tiny.ppo_config(tmp_path, micro_batch_tokens=tokens, output_dir=tmp_path / str(tokens))
+        train(config, source())
+        lines = (tmp_path / str(tokens) / "metrics.jsonl").read_text().splitlines()
+        runs.append(tiny.without_times([json.loads(line) for line in lines]))
+    for small, large in zip(*runs, strict=True):
+        for name in small:
+            assert small[name] == pytest.approx(large[name], abs=2e-4, rel=1e-3), name
+
+
+# ---- missing rewards ----
+
+
+def no_reward_for_long_ones(prompts: Sequence[Conversation], responses: Sequence[str]) -> list[float | None]:
+    known = tiny.share_of_w0(prompts, responses)
+    return [None if len(r.split()) > 6 else s for r, s in zip(responses, known, strict=True)]
+
+
+def test_a_missing_reward_takes_its_response_out_and_is_counted(tmp_path: Path) -> None:
+    config = tiny.ppo_config(tmp_path, max_steps=2, samples_per_step=100, max_missing_rewards=0.9)
+    train(config, source(no_reward_for_long_ones))
+    for row in metrics(tmp_path):
+        text = (tmp_path / "run" / "samples" / f"step-{row['step']:06d}.jsonl").read_text()
+        kept = [json.loads(line) for line in text.splitlines()]
+        assert 0 < row["reward/missing"] == 8 - len(kept)
+        assert all(len(sample["response"].split()) <= 6 for sample in kept)
+        assert row["objective/scores"] == pytest.approx(
+            math.fsum(s["reward"] for s in kept) / len(kept), abs=1e-6
+        )
+        assert row["objective/kl"] == pytest.approx(math.fsum(s["kl"] for s in kept) / len(kept), abs=1e-6)
+        assert row["response/length"] <= 7
+
+
+def test_a_response_without_a_reward_has_no_gradient(step: Step) -> None:
+    """An update with response 5 missing leaves the models as an update that never heard of it."""
+    kept = [i for i in range(12) if i != 5]
+    weights = []
+    for poison in (0.0, 1e6):
+        step.advantages[5] = poison
+        step.returns[5] = poison
+        trainer = Trainer.start(step.trainer.config, source())
+        stats = trainer.update(step.episodes, step.read, step.advantages, step.returns, kept)
+        weights.append((stats, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])))
+    assert weights[0][0] == weights[1][0]
+    assert torch.equal(weights[0][1], weights[1][1])
+
+
+def test_too_many_missing_rewards_stop_at_a_checkpoint_and_the_run_goes_on_when_mended(
+    tmp_path: Path,
+) -> None:
+    calls = 0
+
+    def failing(prompts: Sequence[Conversation], responses: Sequence[str]) -> list[float | None]:
+        nonlocal calls
+        calls += 1
+        return [None] * len(prompts) if calls == 3 else tiny.share_of_w0(prompts, responses)
+
+    config = tiny.ppo_config(tmp_path, max_steps=4)
+    with pytest.raises(
+        QualityError, match=r"8 of 8 rewards are missing at step 2.*None.*run the same command again"
+    ):
+        train(config, source(failing))
+    assert [row["step"] for row in metrics(tmp_path)] == [1]
+    train(config, source())
+    whole = dataclasses.replace(config, output_dir=tmp_path / "whole")
+    train(whole, source())
+    expected = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert tiny.without_times(metrics(tmp_path)) == tiny.without_times(expected)
+
+
+# ---- a run ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value_head", ["separate", "shared"])
+def test_the_reward_rises_while_kl_stays_in_range(tmp_path: Path, value_head: str) -> None:
+    config = tiny.ppo_config(
+        tmp_path,
+        value_head=value_head,
+        max_steps=40,
+        rollout_batch_size=32,
+        num_mini_batches=1,
+        num_ppo_epochs=4,
+        learning_rate=2e-3,
+        critic_learning_rate=2e-3,
+        missing_eos_penalty=0.1,
+    )
+    train(config, source())
+    rows = metrics(tmp_path)
+    before = sum(r["objective/scores"] for r in rows[:5]) / 5
+    after = sum(r["objective/scores"] for r in rows[-5:]) / 5
+    assert after > before + 0.25
+    assert all(-0.5 < r["objective/kl"] < 12 for r in rows)
+
+
+def test_in_the_critics_warm_up_only_the_critic_learns(tmp_path: Path) -> None:
+    config = tiny.ppo_config(tmp_path, critic_warmup_steps=2, lr_scheduler_type="constant")
+    train(config, source())
+    first, second, third = metrics(tmp_path)
+    assert second["val/ratio_var"] == 0.0 and second["objective/kl"] == 0.0
+    assert third["val/ratio_var"] > 0.0
+    assert second["loss/value_avg"] != first["loss/value_avg"]
+
+
+def test_rewards_may_be_whitened(tmp_path: Path) -> None:
+    """Token rewards of unit variance and unchanged mean; the metrics keep the scores as they were served."""
+    values = torch.tensor([[0.0, 0.0, 3.0], [0.0, 1.0, 0.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    scaled = whiten(values, mask, moments(values, mask), shift_mean=False)
+    found = moments(scaled, mask)
+    assert found.mean == pytest.approx(0.8, abs=1e-6) and found.variance == pytest.approx(1.0, abs=1e-6)
+    train(tiny.ppo_config(tmp_path, whiten_rewards=True, max_steps=1), source())
+    assert metrics(tmp_path)[0]["objective/rlhf_reward"] == metrics(tmp_path)[0]["objective/scores"]
+
+
+def test_an_adaptive_kl_coefficient_moves_with_the_kl(tmp_path: Path) -> None:
+    config = tiny.ppo_config(tmp_path, target_kl=6.0, kl_horizon=80.0)
+    train(config, source())
+    rows = metrics(tmp_path)
+    # The first step's KL is 0: the error is clipped at -0.2, and 8 of 80 episodes have passed.
+    assert rows[1]["objective/kl_coef"] == pytest.approx(0.05 * (1 - 0.2 * 8 / 80), abs=1e-12)
+
+
+def test_divergence_stops_with_one_clear_line(tmp_path: Path) -> None:
+    config = tiny.ppo_config(tmp_path, learning_rate=1e30, num_ppo_epochs=1, num_mini_batches=1)
+    with pytest.raises(QualityError, match="diverged"):
+        train(config, source())
+    (only,) = metrics(tmp_path)
+    assert all(v is None or math.isfinite(v) for v in only.values())
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(step: Step) -> None:
+    step.advantages[0] = float("nan")
+    before = torch.cat([p.detach().flatten() for p in step.trainer.model.parameters()]).clone()
+    with pytest.raises(QualityError, match="gradient of the policy is nan"):
+        step.trainer.update(step.episodes, step.read, step.advantages, step.returns, range(12))
+    assert torch.equal(torch.cat([p.detach().flatten() for p in step.trainer.model.parameters()]), before)
+
+
+def test_prompt_and_response_must_fit_the_context(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="context of 128"):
+        train(tiny.ppo_config(tmp_path, max_new_tokens=125), source())
+
+
+def test_a_reward_that_is_always_the_same_stops_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(SelfCheckError, match="same reward 7"):
+        train(tiny.ppo_config(tmp_path), source(lambda prompts, responses: [7.0] * len(prompts)))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -1,0 +1,94 @@
+"""PPO losses: numbers worked by hand, the gradient at ratio 1, and invariance to how a batch is cut and padded."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from policy_trainer.ppo_losses import policy_loss, value_loss
+
+LOG = math.log
+
+
+def one(*rows: float) -> Tensor:
+    return torch.tensor([rows], dtype=torch.float64)
+
+
+def all_true(t: Tensor) -> Tensor:
+    return torch.ones_like(t, dtype=torch.bool)
+
+
+def test_policy_loss_by_hand() -> None:
+    """eps = 0.2, four tokens.
+
+    ratio 1.5, A 2: max(-3.0, -1.2 * 2) = -2.4, clipped
+    ratio 1.5, A -2: max(3.0, 2.4) = 3.0
+    ratio 0.5, A 2: max(-1.0, -1.6) = -1.0
+    ratio 0.5, A -2: max(1.0, 1.6) = 1.6, clipped
+    """
+    logprobs = one(LOG(0.6), LOG(0.6), LOG(0.2), LOG(0.2))
+    old = one(LOG(0.4), LOG(0.4), LOG(0.4), LOG(0.4))
+    advantages = one(2.0, -2.0, 2.0, -2.0)
+    found = policy_loss(logprobs, old, advantages, all_true(old), cliprange=0.2)
+    assert found.loss.item() == pytest.approx(-2.4 + 3.0 - 1.0 + 1.6, abs=1e-12)
+    assert found.clipped.item() == 2
+    assert found.ratio.item() == pytest.approx(4.0, abs=1e-12)
+    assert found.ratio_sq.item() == pytest.approx(2 * 2.25 + 2 * 0.25, abs=1e-12)
+    assert found.approx_kl.item() == pytest.approx(LOG(1.5) ** 2 + LOG(0.5) ** 2, abs=1e-12)
+
+
+def test_value_loss_by_hand() -> None:
+    """eps = 0.2: V 1.0, old 0.5, R 1.0: clipped to 0.7, max(0, 0.09); V 0.6, old 0.5, R 1.0: max(0.16, 0.16)."""
+    found = value_loss(one(1.0, 0.6), one(0.5, 0.5), one(1.0, 1.0), all_true(one(0, 0)), cliprange_value=0.2)
+    assert found.loss.item() == pytest.approx((0.09 + 0.16) / 2, abs=1e-12)
+    assert found.clipped.item() == 1
+
+
+def test_at_ratio_1_the_gradient_is_that_of_reinforce() -> None:
+    """The four-logit toy of "Putting RL back in RLHF" (Hugging Face blog): equal logits, action 1, advantage A.
+
+    Both gradients by the logits are A * (p - onehot) = A * (0.25, -0.75, 0.25, 0.25); published there for
+    A = 0.6995 with the opposite sign, as [-.1749, .5246, -.1749, -.1749].
+    """
+    advantage = 0.69951
+    gradients = []
+    for reinforce in (True, False):
+        logits = torch.zeros(1, 1, 4, dtype=torch.float64, requires_grad=True)
+        logprob = logits.log_softmax(-1)[..., 1]
+        if reinforce:
+            loss = -(advantage * logprob).sum()
+        else:
+            loss = policy_loss(logprob, logprob.detach(), one(advantage), all_true(one(0)), 0.2).loss
+        loss.backward()
+        assert logits.grad is not None
+        gradients.append(logits.grad.flatten())
+    torch.testing.assert_close(gradients[0], gradients[1], atol=0, rtol=0)
+    published = torch.tensor([-0.1749, 0.5246, -0.1749, -0.1749], dtype=torch.float64)
+    torch.testing.assert_close(-gradients[1], published, atol=5e-5, rtol=0)
+
+
+def test_a_clipped_token_has_no_gradient() -> None:
+    logprob = one(LOG(0.9)).requires_grad_()
+    policy_loss(logprob, one(LOG(0.3)), one(1.0), all_true(one(0)), 0.2).loss.backward()
+    assert logprob.grad is not None and logprob.grad.item() == 0.0
+
+
+def test_an_overflowing_ratio_gives_a_finite_loss() -> None:
+    logprob = torch.tensor([[0.0]]).requires_grad_()
+    found = policy_loss(logprob, torch.tensor([[-1e4]]), torch.tensor([[-1.0]]), all_true(logprob), 0.2)
+    found.loss.backward()
+    assert torch.isfinite(found.loss) and logprob.grad is not None and torch.isfinite(logprob.grad).all()
+
+
+@pytest.mark.parametrize("junk", [1e4, float("inf"), float("nan")], ids=["huge", "inf", "nan"])
+def test_padding_counts_for_nothing(junk: float) -> None:
+    mask = torch.tensor([[True, False]])
+    padded, bare = one(LOG(0.6), junk), one(LOG(0.6))
+    found = policy_loss(padded, one(LOG(0.4), 0.0), one(-1.0, 5.0), mask, 0.2)
+    assert found == policy_loss(bare, one(LOG(0.4)), one(-1.0), all_true(bare), 0.2)
+    assert value_loss(padded, one(0.0, 0.0), one(1.0, 1.0), mask, 0.2) == value_loss(
+        bare, one(0.0), one(1.0), all_true(bare), 0.2
+    )

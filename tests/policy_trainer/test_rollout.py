@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from policy_trainer.batching import collate, pad_right
+from policy_trainer.logprobs import token_logprobs
+from policy_trainer.rollout import HFRollout, Sampled, decode_response
+
+from tests.policy_trainer import tiny
+
+PROMPTS = [[1, 4, 6 + i % 20, *range(7, 7 + i % 5), 5] for i in range(24)]
+
+
+def sample(seed: int = 0, *, copies: int = 1, temperature: float = 0.8, batch_size: int = 7) -> list[Sampled]:
+    engine = HFRollout(tiny.model(), [2], batch_size=batch_size)
+    return engine.generate(
+        PROMPTS, num_return_sequences=copies, max_new_tokens=10, temperature=temperature, seed=seed
+    )
+
+
+def test_equal_seeds_give_equal_responses_and_others_do_not() -> None:
+    assert sample(3) == sample(3)
+    assert sample(3) != sample(4)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_log_probabilities_are_the_trainers(copies: int) -> None:
+    """Through bucketing, the cache, ended rows that leave, and several samples of one prompt."""
+    sampled = sample(copies=copies)
+    assert [s.prompt_index for s in sampled] == [i for i in range(24) for _ in range(copies)]
+    batch = collate([PROMPTS[s.prompt_index] for s in sampled], [s.response_ids for s in sampled])
+    with torch.no_grad():
+        ours = token_logprobs(
+            tiny.model(), batch.input_ids, batch.attention_mask, batch.response_len, 0.8
+        ).logprobs
+    engine = pad_right([torch.tensor(s.logprobs) for s in sampled], batch.response_len)
+    torch.testing.assert_close(engine, ours * batch.response_mask, atol=2e-5, rtol=0)
+
+
+def test_a_response_ends_at_its_first_eos_or_at_the_limit() -> None:
+    sampled = sample()
+    assert {s.finished for s in sampled} == {True, False}
+    for s in sampled:
+        assert s.finished == (s.response_ids[-1] == 2)
+        assert 2 not in s.response_ids[:-1]
+        assert len(s.response_ids) == len(s.logprobs) <= 10
+        assert s.finished or len(s.response_ids) == 10
+
+
+def test_samples_follow_the_full_distribution() -> None:
+    """First tokens of 6000 samples of one prompt against the model's probabilities (chi-squared, 29 degrees)."""
+    model = tiny.model()
+    engine = HFRollout(model, [2], batch_size=6000)
+    drawn = engine.generate(
+        [PROMPTS[0]], num_return_sequences=6000, max_new_tokens=1, temperature=1.5, seed=0
+    )
+    counts = torch.bincount(torch.tensor([s.response_ids[0] for s in drawn]), minlength=len(tiny.VOCABULARY))
+    with torch.no_grad():
+        expected = (model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 1.5).softmax(-1) * 6000
+    assert ((counts - expected).square() / expected).sum() < 58.3  # the 0.1 % quantile
+
+
+def test_greedy_sampling_is_refused() -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        sample(temperature=0.0)
+
+
+def test_text_for_the_server_has_neither_eos_nor_markup() -> None:
+    tokenizer = tiny.tokenizer()
+    prompt = tokenizer.convert_tokens_to_ids(["<bos>", "<user>", "w1", "<assistant>"])
+    answer = tokenizer.convert_tokens_to_ids(["w2", "w3", "<eos>"])
+    assert decode_response(tokenizer, prompt, Sampled(0, answer, [0.0] * 3, True), [2]) == "w2 w3"
+    assert decode_response(tokenizer, prompt, Sampled(0, answer[:2], [0.0] * 2, False), [2]) == "w2 w3"
+    assert decode_response(tokenizer, prompt, Sampled(0, answer[2:], [0.0], True), [2]) == ""
