@@ -160,7 +160,7 @@ def scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor
 def _load(path: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """Model, tokenizer, and the names of the weights that the checkpoint did not have (head and pooler only)."""
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path)
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 path, num_labels=1, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -183,8 +183,8 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrai
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bar and the report on missing heads, which is read and judged here."""
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its report on missing heads, which is read and judged here."""
     verbosity = hf_logging.get_verbosity()
     bar = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

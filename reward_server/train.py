@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_server.config import RewardModelConfig
 from reward_server.loss import PreferenceMetrics, accuracy, preference_loss, preference_metrics
-from reward_server.model import CARD, context_length, load_backbone, save_card, scores
+from reward_server.model import CARD, context_length, load_backbone, quiet, save_card, scores
 from rlaif.chat import encode_conversation, template_hash
 from rlaif.errors import ConfigError, DataError
 from rlaif.records import Quarantine, read_preferences
@@ -89,8 +89,7 @@ def run(config: RewardModelConfig) -> None:
             "seed": config.seed,
             "metrics": metrics,
         }
-        model.config.num_labels = 1
-        with storing(config.output_dir):
+        with quiet(), storing(config.output_dir):
             model.save_pretrained(config.output_dir)
             tokenizer.save_pretrained(config.output_dir)
         save_card(config.output_dir, card)
