@@ -120,11 +120,13 @@ class LLMOptions:
         max_in_flight: most requests at a time; a local model batches at most so many rows.
         timeout_s: seconds before one request to an endpoint counts as failed.
         max_retries: further attempts after a transient failure of an endpoint.
+        backoff_s: wait before the first further attempt, doubled each time, with jitter; `Retry-After` wins.
     """
 
     max_in_flight: int = 128
     timeout_s: float = 120.0
     max_retries: int = 5
+    backoff_s: float = 0.5
 
 
 def open_llm(ref: ModelRef, options: LLMOptions | None = None) -> LLM:

@@ -140,11 +140,11 @@ class Rubric:
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """What a response must not forge: the text around the sample's slots, and both cues."""
+        """What a response must not forge: the text around the sample's slots, and the cue before the label."""
         f = self.file
         around = re.split(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", f.sample)
         lines = [line.strip() for text in around for line in text.splitlines()]
-        return tuple(dict.fromkeys(m for m in (*lines, f.rationale_cue.strip(), f.ending.strip()) if m))
+        return tuple(dict.fromkeys(m for m in (*lines, f.ending.strip()) if m))
 
     @property
     def levels(self) -> tuple[float, ...]:

@@ -23,11 +23,11 @@ _ROOM = 64
 """Tokens of free room in a key-value buffer when it is made."""
 
 
-class _RoomyLayer(DynamicLayer):
+class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A cache layer with free room at its end: a step writes one column where `DynamicLayer` copies them all."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def update(

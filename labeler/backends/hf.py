@@ -27,6 +27,9 @@ from rlaif.types import Conversation, LabelDistribution, to_dicts
 _CACHE_BYTES = 2 * 2**30
 """Memory that one batch's key-value cache may take; it bounds rows x tokens of a batch."""
 
+_FLOOR = -1e4
+"""Log-probability that stands for a token which the model rules out; files hold finite numbers."""
+
 
 @dataclass(slots=True)
 class _Job:
@@ -248,7 +251,9 @@ class HFModel:
             readings = []
             for row, job in zip(logprobs, batch, strict=True):
                 assert job.labels is not None
-                readings.append([float(torch.logsumexp(row[list(ids)], 0)) for ids in job.labels])
+                readings.append(
+                    [max(float(torch.logsumexp(row[list(ids)], 0)), _FLOOR) for ids in job.labels]
+                )
             return readings
         except torch.OutOfMemoryError:
             if len(batch) == 1:
@@ -280,12 +285,11 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
 def _cache_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes of keys and values per token over all layers."""
     config: Any = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 16)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // getattr(
-        config, "num_attention_heads", 16
-    )
-    layers = getattr(config, "num_hidden_layers", 32)
-    return int(2 * layers * heads * dim * model.dtype.itemsize)
+    heads: int = getattr(config, "num_attention_heads", None) or 16
+    dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    layers: int = getattr(config, "num_hidden_layers", None) or 32
+    return 2 * layers * heads * dim * model.dtype.itemsize
 
 
 def _weights_hash(path: str) -> str:

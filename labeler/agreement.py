@@ -1,0 +1,96 @@
+"""How well labels agree with human (or gold) labels. Pure functions of arrays; numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+
+def _hard(p: ArrayLike) -> Floats:
+    """1 where A is preferred, 0 where B is, 1/2 for a tie."""
+    values = np.asarray(p, dtype=np.float64)
+    return np.where(values == 0.5, 0.5, (values > 0.5).astype(np.float64))
+
+
+def agreements(p: ArrayLike, human: ArrayLike) -> Floats:
+    """Per pair: 1 where label and human prefer the same response, 0 where not, 1/2 where the label is a tie.
+
+    The paper (arXiv 2309.00267, section 2.1.3) leaves ties open; half is what a coin would score.
+
+    Args:
+        p: (N,) P(A preferred) by the judge, in [0, 1].
+        human: (N,) P(A preferred) by people; leave out pairs that people tie.
+    """
+    ours, theirs = _hard(p), _hard(human)
+    return np.where(ours == 0.5, 0.5, (ours == theirs).astype(np.float64))
+
+
+def agreement(p: ArrayLike, human: ArrayLike) -> float:
+    """Mean of `agreements`; NaN for no pairs."""
+    values = agreements(p, human)
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def cohen_kappa(p: ArrayLike, human: ArrayLike) -> float:
+    """Agreement beyond chance of two binary labelings (Cohen 1960), in [-1, 1]; NaN where chance is certain.
+
+    A tie counts as half a vote for each response, in the observed agreement and in the margins alike.
+
+    Args:
+        p: (N,) P(A preferred) by one rater.
+        human: (N,) by the other.
+    """
+    a, b = _hard(p), _hard(human)
+    if len(a) == 0:
+        return float("nan")
+    observed = float(np.mean(a * b + (1 - a) * (1 - b)))
+    chance = float(a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean()))
+    return float("nan") if chance == 1.0 else (observed - chance) / (1.0 - chance)
+
+
+def bootstrap_interval(
+    values: ArrayLike,
+    statistic: Callable[[Floats], float],
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a statistic of rows (Efron 1979).
+
+    Args:
+        values: (N,) or (N, K): rows are resampled with replacement.
+        statistic: of an array like `values`; NaN results are left out.
+        seed: makes the interval a function of the data.
+        resamples: number of resamples.
+        level: share of resamples inside.
+
+    Returns:
+        (low, high); NaN for no rows.
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    if len(rows) == 0:
+        return float("nan"), float("nan")
+    generator = np.random.default_rng(seed)
+    drawn = np.array([statistic(rows[generator.integers(0, len(rows), len(rows))]) for _ in range(resamples)])
+    drawn = drawn[~np.isnan(drawn)]
+    if len(drawn) == 0:
+        return float("nan"), float("nan")
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def same_position(first_ab: ArrayLike, first_ba: ArrayLike) -> NDArray[np.bool_]:
+    """Per pair: whether both orders preferred the same *position*, the mark of position bias.
+
+    Args:
+        first_ab: (N,) probability of number 1 with A shown first.
+        first_ba: (N,) probability of number 1 with B shown first.
+    """
+    ab, ba = np.asarray(first_ab, dtype=np.float64), np.asarray(first_ba, dtype=np.float64)
+    locked: NDArray[np.bool_] = (ab > 0.5) == (ba > 0.5)
+    return locked
