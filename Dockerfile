@@ -32,8 +32,8 @@ RUN steps package /opt/rlaif && steps verify /opt/rlaif
 FROM system AS runtime
 COPY --from=build /opt/rlaif /opt/rlaif
 ENV PATH=/opt/rlaif/bin:$PATH PYTHONUNBUFFERED=1
-RUN install -d -o rlaif -g rlaif /data
-USER rlaif
+RUN install -d -o 10001 -g 10001 /data
+USER 10001:10001
 WORKDIR /data
 
 FROM runtime AS reward-server

@@ -19,7 +19,10 @@ case "$1" in
       rm -rf /var/lib/apt/lists/*
     fi
     python_fits || { echo "the base image has no Python 3.11 or newer; choose another BASE" >&2; exit 1; }
-    id rlaif >/dev/null 2>&1 || useradd --create-home --uid 10001 rlaif
+    if ! id rlaif >/dev/null 2>&1; then
+      groupadd --gid 10001 rlaif
+      useradd --create-home --uid 10001 --gid 10001 rlaif
+    fi
     ;;
   dependencies)
     python3 -m venv "$2"
