@@ -99,3 +99,26 @@ def test_an_item_whose_time_is_up_fails_without_being_computed() -> None:
         assert scorer.batches == []
 
     asyncio.run(scenario())
+
+
+def test_a_cancelled_request_leaves_the_queue_and_is_not_computed() -> None:
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        scorer.gate.clear()
+        queue = batcher(scorer)
+        queue.start()
+        running = asyncio.ensure_future(queue.submit([task(1)]))
+        await scorer.started.wait()
+        gone = asyncio.ensure_future(queue.submit([task(9), task(9)]))
+        while queue.queued_tokens != 18:
+            await asyncio.sleep(0.001)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        assert queue.queued_tokens == 0
+        scorer.gate.set()
+        await running
+        await queue.submit([task(2)])
+        await queue.stop()
+        assert [len(r) for r in scorer.computed] == [1, 2]
+
+    asyncio.run(scenario())

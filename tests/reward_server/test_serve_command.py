@@ -1,0 +1,65 @@
+"""`rlaif serve` as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from protos.rlaif.reward.v1 import reward_pb2_grpc
+from tests.reward_server import tiny
+from tests.reward_server.fakes import score_request
+
+
+@pytest.mark.slow
+def test_a_process_serves_keeps_its_port_and_ends_cleanly_on_sigterm(tmp_path: Path) -> None:
+    model = tiny.save_classifier(tmp_path / "rm")
+    ready = tmp_path / "ready"
+    command = [sys.executable, "-m", "rlaif.cli", "serve", "--model", str(model), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(
+        [*command, "--port", "0", "--ready_file", str(ready)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        while not ready.is_file():
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.05)
+        address = ready.read_text()
+        with grpc.insecure_channel(address) as channel:
+            stub = reward_pb2_grpc.RewardServiceStub(channel)  # type: ignore[no-untyped-call]
+            answer = stub.Score(score_request("hello"), timeout=60)
+        second = subprocess.run(
+            [*command, "--port", address.rpartition(":")[2]], capture_output=True, text=True, env=environment
+        )
+        assert second.returncode == 2
+        assert "rlaif: cannot listen on" in second.stderr and "Traceback" not in second.stderr
+        first.send_signal(signal.SIGTERM)
+        out, err = first.communicate(timeout=60)
+    finally:
+        first.kill()
+    assert first.returncode == 0, err
+    assert out.startswith(f"serving {model} version={answer.model.version} on {address}")
+    assert not ready.exists()
+
+
+@pytest.mark.slow
+def test_a_model_that_is_no_reward_model_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
+    model = tiny.save_language_model(tmp_path / "lm")
+    done = subprocess.run(
+        [sys.executable, "-m", "rlaif.cli", "serve", "--model", str(model), "--port", "0"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 4
+    assert "no trained scalar head" in done.stderr and "Traceback" not in done.stderr
