@@ -15,6 +15,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,7 +113,7 @@ def load_latest(output_dir: Path) -> Checkpoint | None:
     try:
         info = json.loads((path / _INFO_FILE).read_text(encoding="utf-8"))
         state = torch.load(path / _STATE_FILE, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError) as err:
+    except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError) as err:
         raise StorageError(
             f"checkpoint {path} cannot be read ({' '.join(str(err).split())[:120]}): remove that folder "
             "to go on from the one before"

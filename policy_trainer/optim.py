@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 
@@ -59,12 +60,8 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, what: st
 
 def step_seed(seed: int, *purpose: int) -> int:
     """A seed for one purpose, a pure function of the run's seed and of the numbers that name the purpose."""
-    mixed = seed & 0xFFFFFFFF
-    for number in purpose:
-        # Multiplication by odd constants (splitmix64's) spreads neighbouring steps over all 63 bits.
-        mixed = (mixed * 0xBF58476D1CE4E5B9 + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        mixed ^= mixed >> 31
-    return mixed >> 1
+    digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1  # generators take seeds below 2^63
 
 
 def permutation(size: int, seed: int) -> list[int]:

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForSequenceClassification
+
+from policy_trainer import sft
+from policy_trainer.batching import collate
+from policy_trainer.config import PPOConfig, SFTConfig
+from policy_trainer.logprobs import token_logprobs
+from policy_trainer.models import build_critic, fingerprint, load_policy
+from policy_trainer.optim import lr_factor, shuffled_stream
+from rlaif.errors import ConfigError, DataError, ModelError
+from tests.policy_trainer import tiny
+
+
+def save_reward_model(
+    folder: Path, *, vocab_size: int = len(tiny.VOCABULARY)
+) -> LlamaForSequenceClassification:
+    torch.manual_seed(5)
+    config = tiny.model().config
+    config.num_labels, config.vocab_size = 1, vocab_size
+    rm = LlamaForSequenceClassification(config).eval()
+    rm.save_pretrained(folder)
+    (folder / "reward_model.json").write_text(json.dumps({"mean": 0.5, "std": 2.0}))
+    return rm
+
+
+def test_a_critic_from_the_policy_starts_at_0_and_shares_no_weight() -> None:
+    policy = tiny.model()
+    critic = build_critic(policy, "policy")
+    batch = collate([[1, 5, 6]], [[7, 8, 2]])
+    assert critic(batch.input_ids, batch.attention_mask, batch.response_len).tolist() == [[0.0, 0.0, 0.0]]
+    with torch.no_grad():
+        for p in critic.parameters():
+            p.add_(1.0)
+    assert fingerprint(policy) == fingerprint(tiny.model())
+
+
+def test_a_critic_from_a_reward_model_values_a_whole_response_as_the_server_rewards_it(
+    tmp_path: Path,
+) -> None:
+    """V before token t is the normalised reward of what came before it; so V after the EOS would be the reward."""
+    rm = save_reward_model(tmp_path)
+    critic = build_critic(tiny.model(), str(tmp_path))
+    ids = [1, 5, 6, 7, 8, 2]
+    with torch.no_grad():
+        raw = rm(torch.tensor([ids])).logits[0, 0]
+        # One more token makes the state after the EOS the one from which it would be sampled.
+        batch = collate([ids[:3]], [[*ids[3:], 9]])
+        values = critic(batch.input_ids, batch.attention_mask, batch.response_len)
+    assert values[0, -1].item() == pytest.approx((raw.item() - 0.5) / 2.0, abs=1e-5)
+
+
+def test_a_reward_model_with_another_vocabulary_cannot_be_a_critic(tmp_path: Path) -> None:
+    save_reward_model(tmp_path, vocab_size=99)
+    with pytest.raises(ModelError, match="reads 99 token ids"):
+        build_critic(tiny.model(), str(tmp_path))
+
+
+def test_an_unknown_model_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot load") as caught:
+        load_policy(str(tmp_path / "nothing"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pad_beyond_the_embedding_gets_a_row_and_policies_stay_equal(tmp_path: Path) -> None:
+    folder = tiny.save_policy(tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())
+    for name in ("pad_token", "unk_token"):
+        settings.pop(name, None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    renamed = json.dumps(vocabulary).replace("<pad>", "<nothing>")
+    (folder / "tokenizer.json").write_text(renamed)
+    policy, tokenizer = load_policy(str(folder))
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    assert policy.get_input_embeddings().weight.shape[0] >= len(tokenizer)
+    assert fingerprint(policy) == fingerprint(load_policy(str(folder)).model)
+
+
+def test_fingerprints_tell_weights_apart() -> None:
+    assert fingerprint(tiny.model()) == fingerprint(tiny.model()) != fingerprint(tiny.model(seed=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"rollout_batch_size": 1}, "rollout_batch_size must be at least 2"),
+        ({"num_mini_batches": 9}, "num_mini_batches must be between"),
+        ({"value_head": "shared", "critic_init": "rm"}, "critic_init"),
+        ({"max_missing_rewards": 1.0}, "max_missing_rewards"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_work_are_refused(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PPOConfig(
+            **{  # type: ignore[arg-type]
+                "model_name_or_path": "x",
+                "dataset": tmp_path,
+                "output_dir": tmp_path,
+                "reward_server": "h:1",
+                "rollout_batch_size": 8,
+                **change,
+            }
+        )
+
+
+def test_learning_rate_schedules_by_hand() -> None:
+    assert [lr_factor("linear", s, 6, 2) for s in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert [lr_factor("constant", s, 6, 2) for s in range(6)] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert lr_factor("cosine", 2, 4) == pytest.approx(0.5)
+
+
+def test_the_stream_of_prompts_is_the_same_however_it_is_read() -> None:
+    whole = shuffled_stream(7, seed=3, start=0, count=28)
+    assert [i for s in range(0, 28, 4) for i in shuffled_stream(7, seed=3, start=s, count=4)] == whole
+    for epoch in range(4):
+        assert sorted(whole[7 * epoch : 7 * epoch + 7]) == list(range(7))
+    assert whole[:7] != whole[7:14]
+
+
+# ---- supervised fine-tuning ----
+
+
+def sft_config(folder: Path, **changes: object) -> SFTConfig:
+    if not (folder / "policy").exists():
+        tiny.save_policy(folder / "policy")
+    data = folder / "data.jsonl"
+    if not data.exists():
+        rows = [
+            {"prompt": f"w{i % 6}", "completion": " ".join([f"w{i % 6}"] * (1 + i % 5))} for i in range(24)
+        ]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model_name_or_path": str(folder / "policy"),
+        "dataset": data,
+        "output_dir": folder / "run",
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "num_train_epochs": 8,
+    }
+    return SFTConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_fine_tuning_learns_responses_and_their_end(tmp_path: Path) -> None:
+    config = sft_config(tmp_path)
+    sft.run(config)
+    found = losses(config.output_dir)
+    assert found[-1] < 0.5 * found[0]
+    policy, _ = load_policy(str(config.output_dir))
+    batch = collate([[1, 4, 8, 5]], [[8, 2]])  # <bos> <user> w2 <assistant> | w2 <eos>
+    trained = token_logprobs(policy, batch.input_ids, batch.attention_mask, 2, 1.0).logprobs
+    before = token_logprobs(tiny.model(), batch.input_ids, batch.attention_mask, 2, 1.0).logprobs
+    assert (trained > before + 0.5).all()
+
+
+def test_the_first_loss_is_the_mean_over_response_tokens_of_the_whole_step(tmp_path: Path) -> None:
+    config = sft_config(tmp_path, per_device_train_batch_size=24, num_train_epochs=1)
+    sft.run(config)
+    policy, tokenizer = load_policy(config.model_name_or_path)
+    total, tokens = 0.0, 0
+    for line in config.dataset.read_text().splitlines():
+        row = json.loads(line)
+        prompt = tokenizer(f"<bos> <user> {row['prompt']} <assistant>", add_special_tokens=False)["input_ids"]
+        answer = tokenizer(f"{row['completion']} <eos>", add_special_tokens=False)["input_ids"]
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        with torch.no_grad():
+            total += policy(torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
+        tokens += len(answer)
+    assert losses(config.output_dir)[0] == pytest.approx(total / tokens, abs=1e-5)
+
+
+def test_fine_tuning_does_not_depend_on_micro_batches(tmp_path: Path) -> None:
+    runs = []
+    for tokens in (10, 8192):
+        config = sft_config(
+            tmp_path, micro_batch_tokens=tokens, output_dir=tmp_path / str(tokens), num_train_epochs=2
+        )
+        sft.run(config)
+        runs.append(losses(config.output_dir))
+    assert runs[0] == pytest.approx(runs[1], abs=1e-4)
+
+
+def test_the_chosen_side_of_pairs_can_be_learned_from(tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"prompt": "w1", "chosen": "w2", "rejected": "w3"}) + "\n")
+    config = sft_config(tmp_path, dataset=data)
+    (example,) = sft.load_examples(config, tiny.tokenizer())
+    assert tiny.tokenizer().decode(example.response_ids) == "w2 <eos>"
+
+
+def test_a_conversation_that_is_too_long_is_set_aside_with_its_reason(tmp_path: Path) -> None:
+    config = sft_config(tmp_path, max_length=8)
+    kept = sft.load_examples(config, tiny.tokenizer())
+    quarantined = (config.output_dir / "quarantine.jsonl").read_text().splitlines()
+    assert len(kept) + len(quarantined) == 24 and quarantined
+    assert "max_length 8" in quarantined[0]
+    with pytest.raises(DataError, match="raise --max_length"):
+        sft.load_examples(sft_config(tmp_path, max_length=4), tiny.tokenizer())
