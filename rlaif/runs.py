@@ -275,23 +275,22 @@ def progress(total: int | None, description: str) -> Iterator[Progress]:
 
 
 def _bar() -> RichProgress:
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.text import Text
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TaskProgressColumn(text_format="{task.percentage:>3.0f}%", show_speed=True),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[stats]}"),
+    class Rate(rich_progress.ProgressColumn):
+        def render(self, task: rich_progress.Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:.2f}/s")
+
+    return rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        Rate(),
+        rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.fields[stats]}"),
         console=Console(stderr=True),
     )
 
