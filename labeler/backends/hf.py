@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from labeler.backends.decoding import Decoded, Request, decode_batch, next_token_logprobs
 from labeler.backends.labels import find_aliases, resolve_label
 from labeler.llm import Generation, LabelReading, LLMOptions, RequestFailed
-from rlaif.errors import ModelError
+from rlaif.chat import render
+from rlaif.errors import DataError, ModelError
 from rlaif.models import ModelRef
-from rlaif.types import Conversation, LabelDistribution, to_dicts
+from rlaif.types import Conversation, LabelDistribution, Message, to_dicts
 
 _CACHE_BYTES = 2 * 2**30
 """Memory that one batch's key-value cache may take; it bounds rows x tokens of a batch."""
@@ -168,10 +170,15 @@ class HFModel:
         if self._tokenizer.chat_template is None:
             text = "\n\n".join(m.content for m in messages) + ("\n\n" + prefix if prefix else "")
             return (self._tokenizer.bos_token or "") + text
-        rendered = self._tokenizer.apply_chat_template(
-            to_dicts(messages), tokenize=False, add_generation_prompt=True
-        )
-        return str(rendered) + prefix
+        try:
+            if not prefix:
+                return render(self._tokenizer, messages, add_generation_prompt=True)
+            turns = to_dicts((*messages, Message("assistant", prefix)))
+            return str(
+                self._tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
+            )
+        except (TemplateError, DataError, ValueError) as err:
+            raise RequestFailed(f"the chat template refuses the conversation: {err}") from err
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]

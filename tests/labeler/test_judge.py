@@ -134,7 +134,7 @@ def test_a_score_is_the_expectation_over_the_scale() -> None:
 
 @pytest.mark.parametrize(
     ("a", "b", "p"),
-    [("same", "same", 0.5), ("", "words", 0.0), ("words", " ... ", 1.0), ("!", "?", 0.5), ("Thought process:", "w", 0.0)],
+    [("same", "same", 0.5), ("", "words", 0.0), ("words", " ... ", 1.0), ("!", "?", 0.5), ("Solution:", "w", 0.0)],
 )  # fmt: skip
 def test_pairs_that_need_no_judge_are_ruled_without_a_call(a: str, b: str, p: float) -> None:
     judge, model = judge_with(lambda asked: [0.5, 0.5])

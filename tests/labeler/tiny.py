@@ -26,7 +26,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %} {{ m.content }} |{% endfor %}"
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'assistant' %} {{ m.content }} {{ eos_token }}{% else %} {{ m.content }} |{% endif %}"
+        "{% endfor %}"
+    )
     return tokenizer
 
 

@@ -1,0 +1,315 @@
+"""`rlaif label pairs`, `rlaif label scores` and `rlaif sample` as a user runs them: outputs, resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from labeler.pairs import pair_up
+from rlaif.cli import main
+from rlaif.types import Candidate, CandidateSet, content_id, user_prompt
+from tests.labeler.openai_server import Fault, ScriptedServer
+from tests.labeler.tiny import save_tiny
+
+RULES = [
+    {"user": r"(?s)RESPONSE 1 >>>\ngood", "probs": [0.8, 0.1]},
+    {"user": r"(?s)RESPONSE 2 >>>\ngood", "probs": [0.3, 0.6]},
+    {"user": r"(?s)RESPONSE 1 >>>\nbroken|RESPONSE 2 >>>\nbroken", "fail": "the endpoint answered 500"},
+    {"text": " They differ.", "prefix": "Comparison:"},
+    {"probs": [0.5, 0.5]},
+]
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+def scripted(tmp_path: Path, rules: list[dict[str, Any]] = RULES) -> str:
+    path = tmp_path / "judge.yaml"
+    path.write_text(yaml.safe_dump({"rules": rules}))
+    return f"scripted:{path}"
+
+
+def label(judge: str, dataset: Path, out: Path, *flags: str, kind: str = "pairs") -> int:
+    return main(
+        ["label", kind, "--judge", judge, "--dataset", str(dataset), "--output_dir", str(out), *flags]
+    )
+
+
+def pair(i: int, a: str = "good", b: str = "bad", **more: Any) -> dict[str, Any]:
+    return {"prompt": f"question {i}", "response_a": f"{a} {i}", "response_b": f"{b} {i}", **more}
+
+
+def preferences(out: Path) -> list[dict[str, Any]]:
+    return pq.read_table(out / "preferences.parquet").to_pylist()
+
+
+def report(out: Path) -> dict[str, Any]:
+    return json.loads((out / "report.json").read_text())
+
+
+def test_the_dataset_holds_the_soft_label_and_where_it_came_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [pair(0, label="1"), pair(1, "bad", "good", label="1"), pair(2, "meh", "hm")]
+    out = tmp_path / "out"
+    assert label(scripted(tmp_path), write_lines(tmp_path / "pairs.jsonl", rows), out) == 0
+    first, second = preferences(out)  # the third is a tie
+    # By hand: 8/9 with the good one first, 6/9 with it second.
+    assert first["chosen_prob"] == pytest.approx(7 / 9)
+    assert (first["chosen_prob_first"], first["chosen_prob_second"]) == pytest.approx((8 / 9, 6 / 9))
+    assert first["chosen"] == [{"role": "assistant", "content": "good 0"}]
+    assert first["prompt"] == [{"role": "user", "content": "question 0"}]
+    assert first["rationale_ab"] == " They differ."
+    assert (first["chosen_is_a"], first["human_chosen_prob"]) == (True, 1.0)
+    assert (second["chosen_is_a"], second["human_chosen_prob"]) == (False, 0.0)
+    assert second["chosen"][0]["content"] == "good 1"
+    summary = report(out)
+    assert (summary["labelled"], summary["ties"], summary["rows_written"]) == (3, 1, 2)
+    assert summary["human_agreement"] == 0.5
+    assert "label_mass_mean" in capsys.readouterr().out
+
+
+def test_ties_are_kept_on_request(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "pairs.jsonl", [pair(0, "meh", "hm")])
+    assert label(scripted(tmp_path), data, tmp_path / "out", "--ties", "keep") == 0
+    assert [r["chosen_prob"] for r in preferences(tmp_path / "out")] == [0.5]
+
+
+def test_datasets_reads_the_folder_in_conversational_form(tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    data = write_lines(tmp_path / "pairs.jsonl", [pair(i) for i in range(3)] + ["{broken"])
+    assert label(scripted(tmp_path), data, tmp_path / "out") == 0
+    dataset = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(dataset) == 3
+    assert dataset[0]["rejected"] == [{"role": "assistant", "content": "bad 0"}]
+
+
+def test_bad_rows_are_quarantined_and_the_rest_is_labelled(tmp_path: Path) -> None:
+    rows = [pair(0), "{broken json", {"prompt": "no responses"}, pair(1)]
+    assert label(scripted(tmp_path), write_lines(tmp_path / "pairs.jsonl", rows), tmp_path / "out") == 0
+    assert len(preferences(tmp_path / "out")) == 2
+    lines = [json.loads(x) for x in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [x["line"] for x in lines] == [2, 3]
+
+
+def test_failed_rows_stay_unlabelled_with_a_reason_and_the_next_run_asks_for_them_alone(
+    tmp_path: Path,
+) -> None:
+    failing = True
+
+    def fault(body: dict[str, Any]) -> Fault | None:
+        return Fault(500) if failing and "bad 1" in body["messages"][0]["content"] else None
+
+    data = write_lines(tmp_path / "pairs.jsonl", [pair(i) for i in range(3)])
+    flags = ("--max_retries", "0", "--no-cot")
+    with ScriptedServer(prefers_good, fault=fault) as server:
+        assert label(server.ref, data, tmp_path / "out", *flags) == 8
+        assert len(preferences(tmp_path / "out")) == 2
+        row = json.loads((tmp_path / "out" / "unlabelled.jsonl").read_text())
+        assert row["response_b"] == "bad 1" and "500" in row["reason"]
+        failing = False
+        server.asked.clear()
+        assert label(server.ref, data, tmp_path / "out", *flags) == 0
+        assert len(server.asked) == 2
+        assert all("bad 1" in b["messages"][0]["content"] for b in server.asked)
+    assert [r["chosen"][0]["content"] for r in preferences(tmp_path / "out")] == [
+        "good 0",
+        "good 1",
+        "good 2",
+    ]
+    assert (tmp_path / "out" / "unlabelled.jsonl").read_text() == ""
+
+
+def prefers_good(user: str, prefix: str, wanted: bool) -> str | dict[str, float]:
+    if not wanted:
+        return " Weighing."
+    p = (int(content_id(user), 16) % 400) / 1000 + 0.05
+    return {"1": 0.95 - p, "2": p} if user.index("good") < user.index("bad") else {"1": p, "2": 0.95 - p}
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_same_command_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
+    n, in_flight = 60, 4
+    data = write_lines(tmp_path / "pairs.jsonl", [pair(i) for i in range(n)])
+    slow = lambda body: Fault(hang_s=0.02)  # noqa: E731
+    with ScriptedServer(prefers_good, fault=slow) as server:
+        flags = ["--max_in_flight", str(in_flight), "--dataset", str(data), "--judge", server.ref]
+        command = [sys.executable, "-m", "rlaif.cli", "label", "pairs", *flags, "--output_dir"]
+        cut, whole = str(tmp_path / "cut"), str(tmp_path / "whole")
+        process = subprocess.Popen([*command, cut], start_new_session=True, stderr=subprocess.DEVNULL)
+        journal = tmp_path / "cut" / "journal.jsonl"
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 12:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        done = journal.read_bytes().count(b"\n")
+        assert done < n
+        assert subprocess.run([*command, cut], capture_output=True).returncode == 0
+        asked = Counter(json.dumps([b["messages"], b["max_tokens"]]) for b in server.asked)
+        assert len(asked) == 4 * n  # two orders, a rationale and a label each
+        assert sum(asked.values()) - len(asked) <= 4 * in_flight
+        assert max(asked.values()) <= 2
+        assert subprocess.run([*command, whole], capture_output=True).returncode == 0
+    assert preferences(tmp_path / "cut") == preferences(tmp_path / "whole")
+    keys = [json.loads(line)["key"] for line in journal.read_text().splitlines()]
+    assert len(keys) == len(set(keys)) == n
+
+
+def test_a_pair_and_its_swap_in_one_file_are_asked_once(tmp_path: Path) -> None:
+    rows = [pair(0), {**pair(0), "response_a": "bad 0", "response_b": "good 0"}, pair(0)]
+    with ScriptedServer(prefers_good) as server:
+        assert label(server.ref, write_lines(tmp_path / "p.jsonl", rows), tmp_path / "out", "--no-cot") == 0
+        assert len(server.asked) == 2
+    written = preferences(tmp_path / "out")
+    assert [r["chosen_is_a"] for r in written] == [True, False, True]
+    assert len({r["chosen_prob"] for r in written}) == 1
+
+
+def test_candidates_are_paired_with_each_other(tmp_path: Path) -> None:
+    row = {"prompt": "q", "completions": [{"response": r} for r in ("good", "bad", "good", "meh")]}
+    data = write_lines(tmp_path / "candidates.jsonl", [row])
+    assert label(scripted(tmp_path), data, tmp_path / "out", "--ties", "keep") == 0
+    pairs = {(r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in preferences(tmp_path / "out")}
+    assert pairs == {("good", "bad"), ("good", "meh"), ("bad", "meh")}
+
+
+def test_drawn_pairs_depend_on_content_and_seed_alone() -> None:
+    candidates = CandidateSet(user_prompt("q"), tuple(Candidate(str(i)) for i in range(8)))
+    assert len(pair_up(candidates, 0, 0)) == 28
+    assert pair_up(candidates, 5, 0) == pair_up(candidates, 5, 0)
+    assert pair_up(candidates, 5, 0) != pair_up(candidates, 5, 1)
+    assert len({p.id for p in pair_up(candidates, 5, 0)}) == 5
+
+
+def test_scores_are_written_with_their_distribution(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "response": "fine"}, {"prompt": "q", "response": "..."}]
+    probs = [0.0] * 7 + [0.25, 0.25, 0.0]
+    judge = scripted(tmp_path, [{"probs": probs}])
+    assert label(judge, write_lines(tmp_path / "r.jsonl", rows), tmp_path / "out", kind="scores") == 0
+    first, second = pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
+    assert first["score"] == pytest.approx(8.5)
+    assert first["probs"] == pytest.approx([2 * p for p in probs])
+    assert (second["score"], second["probs"], second["source"]) == (
+        1.0,
+        None,
+        "guard: the response says nothing",
+    )
+
+
+def test_sampling_writes_candidates_that_labeling_reads(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "tiny")
+    prompts = write_lines(
+        tmp_path / "prompts.jsonl", [{"prompt": "w1 w2"}, {"prompt": "w3"}, {"prompt": "w3"}]
+    )
+
+    def sample(out: str, *flags: str) -> list[dict[str, Any]]:
+        command = ["sample", "--model_name_or_path", str(model), "--dataset", str(prompts)]
+        options = [
+            "--num_return_sequences",
+            "3",
+            "--max_new_tokens",
+            "6",
+            "--output_dir",
+            str(tmp_path / out),
+        ]
+        assert main([*command, *options, *flags]) == 0
+        return pq.read_table(tmp_path / out / "candidates.parquet").to_pylist()
+
+    rows = sample("a")
+    assert [len(r["completions"]) for r in rows] == [3, 3, 3]
+    assert rows == sample("b", "--max_in_flight", "1")
+    assert rows != sample("c", "--seed", "1")
+    assert rows[1]["completions"] != rows[2]["completions"], "a repeated prompt gets further responses"
+    assert label(scripted(tmp_path), tmp_path / "a", tmp_path / "labels", "--ties", "keep") == 0
+
+
+# ---- bad input: one clear line, its own exit code ----
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, exit_code: int, says: str) -> None:
+    assert code == exit_code
+    lines = capsys.readouterr().err.strip().splitlines()
+    message = [line for line in lines if line.startswith("rlaif: ")]
+    assert len(message) == 1 and says in message[0]
+
+
+def test_a_missing_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, label(scripted(tmp_path), tmp_path / "none.jsonl", tmp_path / "out"), 3, "does not exist")
+
+
+def test_an_unknown_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_lines(tmp_path / "p.jsonl", [pair(0)])
+    refused(capsys, label(f"hf:{tmp_path / 'none'}", data, tmp_path / "out"), 4, "cannot be loaded")
+
+
+def test_an_endpoint_that_dies_keeps_what_was_bought(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "p.jsonl", [pair(i) for i in range(6)])
+    flags = ("--no-cot", "--max_retries", "1", "--max_in_flight", "1", "--timeout_s", "5")
+    with ScriptedServer(prefers_good) as server:
+        assert label(server.ref, data, tmp_path / "out", *flags, "--limit", "2") == 0
+        ref = server.ref
+    capsys.readouterr()
+    refused(capsys, label(ref, data, tmp_path / "out", *flags), 5, "no connection")
+    assert (tmp_path / "out" / "journal.jsonl").read_text().count("\n") == 2
+
+
+def test_a_context_that_is_too_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny(tmp_path / "tiny", context=64)
+    rows = [pair(0), {"prompt": "w1 " * 80, "response_a": "w1", "response_b": "w2"}]
+    data = write_lines(tmp_path / "p.jsonl", rows)
+    flags = ("--rubric", "tinyworld:pair", "--no-cot")
+    refused(capsys, label(f"hf:{model}", data, tmp_path / "out", *flags), 8, "context too long")
+    assert report(tmp_path / "out")["labelled"] == 1
+
+
+def test_a_full_disk_keeps_what_was_bought(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "p.jsonl", [pair(i) for i in range(40)])
+    command = [sys.executable, "-m", "rlaif.cli", "label", "pairs", "--judge", scripted(tmp_path)]
+    command += ["--dataset", str(data), "--output_dir", str(tmp_path / "out")]
+
+    def small_disk() -> None:
+        # A limit on file size fails writes as a full disk does.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+    cut = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_disk)
+    assert cut.returncode == 7, cut.stderr
+    assert sum(line.startswith("rlaif: ") for line in cut.stderr.splitlines()) == 1
+    kept = (tmp_path / "out" / "journal.jsonl").read_text()
+    assert 0 < kept.count("\n") < 40 and kept.endswith("\n")
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert (tmp_path / "out" / "journal.jsonl").read_text().startswith(kept)
+    assert len(preferences(tmp_path / "out")) == 40
+
+
+def test_another_judge_in_the_same_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_lines(tmp_path / "p.jsonl", [pair(0)])
+    assert label(scripted(tmp_path), data, tmp_path / "out") == 0
+    capsys.readouterr()
+    refused(capsys, label(scripted(tmp_path), data, tmp_path / "out", "--no-cot"), 7, "cot=True")
+
+
+def test_an_endpoint_that_fails_every_time_is_given_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "p.jsonl", [pair(i) for i in range(300)])
+    judge = scripted(tmp_path, [{"fail": "the endpoint answered 500"}])
+    refused(capsys, label(judge, data, tmp_path / "out"), 8, "questions all failed")
