@@ -118,10 +118,13 @@ def test_the_version_follows_weights_template_and_scale(checkpoint: Path, tmp_pa
     (templated / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}|{% endfor %}")
     assert load_reward_model(str(templated), device="cpu").version != version
     scaled = tiny.save_classifier(tmp_path / "scaled")
-    (scaled / "reward_model.json").write_text(json.dumps({"mean": 1.0, "std": 2.0, "source": "a test"}))
-    model = load_reward_model(str(scaled), device="cpu")
-    assert model.version != version
-    assert (model.normalization.center, model.normalization.scale) == (1.0, 2.0)
+    versions = {version}
+    for mean, std in ((1.0, 1.0), (0.0, 2.0)):
+        (scaled / "reward_model.json").write_text(json.dumps({"mean": mean, "std": std, "source": "a test"}))
+        model = load_reward_model(str(scaled), device="cpu")
+        assert (model.normalization.center, model.normalization.scale) == (mean, std)
+        versions.add(model.version)
+    assert len(versions) == 3
 
 
 def test_what_is_no_reward_model_is_refused_by_name(tmp_path: Path) -> None:
