@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ Result = TypeVar("Result")
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 5.0
 PROBE_TIMEOUT_S = 5.0
+UNANNOUNCED_WAIT_S = 1.0
 REQUEST_OVERHEAD_BYTES = 1024
 """Room left in a request for everything that is not an item (version, flags, framing)."""
 DEFAULT_REQUEST_BYTES = 4 * 1024 * 1024
@@ -160,19 +162,23 @@ class RewardClient:
         self._jitter = random.Random()
 
     def wait_ready(self, timeout_s: float = 60.0) -> ServerInfo:
-        """Wait until the server's health is SERVING, then read and pin who serves.
+        """Wait until the server's health is SERVING, then read and pin who serves; a long wait is announced.
 
         Raises:
             RewardServerError: it is not so within `timeout_s`; the line names the address and what to start.
         """
         until = time.monotonic() + timeout_s
         pause = FIRST_BACKOFF_S
+        announced = timeout_s <= UNANNOUNCED_WAIT_S
         while True:
             state = self._probe()
             if state is None:
                 return self.info()
             if time.monotonic() + pause > until:
                 raise RewardServerError(state)
+            if not announced:
+                print(f"waiting up to {timeout_s:.0f} s: {state}", file=sys.stderr, flush=True)
+                announced = True
             self._pause(pause)
             pause = min(2 * pause, 1.0)
 

@@ -207,7 +207,7 @@ def test_a_dead_server_is_one_line_that_names_the_address_and_the_remedy() -> No
     )
 
 
-def test_waiting_for_a_server_that_starts_late() -> None:
+def test_waiting_for_a_server_that_starts_late_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
     port = free_port()
     with RewardClient(f"127.0.0.1:{port}") as client:
         ready: Future[str] = Future()
@@ -217,6 +217,7 @@ def test_waiting_for_a_server_that_starts_late() -> None:
         with serving(NumberServer(), port=port):
             assert ready.result(30) == "numbers"
         thread.join()
+    assert capsys.readouterr().err.count("waiting up to 30 s: no reward server at") == 1
 
 
 def test_a_server_that_is_still_loading_is_said_to_be() -> None:

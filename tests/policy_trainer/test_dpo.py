@@ -234,6 +234,15 @@ def test_the_reward_rises_and_kl_stays_in_range(
     assert all(-1e-4 <= row["objective/kl"] < 30 for row in rows)
 
 
+def test_every_round_samples_afresh(tmp_path: Path, source: FunctionReward) -> None:
+    tiny.save_prompts(tmp_path / "prompts.jsonl", count=8)  # so that both rounds ask the same prompts
+    train(dpo_config(tmp_path, max_steps=2, learning_rate=0.0, samples_per_step=32), source)
+    first, second = (
+        sorted((tmp_path / f"run/samples/step-00000{step}.jsonl").read_text().splitlines()) for step in (1, 2)
+    )
+    assert first != second
+
+
 def test_metrics_carry_the_names_that_users_know(tmp_path: Path, source: FunctionReward) -> None:
     train(dpo_config(tmp_path, max_steps=1), source)
     (row,) = metrics(tmp_path / "run")
