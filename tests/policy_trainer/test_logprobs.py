@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from policy_trainer.batching import collate, length_buckets
 from policy_trainer.logprobs import token_logprobs
-
 from tests.policy_trainer import tiny
 
 PROMPTS = [[1, 4, 7, 5], [1, 4, 8, 9, 10, 11, 5], [1, 5]]

@@ -6,7 +6,6 @@ import torch
 from policy_trainer.batching import collate, pad_right
 from policy_trainer.logprobs import token_logprobs
 from policy_trainer.rollout import HFRollout, Sampled, decode_response
-
 from tests.policy_trainer import tiny
 
 PROMPTS = [[1, 4, 6 + i % 20, *range(7, 7 + i % 5), 5] for i in range(24)]
