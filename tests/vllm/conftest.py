@@ -1,0 +1,76 @@
+"""A real vLLM OpenAI server with a tiny Llama, for every test of this folder.
+
+The tests run in the environment that has vLLM (`make test-vllm`); anywhere else they are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+START_LIMIT_S = 240
+
+
+class Served(NamedTuple):
+    """A running server: the judge's name for `--judge`, and the folder of the model it serves."""
+
+    judge: str
+    model_dir: Path
+
+
+@pytest.fixture(scope="session")
+def served(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed here: make test-vllm")
+    folder = tmp_path_factory.mktemp("vllm")
+    model_dir = folder / "tiny-llama"
+    text = shared_data / "hh_helpful_1000.jsonl"
+    make = [sys.executable, EXAMPLES / "make_tiny_llama.py", "--text", text, "--output_dir", model_dir]
+    subprocess.run(make, check=True, capture_output=True)
+
+    port = _free_port()
+    log = folder / "vllm.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [EXAMPLES / "serve_tiny_vllm.sh", model_dir, str(port)],
+            env={**os.environ, "PYTHON": sys.executable},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        _wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log)
+        yield Served(f"openai:tiny-llama@http://127.0.0.1:{port}/v1", model_dir)
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    for _ in range(START_LIMIT_S):
+        if server.poll() is not None:
+            pytest.fail(f"vLLM ended with code {server.returncode}:\n{log.read_text()[-2000:]}")
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    pytest.fail(f"vLLM did not become healthy in {START_LIMIT_S} s:\n{log.read_text()[-2000:]}")
