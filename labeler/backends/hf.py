@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from labeler.backends.decoding import Decoded, Request, decode_batch, next_token_logprobs
 from labeler.backends.labels import find_aliases, resolve_label
@@ -95,6 +96,7 @@ class HFModel:
         path = ref.pretrained_path()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
