@@ -88,7 +88,7 @@ class ServeConfig:
     """Reward model: a folder of `rlaif train rm`, or any sequence classifier with one output."""
     judge: str | None = None
     """Judge: tinyworld:judge, hf:NAME_OR_PATH or openai:NAME@BASE_URL."""
-    rubric: str = "score"
+    rubric: str = "helpfulness-score"
     """Rubric of `Score` when a judge serves: a preset, tinyworld:score or a YAML file."""
     pair_rubric: str | None = None
     """Rubric of `Compare` when a judge serves: a preset, tinyworld:pair or a YAML file. Without it, no `Compare`."""

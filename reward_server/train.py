@@ -162,10 +162,6 @@ def optimise(model: PreTrainedModel, rows: Sequence[EncodedRow], config: RewardM
     micro-batches, so how the step is cut does not change it.
     """
     freeze(model, config.freeze_layers)
-    if config.disable_dropout:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
     batches_per_epoch = math.ceil(len(rows) / config.per_device_train_batch_size)
     total_steps = batches_per_epoch * config.num_train_epochs
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate)
@@ -176,7 +172,7 @@ def optimise(model: PreTrainedModel, rows: Sequence[EncodedRow], config: RewardM
     torch.manual_seed(config.seed)
     first = load_checkpoint(checkpoint, model, optimizer, schedule)
     run.truncate_metrics(first)
-    model.train()
+    model.train(not config.disable_dropout)  # in transformers the mode decides about dropout alone
     with progress(total_steps, "training the reward model") as bar:
         bar.advance(first)
         for step in range(first, total_steps):

@@ -43,10 +43,10 @@ def config(**changes: object) -> LlamaConfig:
     )
 
 
-def save_language_model(folder: Path, seed: int = 0) -> Path:
+def save_language_model(folder: Path, seed: int = 0, **changes: object) -> Path:
     """A causal LM checkpoint: a backbone without a scalar head."""
     torch.manual_seed(seed)
-    LlamaForCausalLM(config()).save_pretrained(folder)
+    LlamaForCausalLM(config(**changes)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
