@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlaif import chat
@@ -32,6 +33,10 @@ def character_tokenizer(
     }
     model = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     model.pre_tokenizer = Split(Regex(f"{merged}|[\\s\\S]" if merged else "[\\s\\S]"), "isolated")
+    if bos := specials.get(
+        "bos_token"
+    ):  # as Llama's: BOS comes with any text unless special tokens are refused
+        model.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
     return PreTrainedTokenizerFast(tokenizer_object=model, **specials)
 
 
