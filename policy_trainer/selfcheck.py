@@ -196,7 +196,8 @@ def check_rewards(rewards: Sequence[Reward], name: str) -> tuple[float, ...]:
     if len(values) > 1 and max(values) == min(values):
         raise SelfCheckError(
             f"{name} gave each of {len(values)} sampled responses the same reward {values[0]:.4g}: nothing can be "
-            "learned from it; look at the model, its chat template and what the policy writes"
+            "learned from it; look at the model, its chat template and what the policy writes (--no-self_check if the "
+            "reward is rare by nature)"
         )
     if max(map(abs, values)) > 100:
         raise SelfCheckError(
