@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from policy_trainer.batching import collate, length_buckets
 from policy_trainer.logprobs import token_logprobs
+from policy_trainer.rollout import HFRollout
 from tests.policy_trainer import tiny
 
 PROMPTS = [[1, 4, 7, 5], [1, 4, 8, 9, 10, 11, 5], [1, 5]]
@@ -106,3 +107,23 @@ def test_buckets_hold_every_sequence_once_and_respect_their_limits(
         assert len(batch) <= max_rows
         padded = len(batch) * max(lengths[i] for i in batch)
         assert max_tokens is None or padded <= max_tokens or len(batch) == 1
+
+
+def test_learned_positions_start_at_the_first_real_token() -> None:
+    """Rotary models cannot tell a shifted prompt; GPT-2 can, so left padding shows here if positions count it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3)
+    model = GPT2LMHeadModel(config).eval()
+    batch = collate(PROMPTS, RESPONSES)
+    with torch.no_grad():
+        found = token_logprobs(model, batch.input_ids, batch.attention_mask, batch.response_len, 1.0).logprobs
+        for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+            expected = alone(model, prompt, response, 1.0)
+            torch.testing.assert_close(found[i, : len(response)], expected, atol=1e-5, rtol=0)
+    engine = HFRollout(model, [2])
+    for s in engine.generate(PROMPTS, max_new_tokens=6, temperature=1.0, seed=0):
+        with torch.no_grad():
+            expected = alone(model, PROMPTS[s.prompt_index], s.response_ids, 1.0)
+        torch.testing.assert_close(torch.tensor(s.logprobs), expected, atol=1e-5, rtol=0)
