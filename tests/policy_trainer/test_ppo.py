@@ -264,7 +264,7 @@ def test_divergence_stops_with_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(step: Step) -> None:
-    step.advantages[0] = float("nan")
+    step.advantages[:, 0] = float("nan")
     before = torch.cat([p.detach().flatten() for p in step.trainer.model.parameters()]).clone()
     with pytest.raises(QualityError, match="gradient of the policy is nan"):
         step.trainer.update(step.episodes, step.read, step.advantages, step.returns, range(12))
