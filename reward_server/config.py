@@ -116,8 +116,8 @@ class ServeConfig:
     """Items that may wait."""
     max_request_bytes: int = 8 << 20
     """Largest request message."""
-    max_in_flight: int = 16
-    """Items that a judge works on at the same time."""
+    max_in_flight: int = 64
+    """Items that a judge works on at the same time; rows of a batch for a local one."""
     drain_timeout_s: float = 60.0
     """After SIGTERM or SIGINT: how long requests in flight may take to finish."""
 

@@ -231,7 +231,7 @@ def _read_card(folder: Path) -> dict[str, Any]:
         return {}
     try:
         card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not (math.isfinite(card["mean"]) and card["std"] > 0):
+        if not (math.isfinite(card["mean"]) and card["std"] > 0 and isinstance(card["source"], str)):
             raise ValueError(f"mean {card['mean']}, std {card['std']}")
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise ModelError(

@@ -112,7 +112,7 @@ def plan(config: DemoConfig) -> list[Group]:
         Group(
             "Direct RLAIF: PPO against the served judge, which scores from 1 to 10",
             (Stage("ppo-direct", online("ppo", "ppo-direct", config.ppo_steps)),),
-            server=("--judge", JUDGE, "--rubric", "tinyworld:score"),
+            server=("--judge", JUDGE, "--rubric", "tinyworld:score", "--max_in_flight", "128"),
         ),
         Group(
             "Evaluate: summaries of unseen posts by every policy",

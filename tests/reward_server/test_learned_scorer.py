@@ -137,9 +137,10 @@ def test_what_is_no_reward_model_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot load"):
         load_reward_model(str(tmp_path / "nothing"))
     damaged = tiny.save_classifier(tmp_path / "damaged")
-    (damaged / "reward_model.json").write_text('{"mean": 0.0, "std": 0.0, "source": ""}')
-    with pytest.raises(ModelError, match=r"reward_model\.json is damaged"):
-        load_reward_model(str(damaged))
+    for card in ('{"mean": 0.0, "std": 0.0, "source": ""}', '{"mean": 0.0, "std": 1.0}'):
+        (damaged / "reward_model.json").write_text(card)
+        with pytest.raises(ModelError, match=r"reward_model\.json is damaged"):
+            load_reward_model(str(damaged))
 
 
 def test_a_causal_language_model_gets_a_seeded_head_and_a_pad_of_its_own(tmp_path: Path) -> None:
