@@ -12,17 +12,17 @@ anything is trained, and they are scored by the served model, through the client
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from labeler.agreement import agreements, bootstrap_interval
 from policy_trainer.client import RewardClient
-from reward_server.loss import accuracy
 from reward_server.train import is_held_out
 from rlaif.records import Quarantine, read_preferences
 from rlaif.types import PreferenceRow, with_response
@@ -83,6 +83,26 @@ def served_rewards(output_dir: Path, rows: list[PreferenceRow]) -> list[tuple[fl
     return list(zip(values[::2], values[1::2], strict=True))
 
 
+def report(name: str, rewards: Sequence[tuple[float, float]], rows: Sequence[PreferenceRow]) -> bool:
+    """Print how often the reward, and the length, agree with the person; returns whether the reward beats both.
+
+    Intervals are 95 % percentile bootstraps over the pairs; the difference is resampled pair by pair.
+    """
+    labels = [row.chosen_prob for row in rows]
+    ours = agreements([_preference(c - r) for c, r in rewards], labels)
+    longer = agreements([_preference(len(row.chosen) - len(row.rejected)) for row in rows], labels)
+    columns = [f"{name:<24} {len(rows):4d} pairs"]
+    for title, values in (("reward", ours), ("longer", longer), ("difference", ours - longer)):
+        low, high = bootstrap_interval(values, lambda drawn: float(drawn.mean()), resamples=10_000)
+        columns.append(f"{title} {100 * values.mean():5.1f} % [{100 * low:5.1f}, {100 * high:5.1f}]")
+    print("   ".join(columns), flush=True)
+    return bool(ours.mean() > max(longer.mean(), 0.5))
+
+
+def _preference(difference: float) -> float:
+    return 0.5 + 0.5 * ((difference > 0) - (difference < 0))
+
+
 def main() -> None:
     """Train, serve, compare."""
     parser = argparse.ArgumentParser(
@@ -98,18 +118,18 @@ def main() -> None:
 
     train(data, output_dir)
 
-    rows = [r for r in read_preferences(data, Quarantine(None)) if is_held_out(r, HELD_OUT, SEED)]
+    held_out = {
+        path.stem: [r for r in read_preferences(path, Quarantine(None)) if is_held_out(r, HELD_OUT, SEED)]
+        for path in arguments.pairs
+    }
+    rows = [row for part in held_out.values() for row in part]
     rewards = served_rewards(output_dir, rows)
-    labels = [r.chosen_prob for r in rows]
-    served = accuracy([c - r for c, r in rewards], labels)
-    longer = accuracy([float(len(r.chosen) - len(r.rejected)) for r in rows], labels)
-    assert served is not None and longer is not None
-    error = math.sqrt(served * (1 - served) / len(rows))
-    print(f"held-out pairs:            {len(rows)}")
-    print(f"served reward model:       {100 * served:.1f} % +- {100 * error:.1f} (standard error)")
-    print(f"the longer answer wins:    {100 * longer:.1f} %")
-    print("chance:                    50.0 %")
-    if served <= max(longer, 0.5):
+    print("held-out pairs on which the person agrees; chance is 50 %; 95 % intervals")
+    start = 0
+    for name, part in held_out.items():
+        report(name, rewards[start : start + len(part)], part)
+        start += len(part)
+    if not report("all", rewards, rows):
         sys.exit("the reward model does not beat both baselines")
 
 
