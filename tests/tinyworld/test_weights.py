@@ -1,0 +1,66 @@
+"""The shipped models, measured on posts that training never drew."""
+
+from pathlib import Path
+
+import pytest
+
+from tinyworld import WORLD_DIR
+from tinyworld.measure import (
+    load,
+    measure_pairs,
+    measure_policy,
+    measure_scores,
+    mixed_pair,
+    so_so_pair,
+    spearman,
+)
+from tinyworld.tokenizer import build_tokenizer
+
+WEIGHTS = WORLD_DIR / "weights"
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load(WEIGHTS / "judge")
+
+
+def test_all_weights_together_are_at_most_eight_mebibytes():
+    files = list(WEIGHTS.glob("*/*.safetensors"))
+    assert {f.parent.name for f in files} == {"judge", "policy"}
+    assert sum(f.stat().st_size for f in files) <= 8 * 2**20
+
+
+@pytest.mark.parametrize("name", ["judge", "policy"])
+def test_the_shipped_tokenizer_is_the_one_the_code_builds(name):
+    _, shipped = load(Path(WEIGHTS / name))
+    built = build_tokenizer()
+    assert shipped.get_vocab() == built.get_vocab()
+    assert shipped.chat_template == built.chat_template
+    assert (shipped.pad_token, shipped.eos_token) == (built.pad_token, built.eos_token)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", [so_so_pair, mixed_pair])
+def test_the_judge_agrees_with_gold_once_it_reasons_and_less_when_it_must_answer_at_once(judge, writer):
+    reasoned = measure_pairs(*judge, writer, 200, cot=True)
+    at_once = measure_pairs(*judge, writer, 200, cot=False)
+    assert reasoned["both_orders"] >= 0.95
+    assert at_once["both_orders"] <= reasoned["both_orders"] - 0.05
+
+
+@pytest.mark.slow
+def test_the_judges_expected_score_ranks_as_gold_does(judge):
+    assert measure_scores(*judge, mixed_pair, 200, cot=True)["spearman"] >= 0.85
+
+
+@pytest.mark.slow
+def test_the_policy_is_fluent_varied_and_mediocre():
+    figures = measure_policy(*load(WEIGHTS / "policy"), 200)
+    assert figures["fluent"] >= 0.97
+    assert 0.0 <= figures["gold"] <= 0.5  # the middle third of [-1/2, 1]
+    assert figures["distinct"] >= 0.8
+
+
+def test_spearman_of_a_hand_worked_sample_with_ties():
+    # ranks of x: 1, 2.5, 2.5, 4; of y: 2, 1, 3, 4. Pearson of the ranks: 3 / sqrt(4.5 * 5)
+    assert spearman([1, 2, 2, 3], [20, 10, 30, 40]) == pytest.approx(3 / (4.5 * 5) ** 0.5)
