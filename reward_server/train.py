@@ -271,8 +271,13 @@ def freeze(model: PreTrainedModel, layers: int) -> None:
     stack = next((s for s in stacks if len(s) == depth), None)
     if stack is None or layers > depth:
         raise ConfigError(f"--freeze_layers {layers}: the model has {depth} layers")
-    for module in (model.get_input_embeddings(), *stack[:layers]):
-        module.requires_grad_(False)
+    *_, last = stack[layers - 1].parameters()
+    for (
+        parameter
+    ) in model.parameters():  # in order of registration, which puts embeddings of every kind first
+        parameter.requires_grad_(False)
+        if parameter is last:
+            return
 
 
 def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from reward_server.config import RewardModelConfig
 from reward_server.loss import preference_loss
@@ -23,6 +24,7 @@ from reward_server.train import (
     cut,
     encode,
     epoch_order,
+    freeze,
     is_held_out,
     learning_rate_factor,
     optimise,
@@ -247,6 +249,15 @@ def test_frozen_layers_keep_their_weights(backbone: Path, tmp_path: Path) -> Non
     assert "model.embed_tokens.weight" in same
     with pytest.raises(ConfigError, match="2 layers"):
         run(config(backbone, dataset, tmp_path / "deep", freeze_layers=3))
+
+
+def test_freezing_layers_of_an_encoder_freezes_its_positions_and_embedding_norm_too() -> None:
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    encoder = BertForSequenceClassification(BertConfig(**sizes, num_hidden_layers=2, num_labels=1))
+    freeze(encoder, 1)
+    trained = {name for name, p in encoder.named_parameters() if p.requires_grad}
+    after = ("bert.encoder.layer.1.", "bert.pooler.", "classifier.")
+    assert trained == {name for name, _ in encoder.named_parameters() if name.startswith(after)}
 
 
 def test_data_that_cannot_be_used_is_named(backbone: Path, tmp_path: Path) -> None:
