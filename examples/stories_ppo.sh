@@ -32,7 +32,7 @@ until [ -s "$out/address" ]; do
 done
 
 rlaif train ppo --model_name_or_path "$model" --dataset "$out/openings/train.jsonl" --output_dir "$out/ppo" \
-  --reward_server "$(cat "$out/address")" --max_new_tokens 48 --rollout_batch_size 64 --max_steps "${STEPS:-40}" \
+  --reward_server "$(cat "$out/address")" --max_new_tokens 48 --rollout_batch_size 64 --max_steps "${STEPS:-12}" \
   --num_ppo_epochs 2 --num_mini_batches 2 --learning_rate 3e-4 --critic_learning_rate 1e-3 --kl_coef 0.1
 
 python "$here/stories.py" curve --run "$out/ppo"
