@@ -21,7 +21,7 @@ class DemoConfig:
     """Unseen posts on which the policies are compared."""
     ppo_steps: int = 40
     """PPO steps of each of the two runs (distilled and direct)."""
-    dpo_rounds: int = 6
+    dpo_rounds: int = 10
     """Rounds of iterative DPO."""
 
     def __post_init__(self) -> None:

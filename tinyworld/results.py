@@ -169,7 +169,7 @@ class Results:
         lines.append(
             f"reward model   held-out accuracy {100 * rm.accuracy:.1f} %, log loss {rm.log_loss:.3f}, ECE {rm.ece:.3f}"
         )
-        lines.append(f"stages         {self.seconds:.0f} s in all")
+        lines.append(f"stages         {self.seconds:.0f} s in all, two side by side")
         return "\n".join(lines)
 
 
@@ -213,8 +213,8 @@ def collect_results(out: Path, policies: Mapping[str, str]) -> Results:
         start=result("start"),
         policies=[result(name) for name in policies],
         labels=[
-            _label_result("with CoT", rows),
-            _label_result(
+            label_result("with CoT", rows),
+            label_result(
                 "without CoT", pq.read_table(out / "labels-no-cot" / "preferences.parquet").to_pylist()
             ),
         ],
@@ -271,7 +271,8 @@ def _training_curves(run: Path) -> dict[str, Curve]:
     return {"reward": curve("objective/scores"), "kl": curve("objective/kl")}
 
 
-def _label_result(title: str, rows: Sequence[Mapping[str, Any]]) -> LabelResult:
+def label_result(title: str, rows: Sequence[Mapping[str, Any]]) -> LabelResult:
+    """Hold the rows of a preference dataset against gold."""
     asked = [r for r in rows if r["source"] == "logprobs"]  # a guard's ruling says nothing about the judge
     judged = []
     for row in asked:
