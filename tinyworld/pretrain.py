@@ -113,12 +113,12 @@ RECIPES = {
     # To summarise badly one must first be able to tell, and to summarise well.
     "policy": Recipe(
         stages=(
-            (300, {"tag": 28, "extract": 28}),
-            (700, {"tag": 24, "summary": 40}),
+            (1500, {"tag": 60, "extract": 10}),
+            (2100, {"tag": 28, "summary": 40}),
         ),
-        lr=1.5e-3,
+        lr=2e-3,
         warmup=40,
-        decay=350,
+        decay=700,
         init="judge",
     ),
 }

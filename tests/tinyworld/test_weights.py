@@ -40,11 +40,13 @@ def test_the_shipped_tokenizer_is_the_one_the_code_builds(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("writer", [so_so_pair, mixed_pair])
-def test_the_judge_agrees_with_gold_once_it_reasons_and_less_when_it_must_answer_at_once(judge, writer):
+@pytest.mark.parametrize(("writer", "least"), [(so_so_pair, 0.95), (mixed_pair, 0.93)])
+def test_the_judge_agrees_with_gold_once_it_reasons_and_less_when_it_must_answer_at_once(
+    judge, writer, least
+):
     reasoned = measure_pairs(*judge, writer, 200, cot=True)
     at_once = measure_pairs(*judge, writer, 200, cot=False)
-    assert reasoned["both_orders"] >= 0.95
+    assert reasoned["both_orders"] >= least
     assert at_once["both_orders"] <= reasoned["both_orders"] - 0.05
 
 
