@@ -298,7 +298,10 @@ def summarise(preferences: Sequence[Preference]) -> dict[str, Any]:
         "censored": sum(reading.censored for both in asked for reading in both),
         **tokens_of(*judgments),
     }
-    human = [(p.p_a, p.pair.human_p_a) for p in labelled if p.pair.human_p_a not in (None, 0.5)]
+    # Files of human labels put the preferred response first, and a rater who always says "A" leaves kappa nothing
+    # to correct for. So each pair is turned to an order that its texts alone decide.
+    turned = [p if p.pair == _canonical(p.pair) else p.swapped() for p in labelled]
+    human = [(p.p_a, p.pair.human_p_a) for p in turned if p.pair.human_p_a not in (None, 0.5)]
     if human:
         table = np.array(human, dtype=np.float64)
         report["human_pairs"] = len(table)

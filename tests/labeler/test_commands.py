@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from labeler.pairs import pair_up
+from labeler.pairs import pair_up, summarise
 from rlaif.cli import main
-from rlaif.types import Candidate, CandidateSet, content_id, user_prompt
+from rlaif.types import Candidate, CandidateSet, Pair, Preference, content_id, user_prompt
 from tests.labeler.openai_server import Fault, ScriptedServer
 from tests.labeler.tiny import save_tiny
 
@@ -187,6 +187,20 @@ def test_candidates_are_paired_with_each_other(tmp_path: Path) -> None:
     assert label(scripted(tmp_path), data, tmp_path / "out", "--ties", "keep") == 0
     pairs = {(r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in preferences(tmp_path / "out")}
     assert pairs == {("good", "bad"), ("good", "meh"), ("bad", "meh")}
+
+
+def test_kappa_means_something_although_the_file_always_names_the_preferred_response_first() -> None:
+    # The judge errs on the last pair. In the order of the texts the people say A A B B, the judge says A A B A:
+    # observed agreement 3/4, by chance 1/2 * 3/4 + 1/2 * 1/4 = 1/2, so kappa is 1/2 (Cohen 1960).
+    texts = [("a", "z"), ("b", "y"), ("z", "a"), ("y", "b")]
+    prompt = user_prompt("which?")
+    judged = [
+        Preference(Pair(prompt, a, b, human_p_a=1.0), p)
+        for (a, b), p in zip(texts, (0.9, 0.8, 0.7, 0.1), strict=True)
+    ]
+    summary = summarise(judged)
+    assert summary["human_agreement"] == 0.75
+    assert summary["human_kappa"] == pytest.approx(0.5)
 
 
 def test_drawn_pairs_depend_on_content_and_seed_alone() -> None:
