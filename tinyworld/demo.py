@@ -88,7 +88,7 @@ def plan(config: DemoConfig) -> list[Phase]:
 
     def label(folder: str, *options: str) -> tuple[str, ...]:
         judge = ("--judge", JUDGE, "--rubric", "tinyworld:pair", "--dataset", candidates)
-        return ("label", "pairs", *judge, "--pairs_per_prompt", "2", *options, *to(folder))
+        return ("label", "pairs", *judge, *options, *to(folder))
 
     def online(algorithm: str, folder: str, steps: int, server: str) -> Stage:
         what = ("--dataset", prompts, "--reward_server", "{server}", "--max_steps", str(steps))
