@@ -339,6 +339,10 @@ def test_micro_batches_do_not_change_the_run(tmp_path: Path, source: FunctionRew
     train(dpo_config(tmp_path, micro_batch_tokens=30, output_dir=tmp_path / "small"), source)
     train(dpo_config(tmp_path, micro_batch_tokens=100_000, output_dir=tmp_path / "large"), source)
     for small, large in zip(metrics(tmp_path / "small"), metrics(tmp_path / "large"), strict=True):
+        if (
+            small["step"] == 1
+        ):  # policy and reference are equal: the sign of a reward is that of a rounding error
+            del small["rewards/accuracies"], large["rewards/accuracies"]
         assert small == pytest.approx(large, abs=1e-4)
 
 

@@ -19,8 +19,10 @@ EXAMPLE = cli.Command(
     "tests.rlaif.example_command:ExampleConfig",
     "tests.rlaif.example_command:run",
 )
+# A job that a shell started in the background inherits an ignored SIGINT; the command is tried as a terminal starts it.
 PROGRAM = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from rlaif import cli
 from rlaif.cli import Command
 sys.exit(cli.main(commands=[{EXAMPLE!r}]))
