@@ -121,4 +121,4 @@ def _agreement(ax: Axes, results: Results) -> None:
     ax.axhline(0.5, color=INK, linestyle=":")
     ax.set_xticks(positions, [r.title for r in results.labels])
     ax.set(ylim=(0, 1), ylabel="agreement with gold")
-    ax.legend(fontsize=8, loc="lower left")
+    ax.legend(fontsize=8, loc="upper right")
