@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rlaif.errors import RlaifError
 from rlaif.models import ModelRef
@@ -31,6 +31,8 @@ class Generation:
         prompt_tokens: tokens read, assistant prefix included.
         completion_tokens: tokens generated.
         cached_tokens: prompt tokens that the back end did not have to compute again.
+        context_ids: ids of all tokens up to the end of `text`, from the start of the prompt; empty where the
+            back end does not tell them, or where `text` ends inside a token.
     """
 
     text: str
@@ -38,16 +40,39 @@ class Generation:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    context_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class LabelReading:
-    """Next-token log-probabilities of a closed set of labels, and what reading them cost."""
+    """Next-token log-probabilities of a closed set of labels, and what reading them cost.
+
+    Attributes:
+        distribution: over the labels.
+        top: the likeliest next tokens as the endpoint reported them, (text, natural-log probability), where the
+            labels had to be looked up among these; None where every label was read exactly.
+    """
 
     distribution: LabelDistribution
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    top: tuple[tuple[str, float], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a model can give; found by a probe where it cannot be known.
+
+    Attributes:
+        logprobs: `exact` for any label, `top_k` for labels among the likeliest tokens, `none`.
+        continues: an assistant turn that was begun is continued in place.
+        note: one line for people: which server, which of its features are used.
+    """
+
+    logprobs: Literal["exact", "top_k", "none"]
+    continues: bool = True
+    note: str = ""
 
 
 class LLM(Protocol):
@@ -66,6 +91,15 @@ class LLM(Protocol):
     @property
     def special_tokens(self) -> tuple[str, ...]:
         """Strings that the tokenizer reads as control tokens; they are broken up in candidate text."""
+        ...
+
+    async def probe(self) -> Abilities:
+        """What the model can give; asked once, before anything is paid for.
+
+        Raises:
+            ModelError: the model is unknown.
+            EndpointError: the endpoint is gone.
+        """
         ...
 
     async def generate(
@@ -96,13 +130,28 @@ class LLM(Protocol):
         ...
 
     async def label_logprobs(
-        self, messages: Conversation, prefix: str, labels: Sequence[str]
+        self,
+        messages: Conversation,
+        prefix: str,
+        labels: Sequence[str],
+        *,
+        after: Generation | None = None,
     ) -> LabelReading:
-        """Log-probabilities of `labels` as the next token after `prefix`, read in a fresh request.
+        """Log-probabilities of `labels` right after `prefix`, read in a fresh request.
+
+        A label that the tokenizer splits (`10` into `1`, `0`) has the probability of its whole spelling, and a
+        label that begins another one (`1`) has the probability of not being continued to it.
+
+        Args:
+            messages: the conversation; ends with a user turn.
+            prefix: all assistant text before the label.
+            labels: the closed set, in order.
+            after: the generation whose text `prefix` contains, if any. A back end may go on from its
+                `context_ids`, so that a prefix cache is met token for token; the answer means the same.
 
         Raises:
             RequestFailed: this request failed, or no label is among the tokens the endpoint reports.
-            ModelError: the tokenizer splits a label, so that no single token stands for it.
+            ModelError: the tokenizer splits a label and the endpoint cannot read its parts.
             EndpointError: the endpoint is gone or gives no log-probabilities.
         """
         ...
@@ -118,12 +167,19 @@ class LLMOptions:
 
     Attributes:
         max_in_flight: most requests at a time; a local model batches at most so many rows.
+        adaptive: with an endpoint, begin with fewer requests at a time, grow while it keeps up, shrink when it
+            answers 429.
+        requests_per_minute: cap on requests sent to an endpoint; None for none.
+        tokens_per_minute: cap on prompt and completion tokens together; None for none.
         timeout_s: seconds before one request to an endpoint counts as failed.
         max_retries: further attempts after a transient failure of an endpoint.
         backoff_s: wait before the first further attempt, doubled each time, with jitter; `Retry-After` wins.
     """
 
     max_in_flight: int = 128
+    adaptive: bool = True
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
     timeout_s: float = 120.0
     max_retries: int = 5
     backoff_s: float = 0.5
@@ -141,6 +197,10 @@ def open_llm(ref: ModelRef, options: LLMOptions | None = None) -> LLM:
         from labeler.backends.openai import OpenAIModel
 
         return OpenAIModel(ref, options)
+    if ref.backend == "vllm":
+        from labeler.backends.vllm import VLLMModel
+
+        return VLLMModel.load(ref, options)
     if ref.backend == "scripted":
         from labeler.backends.scripted import load_script
 

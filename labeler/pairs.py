@@ -90,7 +90,9 @@ def run(config: PairsConfig) -> None:
         folder = opened.directory
         quarantine = Quarantine(folder / "quarantine.jsonl")
         pairs = list(islice(load_pairs(config, quarantine), config.limit))
-        options = LLMOptions(2 * config.max_in_flight, config.timeout_s, config.max_retries)
+        options = LLMOptions(
+            2 * config.max_in_flight, timeout_s=config.timeout_s, max_retries=config.max_retries
+        )
         judge = Judge(
             open_llm(ModelRef.parse(config.judge), options),
             rubric,

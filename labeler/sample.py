@@ -65,7 +65,7 @@ def run(config: SampleConfig) -> None:
         folder = opened.directory
         quarantine = Quarantine(folder / "quarantine.jsonl")
         prompts = list(islice(read_prompts(config.dataset, quarantine), config.limit))
-        options = LLMOptions(config.max_in_flight, config.timeout_s, config.max_retries)
+        options = LLMOptions(config.max_in_flight, timeout_s=config.timeout_s, max_retries=config.max_retries)
         llm = open_llm(ModelRef.parse(config.model_name_or_path), options)
         draws = plan(prompts, config.num_return_sequences, config.seed)
         outcome = asyncio.run(_sample([d for row in draws for d in row], llm, folder, config))

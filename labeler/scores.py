@@ -79,7 +79,7 @@ def run(config: ScoresConfig) -> None:
         folder = opened.directory
         quarantine = Quarantine(folder / "quarantine.jsonl")
         answers = list(islice(load_answers(config.dataset, quarantine), config.limit))
-        options = LLMOptions(config.max_in_flight, config.timeout_s, config.max_retries)
+        options = LLMOptions(config.max_in_flight, timeout_s=config.timeout_s, max_retries=config.max_retries)
         judge = Judge(
             open_llm(ModelRef.parse(config.judge), options),
             rubric,

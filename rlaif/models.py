@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from rlaif.errors import ConfigError, ModelError
 
-Backend = Literal["hf", "openai", "tinyworld", "scripted"]
+Backend = Literal["hf", "openai", "vllm", "tinyworld", "scripted"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
@@ -20,9 +20,10 @@ class ModelRef:
 
     Attributes:
         backend: what runs it.
-        name: Hugging Face name or local path (`hf`), the endpoint's model name (`openai`), `judge` or `policy`
+        name: Hugging Face name or local path (`hf`, `vllm`), the endpoint's model name (`openai`), `judge` or `policy`
             (`tinyworld`), a script file (`scripted`).
-        base_url: the endpoint of an `openai` model; None means the `OPENAI_BASE_URL` variable or OpenAI itself.
+        base_url: the endpoint of an `openai` model, or several of the same model, separated by commas; None means
+            the `OPENAI_BASE_URL` variable or OpenAI itself.
     """
 
     backend: Backend
@@ -31,7 +32,8 @@ class ModelRef:
 
     @classmethod
     def parse(cls, text: str) -> ModelRef:
-        """Read `openai:NAME[@BASE_URL]`, `hf:NAME_OR_PATH`, `tinyworld:judge|policy`, `scripted:FILE`.
+        """Read `openai:NAME[@BASE_URL[,BASE_URL...]]`, `hf:NAME_OR_PATH`, `vllm:NAME_OR_PATH`,
+        `tinyworld:judge|policy`, `scripted:FILE`.
 
         A bare name or path is taken as `hf:`.
 

@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from labeler.backends.decoding import Decoded, Request, decode_batch, next_token_logprobs
 from labeler.backends.labels import find_aliases, resolve_label
-from labeler.llm import Generation, LabelReading, LLMOptions, RequestFailed
+from labeler.llm import Abilities, Generation, LabelReading, LLMOptions, RequestFailed
 from rlaif.chat import render
 from rlaif.errors import DataError, ModelError
 from rlaif.models import ModelRef
@@ -148,8 +148,17 @@ class HFModel:
         done: Decoded = await self._submit(request, None)
         return Generation(done.text, done.finish_reason, len(ids), done.tokens)
 
+    async def probe(self) -> Abilities:
+        """Everything, exactly."""
+        return Abilities("exact", note="transformers, full vocabulary")
+
     async def label_logprobs(
-        self, messages: Conversation, prefix: str, labels: Sequence[str]
+        self,
+        messages: Conversation,
+        prefix: str,
+        labels: Sequence[str],
+        *,
+        after: Generation | None = None,
     ) -> LabelReading:
         """See `labeler.llm.LLM.label_logprobs`; read from the full vocabulary, so never censored."""
         text = self._render(messages, prefix)

@@ -19,7 +19,7 @@ import openai
 from openai import AsyncOpenAI
 
 from labeler.backends.labels import logsumexp, read_top_tokens, resolve_label
-from labeler.llm import Generation, LabelReading, LLMOptions, RequestFailed
+from labeler.llm import Abilities, Generation, LabelReading, LLMOptions, RequestFailed
 from rlaif.errors import ConfigError, EndpointError, ModelError
 from rlaif.models import ModelRef
 from rlaif.types import Conversation, LabelDistribution, Message, to_dicts, user_prompt
@@ -125,8 +125,18 @@ class OpenAIModel:
         reason = "length" if choice.finish_reason == "length" else "stop"
         return Generation(text, reason, *_usage(done))
 
+    async def probe(self) -> Abilities:
+        """See `labeler.llm.LLM.probe`."""
+        found = await self._probe(())
+        return Abilities("exact" if found.token_ids else "top_k", found.continues)
+
     async def label_logprobs(
-        self, messages: Conversation, prefix: str, labels: Sequence[str]
+        self,
+        messages: Conversation,
+        prefix: str,
+        labels: Sequence[str],
+        *,
+        after: Generation | None = None,
     ) -> LabelReading:
         """See `labeler.llm.LLM.label_logprobs`."""
         abilities = await self._probe(messages)

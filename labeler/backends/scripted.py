@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from labeler.llm import Generation, LabelReading, RequestFailed
+from labeler.llm import Abilities, Generation, LabelReading, RequestFailed
 from rlaif.errors import ConfigError
 from rlaif.types import Conversation, LabelDistribution, content_id
 
@@ -93,8 +93,17 @@ class ScriptedModel:
         words = len(answer.split())
         return Generation(answer, "stop", len(asked.user.split()), words)
 
+    async def probe(self) -> Abilities:
+        """Everything, exactly."""
+        return Abilities("exact", note="a script")
+
     async def label_logprobs(
-        self, messages: Conversation, prefix: str, labels: Sequence[str]
+        self,
+        messages: Conversation,
+        prefix: str,
+        labels: Sequence[str],
+        *,
+        after: Generation | None = None,
     ) -> LabelReading:
         """See `labeler.llm.LLM.label_logprobs`."""
         asked = Asked(messages[-1].content, prefix, tuple(labels))
