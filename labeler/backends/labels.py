@@ -1,7 +1,8 @@
-"""Which token ids stand for a label. Wrong ids give plausible, wrong probabilities, so nothing is guessed."""
+"""Which tokens spell a label, and its probability. Wrong ids give plausible, wrong ones, so nothing is guessed."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,6 +11,10 @@ from rlaif.errors import ModelError
 from rlaif.types import LabelDistribution
 
 Encode = Callable[[str], Sequence[int]]
+Tokens = tuple[int, ...]
+
+FLOOR = -1e4
+"""Log-probability that stands for a label which the model rules out; files hold finite numbers."""
 
 
 def resolve_label(encode: Encode, text: str, label: str, model: str) -> tuple[int, ...]:
@@ -48,6 +53,86 @@ def resolve_label(encode: Encode, text: str, label: str, model: str) -> tuple[in
         f"label {label!r} melts into the text before it with the tokenizer of {model}: "
         f"end the rubric's `ending` {text[-12:]!r} differently (without a trailing space)"
     )
+
+
+def find_spellings(encode: Encode, text: str, label: str, model: str) -> tuple[Tokens, ...]:
+    """The token sequences that spell `label` after `text`, found by tokenising both together.
+
+    The label may follow directly or after a space; each may be one token or several (`10` as `1`, `0`).
+
+    Args:
+        encode: text to ids, without adding special tokens.
+        text: everything before the label, as the model sees it.
+        label: e.g. `1` or `10`.
+        model: named in errors.
+
+    Raises:
+        ModelError: the tokenizer melts the label into the text before it.
+    """
+    before = list(encode(text))
+    found: list[Tokens] = []
+    for spelling in (label, " " + label):
+        both = list(encode(text + spelling))
+        if both[: len(before)] == before and len(both) > len(before):
+            found.append(tuple(both[len(before) :]))
+        if found and text[-1:].isspace():
+            break  # the text has the space already
+    if not found:
+        raise ModelError(
+            f"label {label!r} melts into the text before it with the tokenizer of {model}: "
+            f"end the rubric's `ending` {text[-12:]!r} differently (without a trailing space)"
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def label_reads(spellings: Sequence[Sequence[Tokens]]) -> dict[Tokens, Tokens]:
+    """What must be read to know the probability of every spelling.
+
+    Args:
+        spellings: of each label, the token sequences that spell it.
+
+    Returns:
+        For each continuation of the context, the ids whose next-token log-probabilities are needed there, both in
+        a fixed order. One entry, the empty continuation, where every spelling is one token.
+    """
+    reads: dict[Tokens, set[int]] = {(): set()}
+    for tokens in itertools.chain.from_iterable(spellings):
+        for i, token in enumerate(tokens):
+            reads.setdefault(tokens[:i], set()).add(token)
+    return {after: tuple(sorted(reads[after])) for after in sorted(reads)}
+
+
+def label_distribution(
+    spellings: Sequence[Sequence[Tokens]], readings: Mapping[Tokens, Mapping[int, float]]
+) -> LabelDistribution:
+    """The exact distribution over labels from what `label_reads` asked for.
+
+    A spelling has the product of its tokens' probabilities (chain rule). One that begins another one (`1` and
+    `1`, `0`) has the probability of not being continued to it: P("1") = P(1) (1 - P(0 | 1)). The spellings of a
+    label are summed.
+
+    Args:
+        spellings: as given to `label_reads`.
+        readings: for each continuation, natural-log probability by token id; -inf is allowed.
+    """
+    log_p = {
+        tokens: math.fsum(readings[tokens[:i]][token] for i, token in enumerate(tokens))
+        for tokens in itertools.chain.from_iterable(spellings)
+    }
+    logprobs = tuple(
+        max(logsumexp([_unless_continued(tokens, log_p) for tokens in group]), FLOOR) for group in spellings
+    )
+    return LabelDistribution(logprobs, min(1.0, math.fsum(map(math.exp, logprobs))))
+
+
+def _unless_continued(tokens: Tokens, log_p: Mapping[Tokens, float]) -> float:
+    """Log of the probability of `tokens` not going on to any of the longer spellings in `log_p`."""
+    longer = [t for t in log_p if len(t) > len(tokens) and t[: len(tokens)] == tokens]
+    first = [t for t in longer if not any(len(s) < len(t) and t[: len(s)] == s for s in longer)]
+    if log_p[tokens] == -math.inf or not first:
+        return log_p[tokens]
+    continued = math.fsum(math.exp(log_p[t] - log_p[tokens]) for t in first)
+    return log_p[tokens] + math.log1p(-continued) if continued < 1.0 else -math.inf
 
 
 def find_aliases(vocabulary: Mapping[int, str], label: str) -> list[int]:
