@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Environments for the scripted server and for the peers, each on its own: peers/setup.sh DIR
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+environments=${1:?usage: peers/setup.sh DIR}
+python=${PYTHON:-python3.11}
+for name in server distilabel curator alpaca_eval; do
+  "$python" -m venv "$environments/$name"
+  "$environments/$name/bin/pip" install --quiet --disable-pip-version-check -r "$here/$name/requirements.txt"
+  "$environments/$name/bin/pip" freeze > "$environments/$name/installed.txt"
+done
