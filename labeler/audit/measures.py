@@ -1,0 +1,111 @@
+"""How far soft labels are from what people said: Brier score, log loss, reliability. Pure functions; numpy only.
+
+All are symmetric: exchanging A and B in any row changes nothing, since which response is called A says nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+LOG_LOSS_FLOOR = 1e-6
+"""Probabilities nearer to 0 or 1 than this count as this near in `log_loss`, as one sure error is else infinite."""
+
+ECE_BINS = 10
+"""Bins of `reliability` and `expected_calibration_error` unless told: width 0.05 from 0.5 to 1."""
+
+
+def brier(p: ArrayLike, human: ArrayLike) -> float:
+    """Mean squared distance of labels to human labels (Brier 1950), in [0, 1]; 1/4 for a coin; NaN for no pairs.
+
+    Args:
+        p: (N,) P(A preferred) by the judge.
+        human: (N,) P(A preferred) by people: 1, 0, 1/2 for a tie, or a share of raters.
+    """
+    ours, theirs = _columns(p, human)
+    return float(np.mean((ours - theirs) ** 2)) if len(ours) else float("nan")
+
+
+def log_loss(p: ArrayLike, human: ArrayLike) -> float:
+    """Mean cross-entropy of labels under human labels, in nats; ln 2 for a coin; NaN for no pairs.
+
+    Args:
+        p: (N,) P(A preferred) by the judge, moved inside [`LOG_LOSS_FLOOR`, 1 - `LOG_LOSS_FLOOR`].
+        human: (N,) P(A preferred) by people.
+    """
+    ours, theirs = _columns(p, human)
+    inside = np.clip(ours, LOG_LOSS_FLOOR, 1 - LOG_LOSS_FLOOR)
+    losses = -(theirs * np.log(inside) + (1 - theirs) * np.log(1 - inside))
+    return float(losses.mean()) if len(ours) else float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """One line of a reliability table.
+
+    Attributes:
+        low: least confidence in the bin.
+        high: where the next bin begins; the last one includes it.
+        count: pairs in the bin.
+        confidence: mean of max(p, 1 - p).
+        agreement: how often people prefer what the judge prefers.
+    """
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    agreement: float
+
+
+def reliability(p: ArrayLike, human: ArrayLike, bins: int = ECE_BINS) -> list[Bin]:
+    """Confidence beside agreement, in bins of equal width over confidence 0.5 to 1; empty bins are left out.
+
+    Args:
+        p: (N,) P(A preferred) by the judge.
+        human: (N,) P(A preferred) by people.
+        bins: number of bins.
+    """
+    ours, theirs = _columns(p, human)
+    confidence = np.maximum(ours, 1 - ours)
+    right = np.where(ours > 0.5, theirs, np.where(ours < 0.5, 1 - theirs, 0.5))
+    # A confidence of 0.6 begins its bin, although 2 (0.6 - 0.5) 10 rounds to just below 2.
+    where = np.minimum((2 * (confidence - 0.5) * bins + 1e-9).astype(np.int64), bins - 1)
+    return [
+        Bin(
+            0.5 + k / (2 * bins),
+            0.5 + (k + 1) / (2 * bins),
+            int((where == k).sum()),
+            float(confidence[where == k].mean()),
+            float(right[where == k].mean()),
+        )
+        for k in map(int, np.unique(where))
+    ]
+
+
+def expected_calibration_error(p: ArrayLike, human: ArrayLike, bins: int = ECE_BINS) -> float:
+    """Mean distance of confidence and agreement over the bins of `reliability` (Guo et al. 2017, section 2).
+
+    Args:
+        p: (N,) P(A preferred) by the judge.
+        human: (N,) P(A preferred) by people.
+        bins: number of bins of equal width over confidence 0.5 to 1.
+
+    Returns:
+        A number in [0, 1]; NaN for no pairs.
+    """
+    table = reliability(p, human, bins)
+    total = sum(b.count for b in table)
+    gap = sum(b.count * abs(b.agreement - b.confidence) for b in table)
+    return gap / total if total else float("nan")
+
+
+def _columns(p: ArrayLike, human: ArrayLike) -> tuple[Floats, Floats]:
+    ours, theirs = np.asarray(p, dtype=np.float64), np.asarray(human, dtype=np.float64)
+    if ours.shape != theirs.shape or ours.ndim != 1:
+        raise ValueError(f"labels {ours.shape} and human labels {theirs.shape} must be columns of one length")
+    return ours, theirs
