@@ -1,156 +1,266 @@
-"""Settings of `rlaif sample`, `rlaif label pairs` and `rlaif label scores`."""
+"""Settings of the labeler's commands: `rlaif sample`, `rlaif label pairs|scores|rank`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlaif.errors import ConfigError
 from rlaif.models import ModelRef
 
+if TYPE_CHECKING:
+    from labeler.judge import Recipe
+    from labeler.llm import LLMOptions
+
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Sample candidates from a policy: several responses per prompt, each with its own seed."""
+class RequestConfig:
+    """What every command that asks models has in common."""
 
-    model_name_or_path: str
-    """The policy: hf:NAME_OR_PATH, openai:NAME@BASE_URL, tinyworld:policy."""
     dataset: str
-    """Prompts, JSONL or Parquet."""
+    """Input rows, JSONL or Parquet."""
     output_dir: str
-    """Where candidates.parquet goes; the same command again goes on where it stopped."""
-    num_return_sequences: int = 4
-    """Responses per prompt."""
-    temperature: float = 1.0
-    """Sampling temperature; 0 decodes greedily."""
-    max_new_tokens: int = 256
-    """Longest response, in tokens."""
+    """The run directory; the same command again goes on where it stopped."""
     limit: int | None = None
-    """Use only the first so many prompts."""
-    seed: int = 0
-    """Every response is a function of this seed, its prompt and its number."""
-    max_in_flight: int = 128
+    """Use only the first so many rows."""
+    reuse: str | None = None
+    """Another run directory: its replies answer equal requests without being paid for again."""
+    max_in_flight: int = 64
     """Requests at a time; rows of a batch for a local model."""
+    adaptive: bool = True
+    """With an endpoint: begin with fewer requests, grow while it keeps up, shrink when it answers 429."""
+    requests_per_minute: int | None = None
+    """Cap on requests to an endpoint."""
+    tokens_per_minute: int | None = None
+    """Cap on tokens to and from an endpoint."""
     timeout_s: float = 120.0
     """Seconds before one request to an endpoint counts as failed."""
     max_retries: int = 5
     """Further attempts after a transient failure of an endpoint."""
     max_unlabelled: float = 0.05
-    """Exit with code 8 if a larger share of responses could not be had."""
+    """Exit with code 8 if a larger share of rows stays without an answer."""
 
     VOLATILE: ClassVar[frozenset[str]] = frozenset(
-        {"limit", "max_in_flight", "timeout_s", "max_retries", "max_unlabelled"}
-    )
+        {"limit", "reuse", "max_in_flight", "adaptive", "requests_per_minute", "tokens_per_minute", "timeout_s",
+         "max_retries", "max_unlabelled"}
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
-        ModelRef.parse(self.model_name_or_path)
-        _at_least(1, self, "num_return_sequences", "max_new_tokens", "max_in_flight", "limit")
-        _at_least(0, self, "temperature", "max_retries")
-        _check_common(self.timeout_s, self.max_unlabelled)
+        at_least(self, 1, "max_in_flight", "limit", "requests_per_minute", "tokens_per_minute")
+        at_least(self, 0, "max_retries")
+        if not self.timeout_s > 0:
+            raise ConfigError(f"--timeout_s {self.timeout_s} cannot be: give seconds above 0")
+        share(self, "max_unlabelled")
+
+    def llm_options(self) -> LLMOptions:
+        """How the back ends run."""
+        from labeler.llm import LLMOptions
+
+        return LLMOptions(
+            max_in_flight=self.max_in_flight,
+            adaptive=self.adaptive,
+            requests_per_minute=self.requests_per_minute,
+            tokens_per_minute=self.tokens_per_minute,
+            timeout_s=self.timeout_s,
+            max_retries=self.max_retries,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsConfig:
-    """Compare responses with a judge, in both orders, and write a preference dataset with soft labels."""
+class SampleConfig(RequestConfig):
+    """Sample candidates from one or more policies: several responses per prompt, each with its own seed."""
 
-    judge: str
-    """The judge: openai:NAME@BASE_URL, hf:NAME_OR_PATH, tinyworld:judge."""
-    dataset: str
-    """Pairs or candidates, JSONL or Parquet; candidates of one prompt are paired."""
-    output_dir: str
-    """Where preferences.parquet goes; the same command again goes on where it stopped."""
-    rubric: str = "helpfulness-pair"
-    """How the judge is asked: a preset, tinyworld:pair, or a YAML file."""
+    model_name_or_path: tuple[str, ...]
+    """The policies: hf:NAME_OR_PATH, vllm:NAME_OR_PATH, openai:NAME@BASE_URL, tinyworld:policy. With several, each
+    prompt gets responses of all of them, in turn."""
+    num_return_sequences: int = 4
+    """Responses per prompt, over all policies together."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 decodes greedily."""
+    max_new_tokens: int = 256
+    """Longest response, in tokens."""
+    seed: int = 0
+    """Every response is a function of this seed, its prompt and its number."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        super().__post_init__()
+        _models(self, "model_name_or_path")
+        at_least(self, 1, "num_return_sequences", "max_new_tokens")
+        at_least(self, 0, "temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig(RequestConfig):
+    """Who judges, and how a label comes from the replies."""
+
+    judge: tuple[str, ...]
+    """The judge: openai:NAME@BASE_URL, vllm:NAME_OR_PATH, hf:NAME_OR_PATH, tinyworld:judge. Several form a jury."""
+    preamble: str | None = None
+    """Which of the rubric's preambles opens the question; the first if not given."""
     cot: bool = True
     """Ask for a rationale before the label."""
     num_exemplars: int = 0
     """Show the judge the first so many worked examples of the rubric."""
     max_rationale_tokens: int = 512
     """Longest rationale; a longer one is cut and the label asked for."""
+    num_rationales: int = 1
+    """Rationales per question, their label distributions averaged (self-consistency; the paper found that it hurts)."""
+    rationale_temperature: float = 0.0
+    """Temperature of the rationales; 0 is greedy."""
+    fallback: Literal["refuse", "samples", "verdict"] = "refuse"
+    """For a judge without log-probabilities: sample the label, or ask for one graded verdict."""
+    num_samples: int = 8
+    """Samples of the label, with --fallback samples."""
+    max_verdict_tokens: int = 16
+    """Longest sampled label; a model that thinks aloud first needs many."""
+    jury: Literal["mean", "median", "logit_mean", "majority"] = "mean"
+    """How the votes of several judges become one label."""
+    quorum: int | None = None
+    """Least number of votes for a label; more than half of the jury if not given."""
+    seed: int = 0
+    """Decides sampled decoding, drawn pairs and drawn principles."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        super().__post_init__()
+        _models(self, "judge")
+        at_least(
+            self, 1, "max_rationale_tokens", "num_rationales", "num_samples", "max_verdict_tokens", "quorum"
+        )
+        at_least(self, 0, "num_exemplars", "rationale_temperature")
+        if self.num_rationales > 1 and not self.rationale_temperature:
+            raise ConfigError(
+                f"--num_rationales {self.num_rationales} would ask for the same greedy rationale again and again: "
+                "give --rationale_temperature, e.g. 0.7"
+            )
+        if self.quorum is not None and self.quorum > len(self.judge):
+            raise ConfigError(f"--quorum {self.quorum} cannot be: there are {len(self.judge)} judges")
+
+    def recipe(self, **more: Any) -> Recipe:
+        """The judge's recipe."""
+        from labeler.judge import Recipe
+
+        return Recipe(
+            max_rationale_tokens=self.max_rationale_tokens,
+            num_rationales=self.num_rationales,
+            rationale_temperature=self.rationale_temperature,
+            fallback=self.fallback,
+            num_samples=self.num_samples,
+            max_verdict_tokens=self.max_verdict_tokens,
+            seed=self.seed,
+            **more,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig(JudgeConfig):
+    """Compare responses with a judge, in both orders, and write a preference dataset with soft labels.
+
+    The dataset holds pairs, or candidates, which are paired within each prompt.
+    """
+
+    rubric: str = "helpfulness-pair"
+    """How the judge is asked: a preset, tinyworld:pair, or a YAML file."""
+    orders: Literal["both", "one"] = "both"
+    """Show each pair in both orders, or in one alone: half the price, and the judge's position bias."""
     combine: Literal["mean_prob", "mean_logit"] = "mean_prob"
     """How the two orders are averaged: the paper's mean probability, or mean log-odds."""
     pairs_per_prompt: int = 0
     """With candidates: so many pairs per prompt, drawn at random; 0 for all pairs."""
+    calibration: str | None = None
+    """A calibration.json of `rlaif eval judge --calibrate`, applied to every label."""
+    clamp: tuple[float, float] | None = None
+    """Keep labels between two probabilities, e.g. 0.4 0.6 (Constitutional AI, with chain of thought)."""
+    on_inconsistent: Literal["keep", "tie", "drop"] = "keep"
+    """What to do with pairs of which both orders prefer the same position."""
     ties: Literal["drop", "keep"] = "drop"
     """What to do with pairs whose label is exactly 1/2."""
-    max_unlabelled: float = 0.05
-    """Exit with code 8 if a larger share of pairs stays unlabelled."""
-    limit: int | None = None
-    """Label only the first so many pairs."""
-    seed: int = 0
-    """Decides which pairs of candidates are drawn."""
-    max_in_flight: int = 64
-    """Pairs at a time; each asks about both orders."""
-    timeout_s: float = 120.0
-    """Seconds before one request to an endpoint counts as failed."""
-    max_retries: int = 5
-    """Further attempts after a transient failure of an endpoint."""
 
-    VOLATILE: ClassVar[frozenset[str]] = frozenset(
-        {"ties", "max_unlabelled", "limit", "max_in_flight", "timeout_s", "max_retries"}
-    )
+    VOLATILE: ClassVar[frozenset[str]] = RequestConfig.VOLATILE | {
+        "ties", "combine", "calibration", "clamp", "on_inconsistent", "jury", "quorum"
+    }  # fmt: skip
+    """Labels are made anew from the replies, so how they are combined may change at no cost."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
-        ModelRef.parse(self.judge)
-        _at_least(1, self, "max_rationale_tokens", "max_in_flight", "limit")
-        _at_least(0, self, "num_exemplars", "pairs_per_prompt", "max_retries")
-        _check_common(self.timeout_s, self.max_unlabelled)
+        super().__post_init__()
+        at_least(self, 0, "pairs_per_prompt")
+        if self.clamp is not None:
+            low, high = self.clamp
+            if not (0 <= low < high <= 1 and abs(low + high - 1) < 1e-9):
+                raise ConfigError(
+                    f"--clamp {low:g} {high:g} cannot be: give two probabilities that add up to 1, e.g. 0.4 0.6, "
+                    "so that a pair and its swap stay complements"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoresConfig:
-    """Score responses from 1 to 10 with a judge: the expectation over the score tokens."""
+class RankConfig(PairsConfig):
+    """Rank several responses per prompt: all their pairs are compared, and Bradley-Terry strengths fitted.
 
-    judge: str
-    """The judge: openai:NAME@BASE_URL, hf:NAME_OR_PATH, tinyworld:judge."""
-    dataset: str
-    """Conversations that end with an answer, or candidates; JSONL or Parquet."""
-    output_dir: str
-    """Where scores.parquet goes; the same command again goes on where it stopped."""
-    rubric: str = "helpfulness-score"
-    """How the judge is asked: a preset, tinyworld:score, or a YAML file."""
-    cot: bool = False
-    """Ask for a rationale before the score; direct RLAIF asks for the score at once."""
-    num_exemplars: int = 0
-    """Show the judge the first so many worked examples of the rubric."""
-    max_rationale_tokens: int = 512
-    """Longest rationale; a longer one is cut and the score asked for."""
-    max_unlabelled: float = 0.05
-    """Exit with code 8 if a larger share of responses stays without a score."""
-    limit: int | None = None
-    """Score only the first so many responses."""
-    seed: int = 0
-    """Seed of sampled decoding; rationales are decoded greedily and do not depend on it."""
-    max_in_flight: int = 128
-    """Responses at a time."""
-    timeout_s: float = 120.0
-    """Seconds before one request to an endpoint counts as failed."""
-    max_retries: int = 5
-    """Further attempts after a transient failure of an endpoint."""
+    Writes rankings.parquet beside the preference dataset, and a leaderboard of the models that wrote them.
+    """
 
-    VOLATILE: ClassVar[frozenset[str]] = frozenset(
-        {"max_unlabelled", "limit", "max_in_flight", "timeout_s", "max_retries"}
-    )
+    resamples: int = 1000
+    """Bootstrap resamples of the leaderboard's intervals."""
+
+    VOLATILE: ClassVar[frozenset[str]] = PairsConfig.VOLATILE | {"resamples"}
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
-        ModelRef.parse(self.judge)
-        _at_least(1, self, "max_rationale_tokens", "max_in_flight", "limit")
-        _at_least(0, self, "num_exemplars", "max_retries")
-        _check_common(self.timeout_s, self.max_unlabelled)
+        super().__post_init__()
+        at_least(self, 2, "resamples")
 
 
-def _at_least(least: int, config: object, *names: str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ScoresConfig(JudgeConfig):
+    """Score responses with a judge: the expectation over the score tokens of an ordered scale.
+
+    The dataset holds conversations that end with an answer, or candidates.
+    """
+
+    rubric: tuple[str, ...] = ("helpfulness-score",)
+    """How the judge is asked: presets, tinyworld:score, or YAML files. Several are aspects; the score is their mean."""
+    cot: bool = False
+    """Ask for a rationale before the score; direct RLAIF asks for the score at once."""
+
+    VOLATILE: ClassVar[frozenset[str]] = RequestConfig.VOLATILE | {"jury", "quorum"}
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        super().__post_init__()
+        if not self.rubric:
+            raise ConfigError("--rubric needs a name: a preset such as helpfulness-score, or a YAML file")
+
+
+def at_least(config: object, least: int, *names: str) -> None:
+    """Refuse values below `least`; None passes.
+
+    Raises:
+        ConfigError: one is smaller.
+    """
     for name in names:
         value = getattr(config, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} {value} cannot be: give {least} or more")
 
 
-def _check_common(timeout_s: float, max_unlabelled: float) -> None:
-    if not timeout_s > 0:
-        raise ConfigError(f"--timeout_s {timeout_s} cannot be: give seconds above 0")
-    if not 0 <= max_unlabelled <= 1:
-        raise ConfigError(f"--max_unlabelled {max_unlabelled} is a share: give a number from 0 to 1")
+def share(config: object, name: str) -> None:
+    """Refuse a value outside [0, 1].
+
+    Raises:
+        ConfigError: it is outside.
+    """
+    value = getattr(config, name)
+    if not 0 <= value <= 1:
+        raise ConfigError(f"--{name} {value} is a share: give a number from 0 to 1")
+
+
+def _models(config: object, name: str) -> None:
+    refs = getattr(config, name)
+    if not refs:
+        raise ConfigError(f"--{name} needs a model: hf:NAME_OR_PATH, openai:NAME@BASE_URL, tinyworld:judge")
+    for ref in refs:
+        ModelRef.parse(ref)

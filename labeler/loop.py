@@ -1,113 +1,103 @@
-"""The labeling loop: a constant number of questions in flight, each answer journalled before it counts.
-
-A failure is never journalled, so the next run of the same command asks exactly the failed questions again.
-"""
+"""The labeling loop: a constant number of questions open, no batch to wait for, no memory per question."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import TypeVar
 
 from labeler.llm import RequestFailed
 from rlaif.errors import QualityError
 from rlaif.runs import Progress
-from rlaif.storage import Journal
 
 T = TypeVar("T")
-Record = dict[str, Any]
+A = TypeVar("A")
 
 _HOPELESS = 50
 """So many failures without a single answer end the run: going on would cost and give nothing."""
 
-
-@dataclass(frozen=True, slots=True)
-class Task(Generic[T]):
-    """A question: equal keys are the same question and are asked once."""
-
-    key: str
-    item: T
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a pass over the tasks gave.
-
-    Attributes:
-        records: the journalled answer of each key, from this run and earlier ones.
-        failures: why the other keys have none.
-        asked: questions answered in this run.
-        tokens: prompt and completion tokens of this run, as the records count them.
-    """
-
-    records: dict[str, Record] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-    asked: int = 0
-    tokens: int = 0
+_CHUNK = 256
+"""Questions replayed per turn of the event loop."""
 
 
 async def ask_all(
-    tasks: Sequence[Task[T]],
-    ask: Callable[[T], Awaitable[Record]],
+    questions: Iterable[T],
+    ask: Callable[[T], Awaitable[str | None]],
     *,
-    journal: Journal,
-    max_in_flight: int,
+    max_open: int,
     progress: Progress,
+    stats: Callable[[], Mapping[str, object]] = dict,
     give_up: bool = True,
-) -> Outcome:
-    """Ask every question that the journal does not answer yet, in order, `max_in_flight` at a time.
-
-    A slow answer delays nothing but itself: there are no batches to wait for.
+) -> Counter[str]:
+    """Ask every question, in order, `max_open` at a time. A slow answer delays nothing but itself.
 
     Args:
-        tasks: in the order to ask; neighbours run together, so put what shares a prompt side by side.
-        ask: gives the record to keep (JSON values; `prompt_tokens` and `completion_tokens` are counted), or
-            raises `RequestFailed` for this question alone.
-        journal: of this run's directory; answers for other questions in it are left alone.
-        max_in_flight: questions at a time, > 0.
+        questions: in the order to ask; neighbours run together, so put what shares a prompt side by side.
+        ask: asks one question and keeps what it learns; gives None, or the reason why there is no answer.
+        max_open: questions at a time, > 0; more than requests in flight, so that an answer being written down
+            or a rationale turning into a label leaves no slot empty.
         progress: advanced once per question.
+        stats: shown beside the progress: tokens, cost.
         give_up: stop when the first 50 questions all fail.
+
+    Returns:
+        How many questions stay open for each reason.
 
     Raises:
         QualityError: `give_up`, and the first 50 questions all failed.
-        EndpointError: the endpoint is gone. Answers so far are in the journal.
+        EndpointError: the endpoint is gone. What was answered is kept.
     """
-    outcome = Outcome()
-    wanted = {task.key: task for task in tasks}
-    for record in journal.records():
-        if record.get("key") in wanted:
-            outcome.records[record["key"]] = record
-    open_tasks = [task for key, task in wanted.items() if key not in outcome.records]
-    progress.advance(len(outcome.records))
-    queue = iter(open_tasks)
+    queue = iter(questions)
+    reasons: Counter[str] = Counter()
+    answered = 0
 
     async def worker() -> None:
-        for task in queue:
-            try:
-                record = {"key": task.key, **await ask(task.item)}
-            except RequestFailed as err:
-                outcome.failures[task.key] = str(err)
-                if give_up and outcome.asked == 0 and len(outcome.failures) >= _HOPELESS:
-                    raise QualityError(
-                        f"the first {len(outcome.failures)} questions all failed, the last with: {err}"
-                    ) from err
+        nonlocal answered
+        for question in queue:
+            reason = await ask(question)
+            if reason is None:
+                answered += 1
             else:
-                journal.append(record)
-                outcome.records[task.key] = record
-                outcome.asked += 1
-                outcome.tokens += _tokens(record)
-            progress.advance(1, unlabelled=len(outcome.failures), tokens=outcome.tokens)
+                reasons[reason] += 1
+                if give_up and not answered and reasons.total() >= _HOPELESS:
+                    raise QualityError(
+                        f"the first {reasons.total()} questions all failed, the last with: {reason}"
+                    )
+            progress.advance(1, unlabelled=reasons.total(), **stats())
 
-    workers = [asyncio.create_task(worker()) for _ in range(min(max_in_flight, len(open_tasks)))]
+    workers = [asyncio.create_task(worker()) for _ in range(max_open)]
     try:
         await asyncio.gather(*workers)
     finally:
         for task in workers:
             task.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
-    return outcome
+    return reasons
 
 
-def _tokens(record: Mapping[str, Any]) -> int:
-    return int(record.get("prompt_tokens", 0)) + int(record.get("completion_tokens", 0))
+def replay(questions: Iterable[T], answer: Callable[[T], Awaitable[A]]) -> Iterator[tuple[T, A]]:
+    """Every question with its answer, in order, from what is on record; nothing is sent.
+
+    Args:
+        questions: read as the answers are consumed.
+        answer: answers one question without waiting for anybody.
+    """
+
+    async def answer_all(chunk: list[T]) -> list[A]:
+        return [await answer(question) for question in chunk]
+
+    queue = iter(questions)
+    with asyncio.Runner() as runner:
+        while chunk := list(islice(queue, _CHUNK)):
+            yield from zip(chunk, runner.run(answer_all(chunk)), strict=True)
+
+
+async def reason_of(answer: Awaitable[object]) -> str | None:
+    """Await an answer that raises `RequestFailed` when it cannot be had; the reason, or None."""
+    try:
+        await answer
+    except RequestFailed as err:
+        return str(err)
+    return None

@@ -4,58 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from rlaif.errors import QualityError
-from rlaif.runs import write_atomic
-from rlaif.types import Judgment, LabelDistribution
+from rlaif.storage import replacing, storing, write_atomic
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 """A conversation in the form that chat templates and TRL read."""
-
-
-def judgment_to_dict(judgment: Judgment | None) -> dict[str, Any] | None:
-    """A judgment as JSON values; a failed one is not meant to be kept."""
-    if judgment is None or judgment.labels is None:
-        return None
-    return {
-        "logprobs": list(judgment.labels.logprobs),
-        "mass": judgment.labels.mass,
-        "censored": judgment.labels.censored,
-        "rationale": judgment.rationale,
-        "prompt_tokens": judgment.prompt_tokens,
-        "completion_tokens": judgment.completion_tokens,
-        "cached_tokens": judgment.cached_tokens,
-    }
-
-
-def judgment_from_dict(record: Mapping[str, Any] | None) -> Judgment | None:
-    """The inverse of `judgment_to_dict`."""
-    if record is None:
-        return None
-    labels = LabelDistribution(tuple(record["logprobs"]), record["mass"], record["censored"])
-    return Judgment(
-        labels,
-        record["rationale"],
-        None,
-        record["prompt_tokens"],
-        record["completion_tokens"],
-        record["cached_tokens"],
-    )
-
-
-def tokens_of(*judgments: Judgment | None) -> dict[str, int]:
-    """Token counts of judgments together, under the names that records and datasets use."""
-    given = [j for j in judgments if j is not None]
-    return {
-        "prompt_tokens": sum(j.prompt_tokens for j in given),
-        "completion_tokens": sum(j.completion_tokens for j in given),
-        "cached_tokens": sum(j.cached_tokens for j in given),
-    }
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
@@ -63,11 +23,29 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     write_atomic(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_unlabelled(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `unlabelled.jsonl`: what has no answer, each with its reason. No file when nothing is open."""
+@contextmanager
+def write_unlabelled(folder: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Write `unlabelled.jsonl`, row by row: what has no answer, each with its reason. No file if nothing ever was.
+
+    Yields:
+        A function that takes the next row. The file appears, whole, when the block ends without an error.
+
+    Raises:
+        StorageError: the disk is full.
+    """
     path = folder / "unlabelled.jsonl"
-    if rows or path.exists():
-        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    count = 0
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+
+        def write(row: Mapping[str, Any]) -> None:
+            nonlocal count
+            count += 1
+            with storing(path):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+        yield write
+    if count == 0:
+        path.unlink()
 
 
 def write_card(folder: Path, title: str, data_file: str, text: str, report: Mapping[str, Any]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import math
+from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,30 +15,37 @@ import pyarrow as pa
 
 from labeler.config import ScoresConfig
 from labeler.judge import Judge
-from labeler.llm import LLMOptions, RequestFailed, open_llm
-from labeler.loop import Outcome, Record, Task, ask_all
+from labeler.jury import Jury
+from labeler.loop import replay
 from labeler.outputs import (
     MESSAGES,
-    by_reason,
-    judgment_from_dict,
-    judgment_to_dict,
     print_summary,
     refuse_if_too_many_open,
-    tokens_of,
     write_card,
     write_report,
     write_unlabelled,
 )
-from labeler.pairs import holds_candidates
-from labeler.rubric import load_rubric
-from rlaif.models import ModelRef
-from rlaif.records import Journal, Quarantine, read_candidates, read_conversations, write_parquet
-from rlaif.runs import Run, progress
-from rlaif.types import Conversation, content_id, to_dicts
+from labeler.pairs import gather_judges, holds_candidates
+from labeler.preferences import tokens_of
+from labeler.rubric import Rubric, load_rubric
+from labeler.session import open_session
+from rlaif.errors import ConfigError
+from rlaif.records import Quarantine, read_candidates, read_conversations, write_parquet
+from rlaif.types import Conversation, Judgment, Score, content_id, to_dicts
 
 Answer = tuple[Conversation, str]
 """A prompt and a response to it."""
 
+ASPECT = pa.struct(
+    [
+        ("rubric", pa.string()),
+        ("score", pa.float64()),
+        ("probs", pa.list_(pa.float64())),
+        ("label_mass", pa.float64()),
+        ("rationale", pa.string()),
+    ]
+)
+VOTE = pa.struct([("judge", pa.string()), ("score", pa.float64())])
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -48,18 +56,22 @@ SCHEMA = pa.schema(
         ("label_mass", pa.float64()),
         ("censored", pa.bool_()),
         ("rationale", pa.string()),
+        ("aspects", pa.list_(ASPECT)),
+        ("votes", pa.list_(VOTE)),
         ("source", pa.string()),
         ("judge", pa.string()),
         ("rubric", pa.string()),
         ("rubric_hash", pa.string()),
         ("prompt_tokens", pa.int64()),
         ("completion_tokens", pa.int64()),
+        ("cached_tokens", pa.int64()),
     ]
 )
 """Columns of `scores.parquet`; `probs` are over the rubric's labels in order."""
 
 CARD = """Scores by an AI judge. `score` is the expectation over the rubric's scale under `probs`, the judge's
-probabilities of the score tokens (arXiv 2309.00267, section 2.2.2). `source` says `logprobs`, or which guard ruled
+probabilities of the score tokens (arXiv 2309.00267, section 2.2.2). With several rubrics it is the mean of the
+`aspects`, and `probs` stands with each of them. `source` says `logprobs`, `samples`, `verdict`, or which guard ruled
 without asking."""
 
 
@@ -68,51 +80,70 @@ def run(config: ScoresConfig) -> None:
 
     Raises:
         DataError: the dataset is missing or has no usable row.
-        ModelError: the judge cannot be loaded, or splits a label into several tokens.
+        ModelError: the judge cannot be loaded, or no label can be read with its tokenizer.
         EndpointError: the endpoint is gone; the same command goes on from the journal.
         StorageError: the output cannot be written.
         QualityError: too many responses stayed without a score.
     """
-    rubric = load_rubric(config.rubric).with_options(cot=config.cot, num_exemplars=config.num_exemplars)
-    started = time.monotonic()
-    with Run.open(config.output_dir, config, command="label scores") as opened:
-        folder = opened.directory
-        quarantine = Quarantine(folder / "quarantine.jsonl")
-        answers = list(islice(load_answers(config.dataset, quarantine), config.limit))
-        options = LLMOptions(config.max_in_flight, timeout_s=config.timeout_s, max_retries=config.max_retries)
-        judge = Judge(
-            open_llm(ModelRef.parse(config.judge), options),
-            rubric,
-            max_rationale_tokens=config.max_rationale_tokens,
-            seed=config.seed,
-        )
-        outcome = asyncio.run(_score(answers, judge, folder, config))
-        scored = [(a, outcome.records[k]) for a in answers if (k := _key(a, judge)) in outcome.records]
-        unscored = [(a, outcome.failures[k]) for a in answers if (k := _key(a, judge)) in outcome.failures]
-        rows = [_row(answer, record, judge) for answer, record in scored]
-        report = {
-            "responses": len(answers),
-            "scored": len(rows),
-            "unlabelled": by_reason(reason for _, reason in unscored),
-            "guarded": by_reason(r["source"] for r in rows if r["source"] != "logprobs"),
-            **_spread([row["score"] for row in rows]),
-            **_masses([row["label_mass"] for row in rows if row["label_mass"] is not None]),
-            "censored": sum(row["censored"] for row in rows),
-            "prompt_tokens": sum(row["prompt_tokens"] for row in rows),
-            "completion_tokens": sum(row["completion_tokens"] for row in rows),
-            "quarantined": dict(quarantine.reasons),
-            "seconds": round(time.monotonic() - started, 1),
+    rubrics = [_rubric(name, config) for name in config.rubric]
+    with open_session(config, "label scores") as session:
+        models = [session.open_model(name) for name in config.judge]
+        judges = [
+            gather_judges([Judge(model, rubric, config.recipe()) for model in models], config)
+            for rubric in rubrics
+        ]
+
+        async def score(answer: Answer) -> list[Score]:
+            return list(await asyncio.gather(*(judge.judge_score(*answer) for judge in judges)))
+
+        async def ask(answer: Answer) -> str | None:
+            return _missing(await score(answer))
+
+        async def prepare() -> None:
+            for judge in judges:
+                await judge.prepare()
+
+        def answers(quarantine: Quarantine) -> Iterator[Answer]:
+            return islice(load_answers(config.dataset, quarantine), config.limit)
+
+        total = session.ask(answers, ask, "scoring responses", prepare=prepare)
+        report = ScoreReport()
+        data_file = session.folder / "scores.parquet"
+
+        def rows() -> Iterator[dict[str, Any]]:
+            with write_unlabelled(session.folder) as unlabelled:
+                for answer, scores in replay(answers(Quarantine(None)), score):
+                    reason = _missing(scores)
+                    if reason is not None:
+                        report.miss(reason)
+                        unlabelled({"reason": reason, "prompt": to_dicts(answer[0]), "response": answer[1]})
+                        continue
+                    row = _row(scores, rubrics, judges)
+                    report.add(row)
+                    yield row
+
+        write_parquet(data_file, rows(), SCHEMA)
+        facts = {
+            **report.result(),
+            "quarantined": dict(session.quarantine.reasons),
+            "seconds": session.seconds,
         }
-        write_parquet(folder / "scores.parquet", rows, SCHEMA)
-        write_report(folder, report)
-        write_unlabelled(
-            folder, [{"reason": why, "prompt": to_dicts(a[0]), "response": a[1]} for a, why in unscored]
-        )
-        write_card(folder, f"Scores by {judge.name}", "scores.parquet", CARD, report)
-    print_summary(f"{len(answers)} responses scored by {judge.name} -> {folder / 'scores.parquet'}", report)
+        write_report(session.folder, facts)
+        name = judges[0].name
+        write_card(session.folder, f"Scores by {name}", "scores.parquet", CARD, facts)
+    print_summary(f"{total} responses scored by {name} -> {data_file}", facts)
     refuse_if_too_many_open(
-        report["unlabelled"], len(answers), config.max_unlabelled, folder, "responses have no score"
+        facts["unlabelled"], total, config.max_unlabelled, session.folder, "responses have no score"
     )
+
+
+def _rubric(name: str, config: ScoresConfig) -> Rubric:
+    rubric = load_rubric(name).with_options(
+        cot=config.cot, num_exemplars=config.num_exemplars, preamble=config.preamble
+    )
+    if rubric.kind != "score":
+        raise ConfigError(f"--rubric {name} is for pairs; scoring needs a score rubric")
+    return rubric
 
 
 def load_answers(path: str, quarantine: Quarantine) -> Iterator[Answer]:
@@ -130,67 +161,97 @@ def load_answers(path: str, quarantine: Quarantine) -> Iterator[Answer]:
         yield conversation[:-1], conversation[-1].content
 
 
-def _key(answer: Answer, judge: Judge) -> str:
-    return content_id("score", *answer, judge.version)
+def _missing(scores: Sequence[Score]) -> str | None:
+    """Why a response has no score: an aspect that is missing leaves the mean of all without meaning."""
+    return next((s.reason or "no score" for s in scores if s.expected is None), None)
 
 
-async def _score(answers: Sequence[Answer], judge: Judge, folder: Path, config: ScoresConfig) -> Outcome:
-    async def ask(answer: Answer) -> Record:
-        score = await judge.judge_score(*answer)
-        if score.expected is None:
-            raise RequestFailed(score.reason or "no score")
-        return {
-            "score": score.expected,
-            "reason": score.reason,
-            "judgment": judgment_to_dict(score.judgment),
-            **tokens_of(score.judgment),
-        }
-
-    tasks = [Task(_key(answer, judge), answer) for answer in answers]
-    try:
-        with (
-            Journal(folder / "journal.jsonl") as journal,
-            progress(len({t.key for t in tasks}), "scoring responses") as bar,
-        ):
-            return await ask_all(
-                tasks,
-                ask,
-                journal=journal,
-                max_in_flight=config.max_in_flight,
-                progress=bar,
-                give_up=config.max_unlabelled < 1,
-            )
-    finally:
-        await judge.llm.close()
-
-
-def _row(answer: Answer, record: Record, judge: Judge) -> dict[str, Any]:
-    judgment = judgment_from_dict(record["judgment"])
-    labels = None if judgment is None else judgment.labels
+def _row(
+    scores: Sequence[Score], rubrics: Sequence[Rubric], judges: Sequence[Judge | Jury]
+) -> dict[str, Any]:
+    first, single = scores[0], len(scores) == 1
+    values = [s.expected for s in scores if s.expected is not None]
+    said = [j for s in scores for j in _judgments(s)]
+    aspects = [_aspect(s, rubric) for s, rubric in zip(scores, rubrics, strict=True)]
+    names = judges[0].judges if isinstance(judges[0], Jury) else ()
     return {
-        "id": content_id(*answer),
-        "prompt": to_dicts(answer[0]),
-        "response": answer[1],
-        "score": record["score"],
-        "probs": None if labels is None else list(labels.probs),
-        "label_mass": None if labels is None else labels.mass,
-        "censored": labels is not None and labels.censored,
-        "rationale": None if judgment is None else judgment.rationale,
-        "source": record["reason"] or "logprobs",
-        "judge": judge.name,
-        "rubric": judge.rubric.name,
-        "rubric_hash": judge.rubric.hash,
-        **tokens_of(judgment),
+        "id": content_id(first.prompt, first.response),
+        "prompt": to_dicts(first.prompt),
+        "response": first.response,
+        "score": math.fsum(values) / len(values),
+        "probs": aspects[0]["probs"] if single else None,
+        "label_mass": aspects[0]["label_mass"] if single else None,
+        "censored": any(j.labels is not None and j.labels.censored for j in said),
+        "rationale": aspects[0]["rationale"] if single else None,
+        "aspects": [] if single else aspects,
+        "votes": [
+            {"judge": judge.name, "score": vote.expected}
+            for judge, vote in zip(names, first.votes, strict=True)
+        ],
+        "source": first.reason or "+".join(sorted({j.source for j in said})),
+        "judge": judges[0].name,
+        "rubric": "+".join(rubric.name for rubric in rubrics),
+        "rubric_hash": "+".join(rubric.hash for rubric in rubrics),
+        **tokens_of(*said),
     }
 
 
-def _spread(scores: Sequence[float]) -> dict[str, Any]:
-    if not scores:
-        return {"score_mean": None, "score_quartiles": None}
-    quartiles = np.quantile(scores, [0.25, 0.5, 0.75])
-    return {"score_mean": float(np.mean(scores)), "score_quartiles": [float(q) for q in quartiles]}
+def _judgments(score: Score) -> list[Judgment]:
+    """Everything that was said of a response, by one judge or by a jury."""
+    return [s.judgment for s in score.votes or (score,) if s.judgment is not None]
 
 
-def _masses(masses: Sequence[float]) -> dict[str, Any]:
-    mean = float(np.mean(masses)) if masses else None
-    return {"label_mass_mean": mean, "label_mass_min": min(masses, default=None)}
+def _aspect(score: Score, rubric: Rubric) -> dict[str, Any]:
+    """One rubric's score. Only a single judge has one distribution."""
+    judgment = None if score.votes else score.judgment
+    labels = None if judgment is None else judgment.labels
+    return {
+        "rubric": rubric.name,
+        "score": score.expected,
+        "probs": None if labels is None else list(labels.probs),
+        "label_mass": None if labels is None else labels.mass,
+        "rationale": None if judgment is None else judgment.rationale,
+    }
+
+
+class ScoreReport:
+    """What to know before trusting scores: their spread, label mass, gaps."""
+
+    def __init__(self) -> None:
+        self._unlabelled: Counter[str] = Counter()
+        self._sources: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
+        self._scores, self._masses = array("f"), array("f")
+        self._censored = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Count a row of `SCHEMA`."""
+        self._scores.append(row["score"])
+        if row["label_mass"] is not None:
+            self._masses.append(row["label_mass"])
+        self._censored += row["censored"]
+        self._sources[row["source"]] += 1
+        self._tokens.update(
+            {name: row[name] for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
+        )
+
+    def miss(self, reason: str) -> None:
+        """Count a response without a score."""
+        self._unlabelled[reason] += 1
+
+    def result(self) -> dict[str, Any]:
+        """The report; figures over no responses are None."""
+        scores = np.asarray(self._scores, dtype=np.float64)
+        masses = np.asarray(self._masses, dtype=np.float64)
+        return {
+            "responses": len(scores) + self._unlabelled.total(),
+            "scored": len(scores),
+            "unlabelled": dict(self._unlabelled.most_common()),
+            "sources": dict(self._sources.most_common()),
+            "score_mean": float(scores.mean()) if len(scores) else None,
+            "score_quartiles": np.quantile(scores, [0.25, 0.5, 0.75]).tolist() if len(scores) else None,
+            "label_mass_mean": float(masses.mean()) if len(masses) else None,
+            "label_mass_min": float(masses.min()) if len(masses) else None,
+            "censored": self._censored,
+            **self._tokens,
+        }

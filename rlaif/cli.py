@@ -53,6 +53,10 @@ COMMANDS = (
         "labeler.config:ScoresConfig", "labeler.scores:run",
     ),
     Command(
+        "label rank", "a judge ranks several responses -> rankings, leaderboard",
+        "labeler.config:RankConfig", "labeler.rank:run",
+    ),
+    Command(
         "train sft", "supervised fine-tuning",
         "policy_trainer.config:SFTConfig", "policy_trainer.sft:run",
     ),

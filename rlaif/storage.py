@@ -47,8 +47,14 @@ def storing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path` that takes its place, fsynced, if the block succeeds and vanishes if not."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling of `path` that takes its place, fsynced, if the block succeeds and vanishes if not.
+
+    Makes parent folders. Close the temporary file inside the block.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with storing(path):
@@ -78,7 +84,7 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
         StorageError: the disk is full or the folder cannot be written.
     """
     target = Path(path)
-    with _replacing(target) as temporary, storing(target):
+    with replacing(target) as temporary, storing(target):
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
@@ -100,7 +106,7 @@ def write_parquet(
     target = Path(path)
     source = iter(rows)
     count = 0
-    with _replacing(target) as temporary:
+    with replacing(target) as temporary:
         with storing(target):
             writer = pq.ParquetWriter(temporary, schema)
         try:

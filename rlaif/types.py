@@ -131,7 +131,15 @@ class LabelDistribution:
 
 @dataclass(frozen=True, slots=True)
 class Judgment:
-    """What one judge said of one pair in one order, or of one response; `reason` says why `labels` is None."""
+    """What one judge said of one pair in one order, or of one response; `reason` says why `labels` is None.
+
+    Attributes:
+        labels: probabilities of the rubric's labels.
+        rationale: what the judge wrote before its label; the first one where several were sampled.
+        source: how the labels were had: `logprobs`, `samples` of the label, or a graded `verdict` in words.
+        p_first: for a pair, P(number 1 preferred) under `labels`; None without labels and for scores.
+        principle: the principle of a constitution that was put to the judge.
+    """
 
     labels: LabelDistribution | None
     rationale: str | None = None
@@ -139,11 +147,18 @@ class Judgment:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    source: str = "logprobs"
+    p_first: float | None = None
+    principle: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """The soft label of a pair: P(A preferred), from both orders, or None with a reason."""
+    """The soft label of a pair: P(A preferred), from both orders, or None with a reason.
+
+    `votes` are the labels of the judges of a jury, in the jury's order, missing ones included; empty for a
+    single judge.
+    """
 
     pair: Pair
     p_a: float | None
@@ -153,6 +168,7 @@ class Preference:
     judge: str = ""
     rubric: str = ""
     rubric_hash: str = ""
+    votes: tuple[Preference, ...] = ()
 
     def swapped(self) -> Preference:
         """The label of the swapped pair: the complement, with the two orders exchanged."""
@@ -162,19 +178,23 @@ class Preference:
             p_a=None if self.p_a is None else 1.0 - self.p_a,
             ab=self.ba,
             ba=self.ab,
+            votes=tuple(vote.swapped() for vote in self.votes),
         )
 
     @property
     def same_position(self) -> bool | None:
         """Whether both orders preferred the same *position* (a sign of position bias); None if either is missing."""
-        if self.ab is None or self.ba is None or self.ab.labels is None or self.ba.labels is None:
+        if self.ab is None or self.ba is None or self.ab.p_first is None or self.ba.p_first is None:
             return None
-        return (self.ab.labels.probs[0] > 0.5) == (self.ba.labels.probs[0] > 0.5)
+        return (self.ab.p_first > 0.5) == (self.ba.p_first > 0.5)
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A direct score of one response: the expectation over the scale's levels, or None with a reason."""
+    """A direct score of one response: the expectation over the scale's levels, or None with a reason.
+
+    `votes` are the scores of the judges of a jury, missing ones included.
+    """
 
     prompt: Conversation
     response: str
@@ -182,6 +202,7 @@ class Score:
     reason: str | None = None
     judgment: Judgment | None = None
     levels: tuple[float, ...] = tuple(float(i) for i in range(1, 11))
+    votes: tuple[Score, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ length, and a sample must depend on its own request alone, not on its neighbours
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-_TAIL = 4
-"""Prompt tokens decoded with a continuation, so that the seam (a leading space) comes out right."""
-
+from labeler.backends.local import Decoded, Request, text_after
 
 _ROOM = 64
 """Tokens of free room in a key-value buffer when it is made."""
@@ -61,31 +58,6 @@ def _roomy_cache(model: PreTrainedModel) -> DynamicCache:
     return cache
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Token ids to continue and how; `max_new_tokens` 0 asks for the next-token distribution alone."""
-
-    ids: tuple[int, ...]
-    max_new_tokens: int = 0
-    temperature: float = 0.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-
-    @property
-    def length(self) -> int:
-        """Most tokens the row can come to."""
-        return len(self.ids) + self.max_new_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """A continuation: its text up to the stop, why it ended, and how many tokens were generated."""
-
-    text: str
-    finish_reason: str
-    tokens: int
-
-
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids (B, T) padded on the left with `pad`, and the attention mask (B, T): 1 = token."""
     width = max(len(r) for r in rows)
@@ -99,13 +71,23 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def next_token_logprobs(model: PreTrainedModel, requests: Sequence[Request], pad: int) -> Tensor:
-    """Natural-log probabilities of the next token over the full vocabulary: fp32 (B, V), on the CPU."""
+def next_token_logprobs(
+    model: PreTrainedModel, requests: Sequence[Request], pad: int, positions: int = 1
+) -> Tensor:
+    """Natural-log probabilities of the token after each of the last `positions` tokens of every row.
+
+    Returns:
+        Over the full vocabulary: fp32 (B, positions, V), on the CPU.
+    """
     ids, mask = pad_left([r.ids for r in requests], pad, model.device)
     out = model(
-        input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False, logits_to_keep=1
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=_positions(mask),
+        use_cache=False,
+        logits_to_keep=positions,
     )
-    return torch.log_softmax(out.logits[:, -1].float(), dim=-1).cpu()
+    return torch.log_softmax(out.logits.float(), dim=-1).cpu()
 
 
 @torch.inference_mode()
@@ -170,7 +152,7 @@ def _choose(logits: Tensor, rows: Sequence[_Row]) -> Tensor:
 class _Row:
     """The state of one request while its batch decodes."""
 
-    __slots__ = ("_cut", "_last", "_tail_text", "_tokenizer", "done", "generator", "ids", "reason", "request")
+    __slots__ = ("_cut", "_last", "_tokenizer", "done", "generator", "ids", "reason", "request")
 
     def __init__(self, request: Request, tokenizer: PreTrainedTokenizerBase) -> None:
         self.request = request
@@ -181,15 +163,9 @@ class _Row:
         self._cut: str | None = None
         self._tokenizer = tokenizer
         self._last = frozenset(s.rstrip()[-1:] for s in request.stop)
-        self._tail_text = self._decode([])
-
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode([*self.request.ids[-_TAIL:], *ids], skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
 
     def text(self) -> str:
-        return self._decode(self.ids)[len(self._tail_text) :]
+        return text_after(self._tokenizer, self.request.ids, self.ids)
 
     def take(self, token: int, eos: frozenset[int]) -> None:
         """Note the next token unless the row has ended."""
@@ -217,4 +193,4 @@ class _Row:
 
     def result(self) -> Decoded:
         text = self.text() if self._cut is None else self._cut
-        return Decoded(text, self.reason, len(self.ids))
+        return Decoded(text, tuple(self.ids), self.reason)

@@ -7,39 +7,43 @@ collects. Label readings go first, since they free places for further rows.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from labeler.backends.decoding import Decoded, Request, decode_batch, next_token_logprobs
-from labeler.backends.labels import find_aliases, resolve_label
-from labeler.llm import Abilities, Generation, LabelReading, LLMOptions, RequestFailed
-from rlaif.chat import render
-from rlaif.errors import DataError, ModelError
+from labeler.backends.decoding import decode_batch, next_token_logprobs
+from labeler.backends.labels import Tokens
+from labeler.backends.local import (
+    Decoded,
+    LocalModel,
+    Request,
+    TokenReadings,
+    cannot_load,
+    load_tokenizer,
+    weights_hash,
+)
+from labeler.llm import Abilities, LLMOptions
 from rlaif.models import ModelRef
-from rlaif.types import Conversation, LabelDistribution, Message, to_dicts
 
 _CACHE_BYTES = 2 * 2**30
 """Memory that one batch's key-value cache may take; it bounds rows x tokens of a batch."""
 
-_FLOOR = -1e4
-"""Log-probability that stands for a token which the model rules out; files hold finite numbers."""
-
 
 @dataclass(slots=True)
 class _Job:
-    """A request in the queue. `labels` None means generate."""
+    """A request in the queue: to generate, or to read.
+
+    Attributes:
+        wanted: which ids to read after which token, counted from the row's last one (0); None to generate.
+    """
 
     request: Request
-    labels: tuple[tuple[int, ...], ...] | None
+    wanted: dict[int, Tokens] | None
     future: asyncio.Future[Any]
 
 
@@ -51,7 +55,7 @@ class _Queue:
     pump: asyncio.Task[None] | None = None
 
 
-class HFModel:
+class HFModel(LocalModel):
     """A causal language model with its tokenizer, batched across concurrent calls of one event loop.
 
     Args:
@@ -72,19 +76,15 @@ class HFModel:
         max_batch_rows: int = 128,
     ) -> None:
         model.eval()  # type: ignore[no-untyped-call]
+        config = model.config.get_text_config()
+        context = int(getattr(config, "max_position_embeddings", None) or 2**31)
+        super().__init__(tokenizer, name=name, version=version or name, context=context)
         self._model = model
-        self._tokenizer = tokenizer
-        self._name = name
-        self._version = version or name
         self._max_rows = max_batch_rows
         self._max_tokens = max(1024, _CACHE_BYTES // _cache_bytes_per_token(model))
-        config = model.config.get_text_config()
-        self._context = int(getattr(config, "max_position_embeddings", None) or 2**31)
         self._eos = _eos_ids(model, tokenizer)
         self._queue = _Queue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="labeler-hf")
-        self._label_ids: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
-        self._vocabulary: dict[int, str] | None = None
 
     @classmethod
     def load(cls, ref: ModelRef, options: LLMOptions) -> HFModel:
@@ -97,78 +97,22 @@ class HFModel:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        tokenizer = load_tokenizer(ref, path)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         except (OSError, ValueError, KeyError) as err:
-            detail = " ".join(str(err).split())[:200]
-            raise ModelError(f"model {ref} cannot be loaded: {detail}") from err
+            raise cannot_load(ref, err) from err
         return cls(
             model.to(torch.device(device)),  # type: ignore[arg-type]
             tokenizer,
             name=str(ref),
-            version=f"{ref}#{_weights_hash(path)}",
+            version=f"{ref}#{weights_hash(path)}",
             max_batch_rows=options.max_in_flight,
         )
-
-    @property
-    def name(self) -> str:
-        """The model's name as the user wrote it."""
-        return self._name
-
-    @property
-    def version(self) -> str:
-        """Name and a hash of the weight files."""
-        return self._version
-
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        """Control tokens of the tokenizer."""
-        added = self._tokenizer.added_tokens_decoder.values()
-        return tuple(
-            dict.fromkeys([*self._tokenizer.all_special_tokens, *(t.content for t in added if t.special)])
-        )
-
-    async def generate(
-        self,
-        messages: Conversation,
-        prefix: str = "",
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Generation:
-        """See `labeler.llm.LLM.generate`."""
-        ids = self._encode(self._render(messages, prefix))
-        room = self._context - len(ids)
-        if room < 1:
-            raise RequestFailed(f"context too long: {len(ids)} tokens, the model takes {self._context}")
-        request = Request(tuple(ids), min(max_tokens, room), temperature, seed, tuple(stop))
-        done: Decoded = await self._submit(request, None)
-        return Generation(done.text, done.finish_reason, len(ids), done.tokens)
 
     async def probe(self) -> Abilities:
         """Everything, exactly."""
         return Abilities("exact", note="transformers, full vocabulary")
-
-    async def label_logprobs(
-        self,
-        messages: Conversation,
-        prefix: str,
-        labels: Sequence[str],
-        *,
-        after: Generation | None = None,
-    ) -> LabelReading:
-        """See `labeler.llm.LLM.label_logprobs`; read from the full vocabulary, so never censored."""
-        text = self._render(messages, prefix)
-        ids = self._encode(text)
-        if len(ids) > self._context:
-            raise RequestFailed(f"context too long: {len(ids)} tokens, the model takes {self._context}")
-        label_ids = self._resolve(text, tuple(labels))
-        logprobs: list[float] = await self._submit(Request(tuple(ids)), label_ids)
-        mass = float(torch.tensor(logprobs, dtype=torch.float64).exp().sum())
-        return LabelReading(LabelDistribution(tuple(logprobs), min(mass, 1.0)), len(ids), 1)
 
     async def close(self) -> None:
         """Stop the worker thread after the batch it is computing."""
@@ -176,44 +120,26 @@ class HFModel:
             self._queue.pump.cancel()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _render(self, messages: Conversation, prefix: str) -> str:
-        """The text before the next token, special tokens included; it is encoded without adding any."""
-        if self._tokenizer.chat_template is None:
-            text = "\n\n".join(m.content for m in messages) + ("\n\n" + prefix if prefix else "")
-            return (self._tokenizer.bos_token or "") + text
-        try:
-            if not prefix:
-                return render(self._tokenizer, messages, add_generation_prompt=True)
-            turns = to_dicts((*messages, Message("assistant", prefix)))
-            return str(
-                self._tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
-            )
-        except (TemplateError, DataError, ValueError) as err:
-            raise RequestFailed(f"the chat template refuses the conversation: {err}") from err
+    async def _decode(self, request: Request) -> Decoded:
+        done: Decoded = await self._submit(request, None)
+        return done
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+    async def _read(self, ids: tuple[int, ...], reads: Mapping[Tokens, Tokens]) -> TokenReadings:
+        # A row gives the probabilities after each of its tokens, so a continuation needs none of its own if a
+        # longer one begins with it.
+        longest = [a for a in reads if not any(b[: len(a)] == a for b in reads if len(b) > len(a))]
+        rows = []
+        for row in longest:
+            wanted = {len(row) - n: reads[row[:n]] for n in range(len(row) + 1)}
+            rows.append(self._submit(Request((*ids, *row)), wanted))
+        logprobs: dict[Tokens, dict[int, float]] = {}
+        for row, read in zip(longest, await asyncio.gather(*rows), strict=True):
+            logprobs.update({row[: len(row) - back]: values for back, values in read.items()})
+        return TokenReadings(logprobs, sum(len(ids) + len(row) for row in longest), len(rows))
 
-    def _resolve(self, text: str, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-        """Token ids of each label: the one in context, checked, and its aliases in the vocabulary."""
-        key = (text[-16:], *labels)
-        if key not in self._label_ids:
-            if self._vocabulary is None:
-                special = set(self._tokenizer.all_special_ids)
-                size = len(self._tokenizer)
-                texts = self._tokenizer.batch_decode([[i] for i in range(size)])
-                self._vocabulary = {i: t for i, t in enumerate(texts) if i not in special}
-            found = []
-            for label in labels:
-                in_context = resolve_label(self._encode, text, label, self._name)
-                found.append(tuple({*in_context, *find_aliases(self._vocabulary, label)}))
-            self._label_ids[key] = tuple(found)
-        return self._label_ids[key]
-
-    async def _submit(self, request: Request, labels: tuple[tuple[int, ...], ...] | None) -> Any:
+    async def _submit(self, request: Request, wanted: dict[int, Tokens] | None) -> Any:
         future = asyncio.get_running_loop().create_future()
-        self._queue.jobs.append(_Job(request, labels, future))
+        self._queue.jobs.append(_Job(request, wanted, future))
         if self._queue.pump is None or self._queue.pump.done():
             self._queue.pump = asyncio.create_task(self._run_queue())
         return await future
@@ -242,7 +168,7 @@ class HFModel:
     def _cut(self) -> list[_Job]:
         """Take the next batch from the queue: one kind, neighbours in length, within rows and tokens."""
         queue = self._queue.jobs
-        readings = [j for j in queue if j.labels is not None]
+        readings = [j for j in queue if j.wanted is not None]
         pool = readings or queue
         oldest = pool[0]
         pool = sorted(pool, key=lambda j: j.request.length)
@@ -263,16 +189,18 @@ class HFModel:
         """Runs in the worker thread. Halves the batch when the device is out of memory."""
         try:
             requests = [job.request for job in batch]
-            if batch[0].labels is None:
+            wanted = [job.wanted for job in batch if job.wanted is not None]
+            if not wanted:
                 return list(decode_batch(self._model, self._tokenizer, requests, self._eos))
-            logprobs = next_token_logprobs(self._model, requests, self._pad)
-            readings = []
-            for row, job in zip(logprobs, batch, strict=True):
-                assert job.labels is not None
-                readings.append(
-                    [max(float(torch.logsumexp(row[list(ids)], 0)), _FLOOR) for ids in job.labels]
-                )
-            return readings
+            positions = 1 + max(back for row in wanted for back in row)
+            logprobs = next_token_logprobs(self._model, requests, self._pad, positions)
+            return [
+                {
+                    back: dict(zip(ids, row[-1 - back, list(ids)].tolist(), strict=True))
+                    for back, ids in w.items()
+                }
+                for row, w in zip(logprobs, wanted, strict=True)
+            ]
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
@@ -308,16 +236,3 @@ def _cache_bytes_per_token(model: PreTrainedModel) -> int:
     heads = getattr(config, "num_key_value_heads", None) or heads
     layers: int = getattr(config, "num_hidden_layers", None) or 32
     return 2 * layers * heads * dim * model.dtype.itemsize
-
-
-def _weights_hash(path: str) -> str:
-    """Hash of a local folder's weight files: names, sizes, both ends of each. For a hub model, of its name."""
-    digest = hashlib.sha256(path.encode() if not Path(path).is_dir() else b"")
-    for file in sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else ():
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as f:
-            digest.update(f.read(2**22))
-            f.seek(max(0, size - 2**22))
-            digest.update(f.read(2**22))
-    return digest.hexdigest()[:12]

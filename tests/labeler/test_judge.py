@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from labeler.backends.scripted import Asked, Reply, ScriptedModel
 from labeler.guard import is_content_free, neutralise
-from labeler.judge import Combine, Judge, combine_orders
+from labeler.judge import Combine, Judge, Recipe, combine_orders
 from labeler.llm import RequestFailed
 from labeler.rubric import load_rubric
 from rlaif.errors import ConfigError
@@ -26,7 +26,7 @@ def judge_with(
 ) -> tuple[Judge, ScriptedModel]:
     model = ScriptedModel(reply)
     rubric = load_rubric("helpfulness-pair").with_options(cot=cot)
-    return Judge(model, rubric, max_rationale_tokens=32, combine=combine), model
+    return Judge(model, rubric, Recipe(max_rationale_tokens=32, combine=combine)), model
 
 
 def judged(judge: Judge, pair: Pair) -> Preference:

@@ -70,7 +70,9 @@ def test_a_human_label_swaps_with_its_pair_and_a_tie_stays_a_tie() -> None:
 def test_same_position_means_that_both_orders_liked_the_same_place(
     ab: tuple[float, float], ba: tuple[float, float], same: bool
 ) -> None:
-    first, second = (Judgment(LabelDistribution(x, 1.0)) for x in (ab, ba))
+    first, second = (
+        Judgment(d, p_first=d.probs[0]) for d in (LabelDistribution(ab, 1.0), LabelDistribution(ba, 1.0))
+    )
     preference = Preference(Pair(user_prompt("q"), "x", "y"), 0.5, ab=first, ba=second)
     assert preference.same_position is same
 

@@ -1,0 +1,125 @@
+"""`rlaif label rank`: several responses per prompt -> rankings, a preference dataset, a leaderboard of models."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from labeler.config import RankConfig
+from labeler.loop import replay
+from labeler.outputs import MESSAGES, write_report
+from labeler.pairs import Labels, holds_candidates, label, pair_up
+from labeler.ranking import bradley_terry, leaderboard
+from labeler.session import open_session
+from rlaif.errors import DataError
+from rlaif.records import Quarantine, read_candidates, write_parquet
+from rlaif.types import CandidateSet, Preference, content_id, to_dicts
+
+RANKINGS_FILE = "rankings.parquet"
+RANKED = pa.struct(
+    [
+        ("response", pa.string()),
+        ("model", pa.string()),
+        ("rank", pa.int64()),
+        ("strength", pa.float64()),
+    ]
+)
+SCHEMA = pa.schema(
+    [("id", pa.string()), ("prompt", MESSAGES), ("ranking", pa.list_(RANKED)), ("comparisons", pa.int64())]
+)
+"""Columns of `rankings.parquet`: responses from best to worst, with Bradley-Terry strengths in log-odds."""
+
+
+def run(config: RankConfig) -> None:
+    """Compare the responses of every prompt in pairs, rank them, and rank the models that wrote them.
+
+    Raises:
+        DataError: the dataset is missing or does not hold candidates.
+        ModelError: the judge cannot be loaded or cannot serve as judge.
+        EndpointError: the endpoint is gone; the same command goes on from the journal.
+        StorageError: the output cannot be written.
+        QualityError: too many pairs stayed unlabelled.
+    """
+    if not holds_candidates(config.dataset):
+        raise DataError(f"{config.dataset} has no candidates: a row needs `completions` or `responses`")
+    with open_session(config, "label rank") as session:
+        labels = label(config, session)
+        models = _Models()
+        written = write_parquet(session.folder / RANKINGS_FILE, _rankings(config, labels, models), SCHEMA)
+        labels.facts["rankings_written"] = written
+        standings = models.standings(config.resamples, config.seed)
+        write_report(session.folder, {**labels.facts, "leaderboard": standings})
+    labels.conclude(config)
+    for place, standing in enumerate(standings, 1):
+        low, high = standing["elo_95"]
+        print(
+            f"  {place:>2}. {standing['name']}  Elo {standing['elo']:.0f} [{low:.0f}, {high:.0f}]"
+            f"  wins {100 * standing['win_rate']:.1f} % of {standing['comparisons']}"
+        )
+
+
+def _rankings(config: RankConfig, labels: Labels, models: _Models) -> Iterator[dict[str, Any]]:
+    async def judge_all(candidates: CandidateSet) -> list[Preference]:
+        pairs = pair_up(candidates, config.pairs_per_prompt, config.seed)
+        return [await labels.judge.judge_pair(pair) for pair in pairs]
+
+    left = config.limit
+    for candidates, preferences in replay(read_candidates(config.dataset, Quarantine(None)), judge_all):
+        preferences = preferences[:left]  # `limit` counts pairs
+        left = None if left is None else left - len(preferences)
+        labelled = [(p, label_of) for p in preferences if (label_of := labels.settle(p)[1]) is not None]
+        if not labelled:
+            continue
+        writers = {c.response: c.model for c in candidates.candidates}
+        responses = list(writers)
+        place = {response: i for i, response in enumerate(responses)}
+        games = [(place[p.pair.a], place[p.pair.b], label_of) for p, label_of in labelled]
+        strengths = bradley_terry(len(responses), games)
+        order = sorted(range(len(responses)), key=lambda i: (np.isnan(strengths[i]), -strengths[i], i))
+        models.add([(writers[responses[i]], writers[responses[j]], p) for i, j, p in games])
+        yield {
+            "id": content_id(candidates.prompt, sorted(responses)),
+            "prompt": to_dicts(candidates.prompt),
+            "ranking": [
+                {
+                    "response": responses[i],
+                    "model": writers[responses[i]],
+                    "rank": rank,
+                    "strength": None if np.isnan(strengths[i]) else float(strengths[i]),
+                }
+                for rank, i in enumerate(order, 1)
+            ],
+            "comparisons": len(games),
+        }
+
+
+class _Models:
+    """Who beat whom, over all prompts: a few numbers per comparison."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._left, self._right, self._prompts, self._labels = array("i"), array("i"), array("i"), array("f")
+        self._prompt = 0
+
+    def add(self, games: list[tuple[str, str, float]]) -> None:
+        """Count the comparisons of one prompt between responses of different, known models."""
+        self._prompt += 1
+        for a, b, p in games:
+            if a and b and a != b:
+                for numbers, name in ((self._left, a), (self._right, b)):
+                    numbers.append(self._numbers.setdefault(name, len(self._numbers)))
+                self._labels.append(p)
+                self._prompts.append(self._prompt)
+
+    def standings(self, resamples: int, seed: int) -> list[dict[str, Any]]:
+        """The leaderboard; prompts are resampled, since comparisons of one prompt are not independent."""
+        if not self._labels:
+            return []
+        games = np.column_stack([self._left, self._right, self._labels])
+        board = leaderboard(list(self._numbers), games, groups=self._prompts, resamples=resamples, seed=seed)
+        return [asdict(standing) for standing in board]

@@ -1,0 +1,177 @@
+"""A model whose replies are kept: what was paid for once is never asked again.
+
+Labels are a pure function of replies. So resuming is running the same code over the journal, exporting is
+running it without asking, and another way to read, combine or calibrate costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from labeler.backends.labels import read_top_tokens
+from labeler.journal import ReplyJournal, Usage, request_key
+from labeler.llm import LLM, Abilities, Generation, LabelReading, RequestFailed
+from rlaif.types import Conversation, LabelDistribution
+
+R = TypeVar("R", Abilities, Generation, LabelReading)
+Record = dict[str, Any]
+
+NOT_ASKED = "not asked yet"
+
+
+class Recorded:
+    """An LLM in front of another one: answers from the journal, else asks and writes the reply down.
+
+    Equal requests in flight are sent once.
+
+    Args:
+        llm: the model asked.
+        journal: where replies are kept.
+
+    Attributes:
+        offline: answer from the journal alone; a request without a reply fails with the reason on record.
+        used: tokens that this object has paid for.
+    """
+
+    def __init__(self, llm: LLM, journal: ReplyJournal) -> None:
+        self._llm = llm
+        self._journal = journal
+        self._in_flight: dict[int, asyncio.Future[Any]] = {}
+        self.offline = False
+        self.used = Usage()
+
+    @property
+    def name(self) -> str:
+        """The model's name as the user wrote it."""
+        return self._llm.name
+
+    @property
+    def version(self) -> str:
+        """See `labeler.llm.LLM.version`."""
+        return self._llm.version
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """See `labeler.llm.LLM.special_tokens`."""
+        return self._llm.special_tokens
+
+    async def probe(self) -> Abilities:
+        """See `labeler.llm.LLM.probe`. On record too: a resumed run reads its labels in the same way."""
+        key = request_key("probe", self.version)
+        return await self._once(key, "probe", self._llm.probe, asdict, lambda record: Abilities(**record))
+
+    async def generate(
+        self,
+        messages: Conversation,
+        prefix: str = "",
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """See `labeler.llm.LLM.generate`. A reply from the journal has no `context_ids`."""
+        key = request_key(
+            "generate", self.version, messages, prefix, max_tokens, temperature, seed, list(stop)
+        )
+
+        async def ask() -> Generation:
+            return await self._llm.generate(
+                messages, prefix, max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop
+            )
+
+        return await self._once(key, "generate", ask, _from_generation, _to_generation)
+
+    async def label_logprobs(
+        self,
+        messages: Conversation,
+        prefix: str,
+        labels: Sequence[str],
+        *,
+        after: Generation | None = None,
+    ) -> LabelReading:
+        """See `labeler.llm.LLM.label_logprobs`. Where the endpoint gave its likeliest tokens, these are kept."""
+        key = request_key("label", self.version, messages, prefix, list(labels))
+
+        async def ask() -> LabelReading:
+            return await self._llm.label_logprobs(messages, prefix, labels, after=after)
+
+        return await self._once(key, "label", ask, _from_reading, lambda r: _to_reading(r, labels))
+
+    async def close(self) -> None:
+        """Close the model."""
+        await self._llm.close()
+
+    async def _once(
+        self,
+        key: int,
+        kind: str,
+        ask: Callable[[], Awaitable[R]],
+        to_record: Callable[[R], Record],
+        from_record: Callable[[Record], R],
+    ) -> R:
+        if (record := self._journal.get(key)) is not None:
+            return from_record(record)
+        if self.offline:
+            raise RequestFailed(self._journal.failure(key) or NOT_ASKED)
+        if (same := self._in_flight.get(key)) is not None:
+            answer: R = await same
+            return answer
+        future = self._in_flight[key] = asyncio.get_running_loop().create_future()
+        try:
+            answer = await ask()
+            usage = _usage(answer)
+            self._journal.put(key, kind, to_record(answer), usage)
+        except BaseException as err:
+            if isinstance(err, RequestFailed):
+                self._journal.fail(key, str(err))
+            if not future.cancelled():
+                future.set_exception(err if isinstance(err, Exception) else RequestFailed("interrupted"))
+                future.exception()  # nobody else may be waiting
+            raise
+        finally:
+            del self._in_flight[key]
+        self.used += usage
+        if not future.cancelled():
+            future.set_result(answer)
+        return answer
+
+
+def _usage(answer: Abilities | Generation | LabelReading) -> Usage:
+    if isinstance(answer, Abilities):
+        return Usage()
+    return Usage(answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens)
+
+
+def _from_generation(done: Generation) -> Record:
+    return {
+        "text": done.text,
+        "finish_reason": done.finish_reason,
+        "tokens": [done.prompt_tokens, done.completion_tokens, done.cached_tokens],
+    }
+
+
+def _to_generation(record: Record) -> Generation:
+    return Generation(record["text"], record["finish_reason"], *record["tokens"])
+
+
+def _from_reading(reading: LabelReading) -> Record:
+    tokens = [reading.prompt_tokens, reading.completion_tokens, reading.cached_tokens]
+    if reading.top is not None:
+        return {"top": [list(t) for t in reading.top], "tokens": tokens}
+    d = reading.distribution
+    return {"logprobs": list(d.logprobs), "mass": d.mass, "censored": d.censored, "tokens": tokens}
+
+
+def _to_reading(record: Record, labels: Sequence[str]) -> LabelReading:
+    if "top" in record:
+        top = tuple((str(text), float(logprob)) for text, logprob in record["top"])
+        prompt_tokens, completion_tokens, cached_tokens = record["tokens"]
+        return LabelReading(
+            read_top_tokens(top, labels), prompt_tokens, completion_tokens, cached_tokens, top
+        )
+    distribution = LabelDistribution(tuple(record["logprobs"]), record["mass"], record["censored"])
+    return LabelReading(distribution, *record["tokens"])
