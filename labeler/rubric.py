@@ -379,10 +379,15 @@ class Rubric:
             slots = {name: getattr(e, name) for name in (*_SLOTS[f.kind], "principle")}
             parts = [_fill(f.sample, slots)]
             if self.cot and e.rationale:
-                parts.append(f"{f.rationale_cue}{e.rationale}")
-            parts.append(f"{f.ending}{e.label}")
+                parts.append(_after(f.rationale_cue, e.rationale))
+            parts.append(_after(f.ending, e.label))
             texts.append(f.joiner.join(parts))
         return texts
+
+
+def _after(cue: str, text: str) -> str:
+    """What follows a cue in running text: a model would put a space where the cue has none."""
+    return f"{cue}{text}" if not cue or cue[-1].isspace() else f"{cue} {text}"
 
 
 @lru_cache(maxsize=256)
