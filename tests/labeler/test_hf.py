@@ -6,12 +6,18 @@ import asyncio
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from labeler.backends.hf import HFModel
-from labeler.backends.labels import find_aliases, read_top_tokens, resolve_label
+from labeler.backends.labels import find_aliases, read_top_tokens
+from labeler.backends.local import context_ids, continued
 from labeler.llm import Generation, LLMOptions, RequestFailed, open_llm
 from rlaif.errors import ModelError
 from rlaif.models import ModelRef
@@ -156,30 +162,111 @@ def test_weights_decide_the_version(tmp_path: Path) -> None:
     assert open_llm(ref).version != before
 
 
+def own_logprobs(reference: Any, ids: Sequence[int]) -> torch.Tensor:
+    """Log-softmax after the last of `ids`, by one plain forward."""
+    with torch.no_grad():
+        return reference(torch.tensor([list(ids)])).logits[0, -1].double().log_softmax(-1)
+
+
+def test_labels_that_the_tokenizer_splits_get_the_probability_of_their_whole_spelling() -> None:
+    tokenizer, reference = tiny_tokenizer(), tiny_model()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    llm = HFModel(reference, tokenizer, name="hf:tiny")
+    read = asyncio.run(llm.label_logprobs(PROMPTS[0], ":", ("1", "2", "12", "3"))).distribution
+
+    ids = tokenizer(f"<s> {PROMPTS[0][0].content} | :", add_special_tokens=False)["input_ids"]
+    one, two, three = (WORDS.index(x) for x in "123")
+    first = own_logprobs(reference, ids)
+    two_after_one = float(own_logprobs(reference, [*ids, one])[two])
+    assert read.logprobs == pytest.approx(
+        [
+            float(first[one]) + math.log(1 - math.exp(two_after_one)),
+            float(first[two]),
+            float(first[one]) + two_after_one,
+            float(first[three]),
+        ],
+        abs=1e-5,
+    )
+    assert read.mass == pytest.approx(float(first[[one, two, three]].exp().sum()), abs=1e-6)
+
+
+def test_a_real_tokenizer_that_splits_ten_gives_a_scale_of_ten(shared_data: Path) -> None:
+    """Llama's tokenizer writes 10 as 1, 0, and a space as a token of its own."""
+    folder = shared_data / "models" / "stories260K"
+    labels = tuple(str(i) for i in range(1, 11))
+    llm = open_llm(ModelRef.parse(str(folder)))
+    read = asyncio.run(llm.label_logprobs(user_prompt("One day a cat"), "saw", labels)).distribution
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = tokenizer("<s>One day a cat\n\nsaw", add_special_tokens=False)["input_ids"]
+    digit = {label: tokenizer.convert_tokens_to_ids(label) for label in "0123456789"}
+    expected = dict.fromkeys(labels, 0.0)
+    for gap in ([], [tokenizer.convert_tokens_to_ids("▁")]):
+        whole = math.exp(sum(float(own_logprobs(reference, ids)[t]) for t in gap))
+        after = own_logprobs(reference, [*ids, *gap]).exp()
+        zero = float(own_logprobs(reference, [*ids, *gap, digit["1"]]).exp()[digit["0"]])
+        for label in labels[1:9]:
+            expected[label] += whole * float(after[digit[label]])
+        expected["1"] += whole * float(after[digit["1"]]) * (1 - zero)
+        expected["10"] += whole * float(after[digit["1"]]) * zero
+    # SentencePiece has no single token for a digit after a space, so these are all spellings but the aliases.
+    aliases = [t for t in ("▁1", "▁2") if t in tokenizer.get_vocab()]
+    assert not aliases
+    assert [math.exp(x) for x in read.logprobs] == pytest.approx(list(expected.values()), rel=1e-4)
+
+
+# ---- reading on from a generation ----
+
+
+def test_a_generation_tells_the_ids_of_its_text_without_what_ended_it() -> None:
+    tokenizer = tiny_tokenizer()
+    for stop in ((), ("w3",)):
+        for prompt, generation in zip(PROMPTS, generate_all(model(), PROMPTS, stop=stop), strict=True):
+            written = tokenizer(f"{prompt[0].content} | w1 {generation.text}", add_special_tokens=False)
+            shown = [i for i in generation.context_ids if i not in tokenizer.all_special_ids]
+            assert shown == written["input_ids"]
+            assert tokenizer.eos_token_id not in generation.context_ids
+
+
+def test_a_text_that_ends_inside_a_token_has_no_ids() -> None:
+    tokenizer = tiny_tokenizer()
+    prompt, new = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("<s> w5 |", "w1 w12"))
+    assert context_ids(tokenizer, prompt, new, " w1 w12") == (*prompt, *new)
+    assert context_ids(tokenizer, prompt, new, " w1 w1") == ()
+
+
+@given(st.text("ab ", min_size=1, max_size=12), st.integers(0, 12), st.lists(st.integers(0, 3), max_size=12))
+def test_reading_on_keeps_the_text_and_the_tokens_already_computed(
+    text: str, cut: int, ways: list[int]
+) -> None:
+    """A text may be written in many ways with a, b, ab, ba, space; the tokenizer has one of its own."""
+    vocabulary = {"a": 0, "b": 1, " ": 2, "ab": 3, "ba": 4}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocabulary, [("a", "b"), ("b", "a")]))
+    )
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    begun = text[:cut]
+    written, at = [], 0
+    for way in [*ways, *[0] * len(text)]:  # the model's way through the beginning of the text
+        pieces = [p for p in sorted(vocabulary) if begun.startswith(p, at)]
+        if not pieces:
+            break
+        piece = pieces[way % len(pieces)]
+        written.append(vocabulary[piece])
+        at += len(piece)
+    own = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    joined = continued(tokenizer, written, own)
+    assert tokenizer.decode(joined) == tokenizer.decode(own) == text
+    spelled = tokenizer.decode(written)
+    ends = [tokenizer.decode(own[:k]) for k in range(len(own) + 1)]
+    if spelled in ends:
+        assert joined[: len(written)] == tuple(written), "what was computed is not met again"
+
+
 # ---- label tokens ----
-
-
-def by_characters(text: str) -> list[int]:
-    return [ord(c) for c in text]
-
-
-def test_a_label_that_the_tokenizer_splits_is_named() -> None:
-    assert resolve_label(by_characters, "score:", "9", "m") == (ord("9"),)
-    with pytest.raises(ModelError, match="tokenizer of m splits the label '10'"):
-        resolve_label(by_characters, "score:", "10", "m")
-
-
-def test_a_label_that_melts_into_the_text_before_it_is_refused() -> None:
-    def encode(text: str) -> list[int]:
-        return [7] if text == "score:" else [8, 9]
-
-    with pytest.raises(ModelError, match="melts into"):
-        resolve_label(encode, "score:", "1", "m")
-
-
-def test_both_spellings_of_a_label_are_found_in_context() -> None:
-    ids = {"x:": [5], "x:1": [5, 11], "x: 1": [5, 12]}
-    assert resolve_label(ids.__getitem__, "x:", "1", "m") == (11, 12)
 
 
 def test_aliases_are_whole_tokens_up_to_white_space() -> None:
