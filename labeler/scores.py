@@ -86,6 +86,7 @@ def run(config: ScoresConfig) -> None:
         QualityError: too many responses stayed without a score.
     """
     rubrics = [_rubric(name, config) for name in config.rubric]
+    _check_one_scale(rubrics)
     with open_session(config, "label scores") as session:
         models = [session.open_model(name) for name in config.judge]
         judges = [
@@ -144,6 +145,16 @@ def _rubric(name: str, config: ScoresConfig) -> Rubric:
     if rubric.kind != "score":
         raise ConfigError(f"--rubric {name} is for pairs; scoring needs a score rubric")
     return rubric
+
+
+def _check_one_scale(rubrics: Sequence[Rubric]) -> None:
+    first = rubrics[0]
+    for rubric in rubrics[1:]:
+        if rubric.levels != first.levels:
+            raise ConfigError(
+                f"--rubric {first.name} has a scale from {first.levels[0]:g} to {first.levels[-1]:g}, {rubric.name} one "
+                f"from {rubric.levels[0]:g} to {rubric.levels[-1]:g}: a mean needs one scale"
+            )
 
 
 def load_answers(path: str, quarantine: Quarantine) -> Iterator[Answer]:
