@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TypeVar
 
@@ -17,6 +17,8 @@ A = TypeVar("A")
 
 _HOPELESS = 50
 """So many failures without a single answer end the run: going on would cost and give nothing."""
+
+_WINDOW = 4096
 
 _CHUNK = 256
 """Questions replayed per turn of the event loop."""
@@ -92,6 +94,25 @@ def replay(questions: Iterable[T], answer: Callable[[T], Awaitable[A]]) -> Itera
     with asyncio.Runner() as runner:
         while chunk := list(islice(queue, _CHUNK)):
             yield from zip(chunk, runner.run(answer_all(chunk)), strict=True)
+
+
+def side_by_side(
+    questions: Iterable[T], shared: Callable[[T], Hashable], window: int = _WINDOW
+) -> Iterator[T]:
+    """Questions with those that share a prompt next to each other, so that they meet in the back end's prefix cache.
+
+    Args:
+        questions: read as they are needed, `window` at a time.
+        shared: what several questions may have in common; groups keep the order in which they first occur.
+        window: questions looked at together, which bounds the memory.
+    """
+    queue = iter(questions)
+    while chunk := list(islice(queue, window)):
+        groups: dict[Hashable, list[T]] = {}
+        for question in chunk:
+            groups.setdefault(shared(question), []).append(question)
+        for group in groups.values():
+            yield from group
 
 
 async def reason_of(answer: Awaitable[object]) -> str | None:

@@ -13,7 +13,7 @@ from labeler.audit.calibration import Calibration
 from labeler.config import JudgeConfig, PairsConfig
 from labeler.judge import Judge
 from labeler.jury import Jury
-from labeler.loop import replay
+from labeler.loop import replay, side_by_side
 from labeler.outputs import print_summary, refuse_if_too_many_open, write_card, write_report, write_unlabelled
 from labeler.preferences import SCHEMA, PreferenceReport, dataset_row, is_tie, open_row
 from labeler.rubric import Rubric, load_rubric
@@ -83,7 +83,10 @@ def label(config: PairsConfig, session: Session) -> Labels:
     def pairs(quarantine: Quarantine) -> Iterator[Pair]:
         return islice(load_pairs(config, quarantine), config.limit)
 
-    session.ask(pairs, ask, "labeling pairs", prepare=judge.prepare)
+    def together(quarantine: Quarantine) -> Iterator[Pair]:
+        return side_by_side(pairs(quarantine), lambda pair: pair.prompt)
+
+    session.ask(together, ask, "labeling pairs", prepare=judge.prepare)
     report = PreferenceReport()
 
     def rows() -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from labeler.config import ScoresConfig
 from labeler.judge import Judge
 from labeler.jury import Jury
-from labeler.loop import replay
+from labeler.loop import replay, side_by_side
 from labeler.outputs import (
     MESSAGES,
     print_summary,
@@ -107,7 +107,10 @@ def run(config: ScoresConfig) -> None:
         def answers(quarantine: Quarantine) -> Iterator[Answer]:
             return islice(load_answers(config.dataset, quarantine), config.limit)
 
-        total = session.ask(answers, ask, "scoring responses", prepare=prepare)
+        def together(quarantine: Quarantine) -> Iterator[Answer]:
+            return side_by_side(answers(quarantine), lambda answer: answer[0])
+
+        total = session.ask(together, ask, "scoring responses", prepare=prepare)
         report = ScoreReport()
         data_file = session.folder / "scores.parquet"
 
@@ -152,8 +155,8 @@ def _check_one_scale(rubrics: Sequence[Rubric]) -> None:
     for rubric in rubrics[1:]:
         if rubric.levels != first.levels:
             raise ConfigError(
-                f"--rubric {first.name} has a scale from {first.levels[0]:g} to {first.levels[-1]:g}, {rubric.name} one "
-                f"from {rubric.levels[0]:g} to {rubric.levels[-1]:g}: a mean needs one scale"
+                f"--rubric {first.name} has a scale from {first.levels[0]:g} to {first.levels[-1]:g}, {rubric.name} "
+                f"one from {rubric.levels[0]:g} to {rubric.levels[-1]:g}: a mean needs one scale"
             )
 
 
