@@ -9,6 +9,7 @@ from rlaif.errors import ConfigError
 from rlaif.models import ModelRef
 
 if TYPE_CHECKING:
+    from labeler.budget import Price
     from labeler.judge import Recipe
     from labeler.llm import LLMOptions
 
@@ -39,19 +40,45 @@ class RequestConfig:
     """Further attempts after a transient failure of an endpoint."""
     max_unlabelled: float = 0.05
     """Exit with code 8 if a larger share of rows stays without an answer."""
+    price_per_million: tuple[float, ...] | None = None
+    """USD per million prompt and completion tokens, e.g. 0.15 0.6; a third number is for cached prompt tokens."""
+    max_cost: float | None = None
+    """Stop, with code 10, before the replies of this run directory cost more USD; needs --price_per_million."""
+    dry_run: bool = False
+    """Send nothing that costs: count the tokens that are still to be paid for, and estimate cost and time."""
+    tokenizer: str | None = None
+    """Tokenizer of the dry run for an endpoint that has none to offer, a Hugging Face name or path."""
+    expected_tokens: int | None = None
+    """Tokens that the dry run expects of a generated text; without it, the mean on record, or else 128."""
 
     VOLATILE: ClassVar[frozenset[str]] = frozenset(
         {"limit", "reuse", "max_in_flight", "adaptive", "requests_per_minute", "tokens_per_minute", "timeout_s",
-         "max_retries", "max_unlabelled"}
+         "max_retries", "max_unlabelled", "price_per_million", "max_cost", "dry_run", "tokenizer", "expected_tokens"}
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
-        at_least(self, 1, "max_in_flight", "limit", "requests_per_minute", "tokens_per_minute")
-        at_least(self, 0, "max_retries")
+        at_least(
+            self, 1, "max_in_flight", "limit", "requests_per_minute", "tokens_per_minute", "expected_tokens"
+        )
+        at_least(self, 0, "max_retries", "max_cost")
+        prices = self.price_per_million
+        if prices is not None and (len(prices) not in (2, 3) or not all(0 <= p < float("inf") for p in prices)):
+            raise ConfigError(
+                f"--price_per_million {' '.join(f'{p:g}' for p in prices)} cannot be: give USD per million prompt and "
+                "completion tokens, and of cached prompt tokens if they differ, e.g. 0.15 0.6 0.075"
+            )
+        if self.max_cost is not None and prices is None:
+            raise ConfigError("--max_cost needs prices: give --price_per_million IN OUT, e.g. 0.15 0.6")
         if not self.timeout_s > 0:
             raise ConfigError(f"--timeout_s {self.timeout_s} cannot be: give seconds above 0")
         share(self, "max_unlabelled")
+
+    def price(self) -> Price | None:
+        """What tokens cost, where it was told."""
+        from labeler.budget import Price
+
+        return None if self.price_per_million is None else Price(*self.price_per_million)
 
     def llm_options(self) -> LLMOptions:
         """How the back ends run."""

@@ -61,3 +61,9 @@ class SelfCheckError(RlaifError, RuntimeError):
     """A start-up self-check that failed; the message names the cause."""
 
     exit_code = 9
+
+
+class BudgetReached(RlaifError, RuntimeError):
+    """Work that stopped at its limit of cost. What was paid for is kept, and a larger limit goes on from there."""
+
+    exit_code = 10
