@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,9 +88,12 @@ def print_summary(title: str, report: Mapping[str, Any]) -> None:
         print(f"  {name:<{width}}  {_cell(value)}")
 
 
-def by_reason(reasons: Iterable[str]) -> dict[str, int]:
-    """How often each reason occurs, most frequent first."""
-    return dict(Counter(reasons).most_common())
+def short(count: float) -> str:
+    """A count as people read it: 950, 12.3k, 4.56M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:g}"
 
 
 def refuse_if_too_many_open(

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from labeler.backends.labels import read_top_tokens
+from labeler.budget import Budget, most_label_tokens, most_tokens
 from labeler.journal import ReplyJournal, Usage, request_key
 from labeler.llm import LLM, Abilities, Generation, LabelReading, RequestFailed
 from rlaif.types import Conversation, LabelDistribution
@@ -22,6 +23,10 @@ Record = dict[str, Any]
 NOT_ASKED = "not asked yet"
 
 
+class Postponed(RequestFailed):
+    """A request that was not sent; that is no failure of its own."""
+
+
 class Recorded:
     """An LLM in front of another one: answers from the journal, else asks and writes the reply down.
 
@@ -30,15 +35,17 @@ class Recorded:
     Args:
         llm: the model asked.
         journal: where replies are kept.
+        budget: what asking may cost, together with all else that draws on it.
 
     Attributes:
         offline: answer from the journal alone; a request without a reply fails with the reason on record.
         used: tokens that this object has paid for.
     """
 
-    def __init__(self, llm: LLM, journal: ReplyJournal) -> None:
+    def __init__(self, llm: LLM, journal: ReplyJournal, budget: Budget | None = None) -> None:
         self._llm = llm
         self._journal = journal
+        self._budget = budget
         self._in_flight: dict[int, asyncio.Future[Any]] = {}
         self.offline = False
         self.used = Usage()
@@ -57,6 +64,11 @@ class Recorded:
     def special_tokens(self) -> tuple[str, ...]:
         """See `labeler.llm.LLM.special_tokens`."""
         return self._llm.special_tokens
+
+    @property
+    def in_flight(self) -> int:
+        """Different requests that wait for their reply."""
+        return len(self._in_flight)
 
     async def probe(self) -> Abilities:
         """See `labeler.llm.LLM.probe`. On record too: a resumed run reads its labels in the same way."""
@@ -83,7 +95,14 @@ class Recorded:
                 messages, prefix, max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop
             )
 
-        return await self._once(key, "generate", ask, _from_generation, _to_generation)
+        return await self._once(
+            key,
+            "generate",
+            ask,
+            _from_generation,
+            _to_generation,
+            lambda: most_tokens(messages, prefix, max_tokens),
+        )
 
     async def label_logprobs(
         self,
@@ -99,7 +118,14 @@ class Recorded:
         async def ask() -> LabelReading:
             return await self._llm.label_logprobs(messages, prefix, labels, after=after)
 
-        return await self._once(key, "label", ask, _from_reading, lambda r: _to_reading(r, labels))
+        return await self._once(
+            key,
+            "label",
+            ask,
+            _from_reading,
+            lambda record: _to_reading(record, labels),
+            lambda: most_label_tokens(messages, prefix, labels),
+        )
 
     async def close(self) -> None:
         """Close the model."""
@@ -112,31 +138,55 @@ class Recorded:
         ask: Callable[[], Awaitable[R]],
         to_record: Callable[[R], Record],
         from_record: Callable[[Record], R],
+        most: Callable[[], Usage] | None = None,
     ) -> R:
-        if (record := self._journal.get(key)) is not None:
-            return from_record(record)
-        if self.offline:
-            raise RequestFailed(self._journal.failure(key) or NOT_ASKED)
-        if (same := self._in_flight.get(key)) is not None:
-            answer: R = await same
-            return answer
+        while True:
+            if (record := self._journal.get(key)) is not None:
+                return from_record(record)
+            if self.offline:
+                raise RequestFailed(self._journal.failure(key) or NOT_ASKED)
+            if (same := self._in_flight.get(key)) is None:
+                break
+            # Shielded: a waiter that is cancelled leaves the answer to the others.
+            if (shared := await asyncio.shield(same)) is not None:
+                answer: R = shared
+                return answer
         future = self._in_flight[key] = asyncio.get_running_loop().create_future()
+        try:
+            answer = await self._pay(key, kind, ask, to_record, most)
+            future.set_result(answer)
+            return answer
+        except Exception as err:
+            future.set_exception(err)
+            future.exception()  # nobody else may be waiting
+            if isinstance(err, RequestFailed) and not isinstance(err, Postponed):
+                self._journal.fail(key, str(err))
+            raise
+        finally:
+            if not future.done():
+                future.set_result(None)  # cancelled: one of those who wait asks in its place
+            del self._in_flight[key]
+
+    async def _pay(
+        self,
+        key: int,
+        kind: str,
+        ask: Callable[[], Awaitable[R]],
+        to_record: Callable[[R], Record],
+        most: Callable[[], Usage] | None,
+    ) -> R:
+        """Ask within the budget, and write the reply down."""
+        budget = None if most is None else self._budget
+        held = await budget.reserve(most()) if budget is not None and most is not None else 0.0
+        usage = None
         try:
             answer = await ask()
             usage = _usage(answer)
             self._journal.put(key, kind, to_record(answer), usage)
-        except BaseException as err:
-            if isinstance(err, RequestFailed):
-                self._journal.fail(key, str(err))
-            if not future.cancelled():
-                future.set_exception(err if isinstance(err, Exception) else RequestFailed("interrupted"))
-                future.exception()  # nobody else may be waiting
-            raise
+            self.used += usage
         finally:
-            del self._in_flight[key]
-        self.used += usage
-        if not future.cancelled():
-            future.set_result(answer)
+            if budget is not None:
+                budget.settle(held, usage)
         return answer
 
 

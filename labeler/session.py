@@ -7,22 +7,29 @@ A run reads its dataset three times, each time a row at a time: to check it befo
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from labeler.config import RequestConfig
+from labeler.heartbeat import Heartbeat
 from labeler.journal import ReplyJournal, Usage
 from labeler.llm import open_llm
 from labeler.loop import ask_all
+from labeler.outputs import short
 from labeler.recorded import Recorded
 from rlaif.models import ModelRef
 from rlaif.records import Quarantine
-from rlaif.runs import Run, progress
+from rlaif.runs import Progress, Run, progress
 
 T = TypeVar("T")
+
+_REASONS = 5
+"""So many reasons are named when the asking ends; the report has all of them."""
 
 
 async def _nothing() -> None:
@@ -36,11 +43,16 @@ class Session:
         folder: the run directory.
         journal: its replies.
         quarantine: rows of the input that cannot be read.
+        heartbeat: tells other processes how far the run is.
     """
 
-    def __init__(self, folder: Path, config: RequestConfig, journal: ReplyJournal) -> None:
+    def __init__(
+        self, folder: Path, config: RequestConfig, journal: ReplyJournal, heartbeat: Heartbeat
+    ) -> None:
         self.folder = folder
         self.journal = journal
+        self.heartbeat = heartbeat
+        heartbeat.stats = self._stats
         self.quarantine = Quarantine(folder / "quarantine.jsonl")
         self._config = config
         self._models: list[Recorded] = []
@@ -81,8 +93,11 @@ class Session:
             EndpointError: the endpoint is gone. Replies so far are kept.
             QualityError: nothing at all succeeds.
         """
-        total = sum(1 for _ in questions(self.quarantine))
+        self.heartbeat.enter("reading", what)
+        total = sum(1 for _ in self.heartbeat.count(questions(self.quarantine)))
+        self.heartbeat.enter("asking", what, total)
         asyncio.run(self._ask(questions(Quarantine(None)), ask, what, total, prepare))
+        self.heartbeat.enter("writing", what, total)
         for model in self._models:
             model.offline = True
         return total
@@ -95,24 +110,42 @@ class Session:
         total: int,
         prepare: Callable[[], Awaitable[None]],
     ) -> None:
+        async def counted(question: T) -> str | None:
+            reason = await ask(question)
+            if reason is not None:
+                self.heartbeat.unlabelled[reason] += 1
+            return reason
+
         try:
             await prepare()
             with progress(total, what) as bar:
                 await ask_all(
                     questions,
-                    ask,
+                    counted,
                     max_open=min(2 * self._config.max_in_flight, max(total, 1)),
-                    progress=bar,
-                    stats=self._stats,
+                    progress=_Both(bar, self.heartbeat),
+                    stats=self._shown,
                     give_up=self._config.max_unlabelled < 1,
                 )
         finally:
+            for reason, count in self.heartbeat.unlabelled.most_common(_REASONS):
+                print(f"  {count} unlabelled: {reason}", file=sys.stderr)
             for model in self._models:
                 await model.close()
 
-    def _stats(self) -> Mapping[str, object]:
+    def _stats(self) -> dict[str, Any]:
+        """What the run has used so far, for other processes to read."""
         used = sum((model.used for model in self._models), Usage())
-        return {"tokens": used.prompt_tokens + used.completion_tokens}
+        return {**asdict(used), "in_flight": sum(model.in_flight for model in self._models)}
+
+    def _shown(self) -> Mapping[str, object]:
+        """What stands beside the progress bar."""
+        now = self._stats()
+        return {
+            "in_flight": now["in_flight"],
+            "prompt": f"{short(now['prompt_tokens'])} tok",
+            "completion": f"{short(now['completion_tokens'])} tok",
+        }
 
     @property
     def seconds(self) -> float:
@@ -130,5 +163,21 @@ def open_session(config: RequestConfig, command: str) -> Iterator[Session]:
     """
     with Run.open(config.output_dir, config, command=command) as run:
         reuse = None if config.reuse is None else Path(config.reuse)
-        with ReplyJournal(run.directory, reuse=reuse) as journal:
-            yield Session(run.directory, config, journal)
+        with (
+            ReplyJournal(run.directory, reuse=reuse) as journal,
+            Heartbeat(run.directory, command) as heartbeat,
+        ):
+            yield Session(run.directory, config, journal, heartbeat)
+
+
+class _Both:
+    """Progress that people see and that other processes read."""
+
+    def __init__(self, bar: Progress, heartbeat: Heartbeat) -> None:
+        self._bar = bar
+        self._heartbeat = heartbeat
+
+    def advance(self, n: int = 1, **stats: object) -> None:
+        """See `rlaif.runs.Progress`."""
+        self._bar.advance(n, **stats)
+        self._heartbeat.advance(n)
