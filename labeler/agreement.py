@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -56,6 +56,7 @@ def bootstrap_interval(
     values: ArrayLike,
     statistic: Callable[[Floats], float],
     *,
+    groups: Sequence[Hashable] | None = None,
     seed: int = 0,
     resamples: int = 1000,
     level: float = 0.95,
@@ -65,6 +66,8 @@ def bootstrap_interval(
     Args:
         values: (N,) or (N, K): rows are resampled with replacement.
         statistic: of an array like `values`; NaN results are left out.
+        groups: (N,) what is drawn together, such as the prompt, since rows of one group are not independent; None
+            draws single rows.
         seed: makes the interval a function of the data.
         resamples: number of resamples.
         level: share of resamples inside.
@@ -75,12 +78,25 @@ def bootstrap_interval(
     rows = np.asarray(values, dtype=np.float64)
     if len(rows) == 0:
         return float("nan"), float("nan")
+    numbers: dict[Hashable, int] = {}
+    member = np.array(
+        [numbers.setdefault(g, len(numbers)) for g in (range(len(rows)) if groups is None else groups)]
+    )
+    rows, sizes = rows[np.argsort(member, kind="stable")], np.bincount(member)
+    starts = np.cumsum(sizes) - sizes
     generator = np.random.default_rng(seed)
-    drawn = np.array([statistic(rows[generator.integers(0, len(rows), len(rows))]) for _ in range(resamples)])
-    drawn = drawn[~np.isnan(drawn)]
-    if len(drawn) == 0:
+    drawn = []
+    for _ in range(resamples):
+        taken = generator.integers(0, len(sizes), len(sizes))
+        inside = np.arange(sizes[taken].sum()) - np.repeat(
+            np.cumsum(sizes[taken]) - sizes[taken], sizes[taken]
+        )
+        drawn.append(statistic(rows[np.repeat(starts[taken], sizes[taken]) + inside]))
+    found = np.array(drawn, dtype=np.float64)
+    found = found[~np.isnan(found)]
+    if len(found) == 0:
         return float("nan"), float("nan")
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

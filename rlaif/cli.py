@@ -57,6 +57,10 @@ COMMANDS = (
         "labeler.config:RankConfig", "labeler.rank:run",
     ),
     Command(
+        "eval judge", "what labels are worth: agreement with people, biases, calibration, attacks",
+        "labeler.audit.config:EvaluateConfig", "labeler.audit.evaluate:run",
+    ),
+    Command(
         "train sft", "supervised fine-tuning",
         "policy_trainer.config:SFTConfig", "policy_trainer.sft:run",
     ),

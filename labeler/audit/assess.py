@@ -1,0 +1,172 @@
+"""The findings about a judge, from observations: agreement, biases, calibration, gaps. Pure functions.
+
+A finding that cannot be had (no pairs, chance agreement certain) is None. Rates lie in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from labeler.agreement import agreement, agreements, bootstrap_interval, cohen_kappa, same_position
+from labeler.audit.biases import lean
+from labeler.audit.measures import ECE_BINS, brier, expected_calibration_error, log_loss, reliability
+from labeler.audit.observations import Observation
+from labeler.preferences import is_tie
+
+Floats = NDArray[np.float64]
+Findings = dict[str, Any]
+
+
+def assess(observations: Sequence[Observation], *, resamples: int = 1000) -> Findings:
+    """Everything `rlaif eval judge` reports about one judge.
+
+    Args:
+        observations: in any order.
+        resamples: of the 95 % bootstrap intervals; whole prompts are drawn.
+    """
+    labelled = [o for o in observations if o.p is not None]
+    found: Findings = {
+        "pairs": len(observations),
+        "labelled": len(labelled),
+        "ties": sum(o.p is not None and is_tie(o.p) for o in labelled),
+        "unlabelled": _counts(o.reason or "no label" for o in observations if o.p is None),
+        "sources": _counts(o.source for o in labelled if o.source),
+        **agreement_with_people(labelled, resamples),
+        "position": position(labelled),
+        "length": _lean(labelled, "longer"),
+        "formatting": _lean(labelled, "formatted"),
+        "calibration": calibration(labelled),
+        "label_mass": label_mass(labelled),
+        "prompt_tokens": sum(o.prompt_tokens for o in observations),
+        "completion_tokens": sum(o.completion_tokens for o in observations),
+    }
+    subsets = sorted({o.subset for o in labelled if o.subset})
+    if len(subsets) > 1:
+        found["subsets"] = [
+            {"name": name, **agreement_with_people([o for o in labelled if o.subset == name], resamples)}
+            for name in subsets
+        ]
+    return found
+
+
+def agreement_with_people(labelled: Sequence[Observation], resamples: int = 1000) -> Findings:
+    """Agreement beside Cohen's kappa, with intervals, and the agreement of "the longer one wins".
+
+    Pairs that people tie are left out; they are counted as `human_ties`.
+    """
+    judged = [o for o in labelled if o.human is not None]
+    decided = [o for o in judged if o.human != 0.5]
+    table = _table(decided)
+    longer = (np.sign([o.longer for o in decided]) + 1) / 2
+    return {
+        "human_pairs": len(decided),
+        "human_ties": len(judged) - len(decided),
+        "agreement": _estimate(table, _by_columns(agreement), decided, resamples),
+        "kappa": _estimate(table, _by_columns(cohen_kappa), decided, resamples),
+        "longer_wins_agreement": _finite(agreement(longer, table[:, 1])),
+    }
+
+
+def difference(ours: Sequence[Observation], base: Sequence[Observation], resamples: int = 1000) -> Findings:
+    """How much more often one way of asking agrees with people than another, on the pairs that both labelled.
+
+    Args:
+        ours: of the same pairs as `base`, in the same order.
+        base: what is compared with.
+        resamples: of the interval; differences on the same pairs vary far less than their means.
+
+    Returns:
+        `value`, `low`, `high`: of the difference in agreement.
+    """
+    both = [
+        (a, b)
+        for a, b in zip(ours, base, strict=True)
+        if a.p is not None and b.p is not None and a.human is not None and a.human != 0.5
+    ]
+    mine, theirs = _table([a for a, _ in both]), _table([b for _, b in both])
+    gain = agreements(mine[:, 0], mine[:, 1]) - agreements(theirs[:, 0], theirs[:, 1])
+    return _estimate(gain, _mean, [a for a, _ in both], resamples)
+
+
+def position(labelled: Sequence[Observation]) -> Findings:
+    """Position bias, over the pairs asked in both orders.
+
+    `same_position_rate`: both orders preferred one position. `first_share`: of those, number 1. `first_probability`:
+    mean probability of number 1, over both orders; 1/2 without bias.
+    """
+    asked = [(o.first_ab, o.first_ba) for o in labelled if o.first_ab is not None and o.first_ba is not None]
+    first = np.array(asked, dtype=np.float64).reshape(-1, 2)
+    locked = same_position(first[:, 0], first[:, 1])
+    return {
+        "pairs": len(asked),
+        "same_position_rate": _finite(_mean(locked.astype(np.float64))),
+        "first_share": _finite(_mean((first[locked, 0] > 0.5).astype(np.float64))),
+        "first_probability": _finite(_mean(first.ravel())),
+    }
+
+
+def calibration(labelled: Sequence[Observation]) -> Findings:
+    """Brier score, expected calibration error, log loss and the reliability table; pairs that people tie count."""
+    table = _table([o for o in labelled if o.human is not None])
+    p, human = table[:, 0], table[:, 1]
+    return {
+        "pairs": len(table),
+        "brier": _finite(brier(p, human)),
+        "ece": _finite(expected_calibration_error(p, human)),
+        "ece_bins": ECE_BINS,
+        "log_loss": _finite(log_loss(p, human)),
+        "reliability": [asdict(b) for b in reliability(p, human)],
+    }
+
+
+def label_mass(labelled: Sequence[Observation]) -> Findings:
+    """How much probability the judge gave to the labels rather than to other text."""
+    masses = [mass for o in labelled for mass in o.masses]
+    return {
+        "readings": len(masses),
+        "mean": _finite(_mean(np.array(masses))),
+        "min": min(masses, default=None),
+        "below_half": sum(mass < 0.5 for mass in masses),
+    }
+
+
+def _lean(labelled: Sequence[Observation], name: str) -> Findings:
+    more = [getattr(o, name) for o in labelled]
+    human = [np.nan if o.human is None else o.human for o in labelled]
+    found = asdict(lean([o.p for o in labelled], more, human))  # type: ignore[arg-type]
+    return {key: value if key == "pairs" else _finite(value) for key, value in found.items()}
+
+
+def _table(labelled: Sequence[Observation]) -> Floats:
+    """(N, 2) P(A preferred) by the judge and by people."""
+    return np.array([(o.p, o.human) for o in labelled], dtype=np.float64).reshape(-1, 2)
+
+
+def _by_columns(statistic: Callable[[Floats, Floats], float]) -> Callable[[Floats], float]:
+    return lambda table: statistic(table[:, 0], table[:, 1])
+
+
+def _estimate(
+    values: Floats, statistic: Callable[[Floats], float], rows: Sequence[Observation], resamples: int
+) -> Findings:
+    """A statistic with its 95 % bootstrap interval over prompts."""
+    low, high = bootstrap_interval(values, statistic, groups=[o.prompt for o in rows], resamples=resamples)
+    return {"value": _finite(statistic(values)), "low": _finite(low), "high": _finite(high)}
+
+
+def _mean(values: Floats) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _counts(names: Any) -> dict[str, int]:
+    return dict(Counter(names).most_common())
