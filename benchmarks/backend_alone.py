@@ -34,7 +34,9 @@ async def send_all(url: str, bodies: list[bytes], in_flight: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("url", help="e.g. http://127.0.0.1:8000/v1/chat/completions")
     parser.add_argument("bodies", type=Path)
     parser.add_argument("--in_flight", type=int, default=64)

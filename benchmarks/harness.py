@@ -25,10 +25,11 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 DEFAULT_ENVIRONMENTS = HERE.parent / ".cache" / "benchmarks"
 
-_WORDS = (
-    "the answer depends on how much time there is and what has been tried before so it helps to begin with one small "
-    "step then look at the result and change a single thing at a time until the cause is clear to everyone involved"
-).split()
+_PROSE = """
+the answer depends on how much time there is and what has been tried before so it helps to begin with one small
+step then look at the result and change a single thing at a time until the cause is clear to everyone involved
+"""
+_WORDS = _PROSE.split()
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -277,7 +278,9 @@ class Report:
     ) -> int:
         """Print and write everything; the exit status is 0 if all checks hold."""
         ended = machine()
-        verdicts = "\n".join(f"- {'holds' if good else 'DOES NOT HOLD'}: {what}" for what, good in checks.items())
+        verdicts = "\n".join(
+            f"- {'holds' if good else 'DOES NOT HOLD'}: {what}" for what, good in checks.items()
+        )
         where = (
             f"{ended['date']}, {ended['cpu']}, {ended['cores']} cores, {ended['memory_gib']} GiB, Python "
             f"{ended['python']}; load average {self.started['load_average']} before, {ended['load_average']} after."

@@ -75,6 +75,11 @@ def row_key(tags: Sequence[str]) -> str:
     return "+".join(sorted(tags))
 
 
+def service_time(judged: str, latency_s: float, straggler_share: float, straggler_factor: float) -> float:
+    """Seconds in service of a judgement, whatever the request looks like."""
+    return latency_s * (straggler_factor if unlucky("straggler", judged, straggler_share) else 1.0)
+
+
 def next_tokens(tags: Sequence[str], pair_labels: Sequence[str], levels: int) -> dict[str, float]:
     """The distribution of the next token where a label is wanted; sums to 1.
 

@@ -27,7 +27,7 @@ from hashlib import blake2b
 from typing import Any
 
 import uvicorn
-from scripted_judge import RATIONALE, next_tokens, row_key, tags_in, unlucky
+from scripted_judge import RATIONALE, next_tokens, row_key, service_time, tags_in, unlucky
 
 Json = dict[str, Any]
 Send = Callable[[Any], Awaitable[None]]
@@ -46,9 +46,10 @@ class Behaviour:
         kind: `vllm` or `plain`.
         latency_s: time in service of a request.
         capacity: requests in service at a time; 0 for no limit.
-        straggler_share: share of requests, by content, that take `straggler_factor` times as long.
+        straggler_share: share of judgements, by their tags, that take `straggler_factor` times as long.
         rpm: requests per minute that are let in; 0 for no limit. Refused ones get 429 and `Retry-After`.
         burst_s: so many seconds' worth of requests may come at once.
+        limit_headers: say with every answer what the limit is and what is left of it, as OpenAI does.
         faults: shares of requests, by content, whose first `fault_attempts` attempts fail: `429`, `500`, `hang`,
             `truncate`.
         poison: shares of rows, by content, all of whose attempts fail: `400`, `500`, `hang`, `truncate`.
@@ -65,6 +66,7 @@ class Behaviour:
     straggler_factor: float = 100.0
     rpm: float = 0.0
     burst_s: float = 1.0
+    limit_headers: bool = True
     faults: dict[str, float] = field(default_factory=dict)
     fault_attempts: int = 1
     poison: dict[str, float] = field(default_factory=dict)
@@ -93,6 +95,7 @@ class Stats:
     last_at: float = 0.0
 
     def report(self) -> Json:
+        """As JSON values."""
         asked = sum(self.times_asked.values())
         return {
             "requests": asked,
@@ -139,6 +142,7 @@ class Server:
         self.allowance, self.allowance_at = b.rpm / 60 * b.burst_s, time.monotonic()
 
     async def __call__(self, scope: Json, receive: Callable[[], Awaitable[Json]], send: Send) -> None:
+        """Answer one request."""
         if scope["type"] != "http":
             return
         body = b""
@@ -201,7 +205,7 @@ class Server:
         stats.peak_in_service = max(stats.peak_in_service, stats.in_service)
         try:
             fault = self.fault(key, row_key(tags), attempt)
-            await self.serve(key)
+            await self.serve("+".join(tags))
             if fault == "hang":
                 await asyncio.sleep(b.hang_s)
         finally:
@@ -229,11 +233,13 @@ class Server:
         rate, moment = b.rpm / 60, time.monotonic()
         self.allowance = min(rate * b.burst_s, self.allowance + rate * (moment - self.allowance_at))
         self.allowance_at = moment
-        headers = {
-            "x-ratelimit-limit-requests": f"{b.rpm:.0f}",
-            "x-ratelimit-remaining-requests": f"{max(0, int(self.allowance) - 1)}",
-            "x-ratelimit-reset-requests": f"{(rate * b.burst_s - self.allowance) / rate:.3f}s",
-        }
+        headers = {}
+        if b.limit_headers:
+            headers = {
+                "x-ratelimit-limit-requests": f"{b.rpm:.0f}",
+                "x-ratelimit-remaining-requests": f"{max(0, int(self.allowance) - 1)}",
+                "x-ratelimit-reset-requests": f"{(rate * b.burst_s - self.allowance) / rate:.3f}s",
+            }
         if self.allowance < 1.0:
             stats.refused += 1
             stats.refused_at[int(now)] += 1
@@ -255,12 +261,10 @@ class Server:
                     return kind
         return None
 
-    async def serve(self, key: bytes) -> None:
+    async def serve(self, judged: str) -> None:
         """Wait for a place and stay in it."""
         b = self.behaviour
-        length = b.latency_s
-        if unlucky("straggler", key.hex(), b.straggler_share):
-            length *= b.straggler_factor
+        length = service_time(judged, b.latency_s, b.straggler_share, b.straggler_factor)
         now = start = time.monotonic()
         if b.capacity:
             while len(self.free_at) > b.capacity:
@@ -289,7 +293,11 @@ class Server:
                 entries = [{"token": t, "logprob": lp, "bytes": None} for t, lp in top]
                 first = {"token": best, "logprob": math.log(distribution[best]), "bytes": None}
                 logprobs = {"content": [{**first, "top_logprobs": entries}]}
-        choice: Json = {"index": 0, "finish_reason": "length" if short <= 16 else "stop", "logprobs": logprobs}
+        choice: Json = {
+            "index": 0,
+            "finish_reason": "length" if short <= 16 else "stop",
+            "logprobs": logprobs,
+        }
         if path == "/v1/completions":
             choice["text"] = text
         else:
@@ -338,7 +346,7 @@ class Server:
         return list(found.items())
 
     def tokenize(self, body: Json) -> Json:
-        """vLLM's `/tokenize`, of a text or of a conversation."""
+        """The `/tokenize` of vLLM, of a text or of a conversation."""
         if "messages" in body:
             text = transcript(body["messages"], bool(body.get("continue_final_message")))
         else:
@@ -412,7 +420,8 @@ def encode(text: str, split_digits: bool) -> list[int]:
 def decode(ids: Sequence[int]) -> str:
     """The inverse of `encode`."""
     return "".join(
-        chr(i) if i < _NUMBER else str(i - _NUMBER) if i < _SPACE_NUMBER else f" {i - _SPACE_NUMBER}" for i in ids
+        chr(i) if i < _NUMBER else str(i - _NUMBER) if i < _SPACE_NUMBER else f" {i - _SPACE_NUMBER}"
+        for i in ids
     )
 
 
@@ -430,7 +439,9 @@ async def reply(send: Send, status: int, content: bytes, headers: Mapping[str, s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--behaviour", type=json.loads, default={}, help="fields of Behaviour as JSON")
     args = parser.parse_args()

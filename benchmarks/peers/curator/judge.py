@@ -15,12 +15,14 @@ class PairJudge(curator.LLM):
     """Asks which of two responses is better."""
 
     def prompt(self, row: dict) -> str:
+        """The question about a row."""
         return (
             "Two assistants answered the same question. Which answer is better? Reply with 1 or 2 alone.\n\n"
             f"Question:\n{row['prompt']}\n\nAnswer 1:\n{row['response_a']}\n\nAnswer 2:\n{row['response_b']}"
         )
 
     def parse(self, row: dict, response: str) -> dict:
+        """The label of a row."""
         return {"prompt": row["prompt"], "label": response.strip()}
 
 
