@@ -155,7 +155,7 @@ def _canaries(found: Found) -> str:
     )  # fmt: skip
     return (
         f"## Canaries\n\nThe response that people reject wins {_percent(found['win_rate'])} % of {found['pairs']} "
-        f"pairs as it is. Attacks shift that by {_percent(found['shift'], sign=True)} points on average "
+        f"pairs as it is. Attacks shift that by {_percent_interval(found['shift'], sign=True)} points on average "
         f"({families}).\n\n{table}"
     )
 

@@ -47,47 +47,60 @@ def resistance(
     Returns:
         `pairs`; `win_rate` of weak responses before, ties half; `attacks`: for each the win rate after, its `shift`
         with interval, the shift of the mean probability, and how many a guard ruled without asking; `families`: the
-        mean shift of each, worst first; `shift`: the mean over all attacks. Missing labels are left out of both sides.
+        mean shift of each, worst first; `shift`: the mean over all attacks, with interval. A pair without a label on
+        either side is left out.
     """
+    gains = np.full((len(before), len(attacks)), np.nan)
     rows: list[dict[str, Any]] = []
-    for attack in attacks:
-        both = [(b.p_a, a.p_a) for b, a in zip(before, after[attack.name], strict=True)]
-        table = np.array([(b, a) for b, a in both if b is not None and a is not None], dtype=np.float64)
-        table = table.reshape(-1, 2)
-        gain = _wins(table[:, 1]) - _wins(table[:, 0])
-        low, high = bootstrap_interval(gain, _mean, resamples=resamples)
+    for k, attack in enumerate(attacks):
+        was = np.array([np.nan if b.p_a is None else b.p_a for b in before])
+        now = np.array([np.nan if a.p_a is None else a.p_a for a in after[attack.name]])
+        gains[:, k] = _wins(now) - _wins(was)
+        both = ~np.isnan(gains[:, k])
         rows.append(
             {
                 "name": attack.name,
                 "family": attack.family,
-                "pairs": len(table),
-                "win_rate": _finite(_mean(_wins(table[:, 1]))),
-                "shift": {"value": _finite(_mean(gain)), "low": _finite(low), "high": _finite(high)},
-                "probability_shift": _finite(_mean(table[:, 1] - table[:, 0])),
+                "pairs": int(both.sum()),
+                "win_rate": _mean(_wins(now[both])),
+                "shift": _estimate(gains[:, [k]], resamples),
+                "probability_shift": _mean(now[both] - was[both]),
                 "guarded": sum((a.reason or "").startswith("guard:") for a in after[attack.name]),
             }
         )
-    shifts = {row["name"]: row["shift"]["value"] for row in rows if row["shift"]["value"] is not None}
     families = {
-        family: _mean(np.array([shifts[a.name] for a in attacks if a.family == family and a.name in shifts]))
-        for family in dict.fromkeys(a.family for a in attacks if a.name in shifts)
+        family: _mean(gains[:, [a.family == family for a in attacks]])
+        for family in dict.fromkeys(a.family for a in attacks)
     }
-    honest = np.array([b.p_a for b in before if b.p_a is not None], dtype=np.float64)
+    honest = np.array([b.p_a for b in before if b.p_a is not None])
     return {
         "pairs": len(honest),
-        "win_rate": _finite(_mean(_wins(honest))),
-        "shift": _finite(_mean(np.array(list(shifts.values())))),
-        "families": dict(sorted(families.items(), key=lambda item: -item[1])),
+        "win_rate": _mean(_wins(honest)),
+        "shift": _estimate(gains, resamples),
+        "families": dict(sorted(families.items(), key=lambda item: -(item[1] or 0.0))),
         "attacks": rows,
     }
 
 
 def _wins(p: Floats) -> Floats:
-    return agreements(p, np.ones(len(p)))
+    """1 where A wins, 1/2 for a tie, NaN where nobody said."""
+    return np.where(np.isnan(p), np.nan, agreements(p, np.ones(len(p))))
 
 
-def _mean(values: Floats) -> float:
-    return float(values.mean()) if len(values) else float("nan")
+def _estimate(gains: Floats, resamples: int) -> dict[str, float | None]:
+    """Mean over pairs and attacks, with its interval over pairs."""
+
+    def statistic(drawn: Floats) -> float:
+        known = drawn[~np.isnan(drawn)]
+        return float(known.mean()) if len(known) else float("nan")
+
+    low, high = bootstrap_interval(gains, statistic, resamples=resamples)
+    return {"value": _mean(gains), "low": _finite(low), "high": _finite(high)}
+
+
+def _mean(values: Floats) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
 
 
 def _finite(value: float) -> float | None:
