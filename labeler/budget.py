@@ -77,7 +77,7 @@ class Budget:
         paid: tokens of earlier runs.
     """
 
-    def __init__(self, price: Price, limit: float, paid: Usage = Usage()) -> None:
+    def __init__(self, price: Price, limit: float, paid: Usage) -> None:
         self.price = price
         self.limit = limit
         self._paid = paid

@@ -1,4 +1,4 @@
-"""Settings of the labeler's commands: `rlaif sample`, `rlaif label pairs|scores|rank`."""
+"""Settings of the labeler's commands: `rlaif sample`, `rlaif label pairs|scores|rank|status`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ class RequestConfig:
         )
         at_least(self, 0, "max_retries", "max_cost")
         prices = self.price_per_million
-        if prices is not None and (len(prices) not in (2, 3) or not all(0 <= p < float("inf") for p in prices)):
+        if prices is not None and (
+            len(prices) not in (2, 3) or not all(0 <= p < float("inf") for p in prices)
+        ):
             raise ConfigError(
                 f"--price_per_million {' '.join(f'{p:g}' for p in prices)} cannot be: give USD per million prompt and "
                 "completion tokens, and of cached prompt tokens if they differ, e.g. 0.15 0.6 0.075"
@@ -260,6 +262,16 @@ class ScoresConfig(JudgeConfig):
         super().__post_init__()
         if not self.rubric:
             raise ConfigError("--rubric needs a name: a preset such as helpfulness-score, or a YAML file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """Tell how far a labeling run is: while it runs, after it ended, or after it was killed. Changes nothing."""
+
+    output_dir: str
+    """The run directory of `rlaif sample` or `rlaif label ...`."""
+    json: bool = False
+    """Print one JSON object, for scripts."""
 
 
 def at_least(config: object, least: int, *names: str) -> None:

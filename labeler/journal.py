@@ -11,8 +11,8 @@ import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS replies (
     id INTEGER PRIMARY KEY, key INTEGER NOT NULL UNIQUE, kind TEXT NOT NULL, prompt_tokens INTEGER NOT NULL,
     completion_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL, reply TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS failures (key INTEGER PRIMARY KEY, reason TEXT NOT NULL, count INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS paces (replies INTEGER NOT NULL, seconds REAL NOT NULL);
 """
 
 
@@ -51,11 +52,15 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a journal holds: replies by kind, their tokens, and how often each reason keeps a request open."""
+    """What a journal holds: replies by kind, their tokens, and how often each reason keeps a request open.
+
+    `pace` is replies per second over all the time that was spent asking; None before a first run has ended.
+    """
 
     replies: Mapping[str, int] = field(default_factory=dict)
     usage: Usage = Usage()
     failures: Mapping[str, int] = field(default_factory=dict)
+    pace: float | None = None
 
 
 def request_key(*parts: object) -> int:
@@ -68,47 +73,38 @@ class ReplyJournal:
 
     Args:
         folder: the run directory.
-        reuse: another run directory; its replies answer the same requests without being asked again.
+        reuse: other run directories; their replies answer the same requests without being asked again.
         read_only: look without taking the writer's lock.
 
     Raises:
-        StorageError: the file cannot be written, or another process writes it.
+        StorageError: the file cannot be written or is damaged, or another process writes it.
         DataError: there is no journal to read or to reuse.
     """
 
-    def __init__(self, folder: Path, *, reuse: Path | None = None, read_only: bool = False) -> None:
+    def __init__(self, folder: Path, *, reuse: Sequence[Path] = (), read_only: bool = False) -> None:
         self.path = folder / JOURNAL_FILE
         self._lock: int | None = None
-        if read_only:
-            _check_present(self.path)
-        else:
+        self._files: list[_File] = []
+        if not read_only:
             self._lock = _lock(folder / ".journal.lock")
-        self._sql = self._connect(read_only)
-        self._other: sqlite3.Connection | None = None
-        if reuse is not None:
-            _check_present(reuse / JOURNAL_FILE)
-            self._other = sqlite3.connect(f"file:{reuse / JOURNAL_FILE}?mode=ro", uri=True)
-        self._has_failures = bool(self._one("SELECT EXISTS (SELECT 1 FROM failures)"))
-
-    def _connect(self, read_only: bool) -> sqlite3.Connection:
         try:
-            if read_only:
-                return sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)
-            sql = sqlite3.connect(self.path, isolation_level=None)
-            sql.execute("PRAGMA journal_mode=WAL")
-            sql.execute("PRAGMA synchronous=NORMAL")
-            sql.executescript(_TABLES)
-        except sqlite3.Error as err:
-            raise self._failed(err) from err
-        return sql
+            self._file = _File(self.path, read_only=read_only)
+            self._files.append(self._file)
+            self._files += [_File(other / JOURNAL_FILE, read_only=True) for other in reuse]
+            self._has_failures = bool(self._file.all("SELECT 1 FROM failures LIMIT 1"))
+        except BaseException:
+            self.close()
+            raise
 
     def get(self, key: int) -> dict[str, Any] | None:
-        """The reply to a request, or None if there is none yet."""
-        for sql in (self._sql, self._other):
-            found = sql and sql.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-            if found:
-                reply: dict[str, Any] = json.loads(found[0])
-                return reply
+        """The reply to a request, or None if there is none yet.
+
+        Raises:
+            StorageError: the file is damaged.
+        """
+        for file in self._files:
+            if found := file.all("SELECT reply FROM replies WHERE key = ?", (key,)):
+                return file.decode(found[0][0])
         return None
 
     def put(self, key: int, kind: str, reply: Mapping[str, Any], usage: Usage = Usage()) -> None:
@@ -119,18 +115,18 @@ class ReplyJournal:
             ValueError: the reply holds NaN or an infinity.
         """
         text = json.dumps(reply, ensure_ascii=False, allow_nan=False)
-        self._write(
+        self._file.write(
             "INSERT OR IGNORE INTO replies (key, kind, prompt_tokens, completion_tokens, cached_tokens, reply) "
             "VALUES (?, ?, ?, ?, ?, ?)",
             (key, kind, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, text),
         )
         if self._has_failures:
-            self._write("DELETE FROM failures WHERE key = ?", (key,))
+            self._file.write("DELETE FROM failures WHERE key = ?", (key,))
 
     def fail(self, key: int, reason: str) -> None:
         """Note why a request has no reply. It stays open: the next run asks it again."""
         self._has_failures = True
-        self._write(
+        self._file.write(
             "INSERT INTO failures VALUES (?, ?, 1) "
             "ON CONFLICT (key) DO UPDATE SET reason = excluded.reason, count = count + 1",
             (key, reason),
@@ -138,26 +134,35 @@ class ReplyJournal:
 
     def failure(self, key: int) -> str | None:
         """Why a request has no reply; None if it was never asked or has one."""
-        found = self._sql.execute("SELECT reason FROM failures WHERE key = ?", (key,)).fetchone()
-        return None if found is None else str(found[0])
+        found = self._file.all("SELECT reason FROM failures WHERE key = ?", (key,))
+        return str(found[0][0]) if found else None
+
+    def note_pace(self, replies: int, seconds: float) -> None:
+        """Note how long it took to ask for so many replies."""
+        self._file.write("INSERT INTO paces VALUES (?, ?)", (replies, seconds))
 
     def totals(self) -> Totals:
         """Counts over the whole journal of this directory."""
-        kinds = dict(self._sql.execute("SELECT kind, COUNT(*) FROM replies GROUP BY kind ORDER BY kind"))
-        tokens = self._sql.execute(
+        kinds = dict(self._file.all("SELECT kind, COUNT(*) FROM replies GROUP BY kind ORDER BY kind"))
+        [tokens] = self._file.all(
             "SELECT TOTAL(prompt_tokens), TOTAL(completion_tokens), TOTAL(cached_tokens) FROM replies"
-        ).fetchone()
-        reasons = dict(
-            self._sql.execute("SELECT reason, COUNT(*) AS n FROM failures GROUP BY reason ORDER BY n DESC")
         )
-        return Totals(kinds, Usage(*map(int, tokens)), reasons)
+        reasons = dict(
+            self._file.all("SELECT reason, COUNT(*) AS n FROM failures GROUP BY reason ORDER BY n DESC")
+        )
+        [(replies, seconds)] = self._file.all("SELECT TOTAL(replies), TOTAL(seconds) FROM paces")
+        pace = replies / seconds if replies and seconds else None
+        return Totals(kinds, Usage(*map(int, tokens)), reasons, pace)
+
+    def mean_completion_tokens(self, kind: str) -> float | None:
+        """Mean length of the replies of one kind, in tokens; None without any."""
+        [(mean,)] = self._file.all("SELECT AVG(completion_tokens) FROM replies WHERE kind = ?", (kind,))
+        return None if mean is None else float(mean)
 
     def close(self) -> None:
         """Write everything into the one file and release the lock."""
-        with suppress(sqlite3.Error):  # closing must not hide the error that led here
-            self._sql.close()
-            if self._other is not None:
-                self._other.close()
+        for file in self._files:
+            file.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -170,27 +175,66 @@ class ReplyJournal:
     ) -> None:
         self.close()
 
-    def _write(self, statement: str, values: tuple[object, ...]) -> None:
-        try:
+
+class _File:
+    """A journal's file: statements, and one line for whatever is wrong with it."""
+
+    def __init__(self, path: Path, *, read_only: bool) -> None:
+        self._path = path
+        self._read_only = read_only
+        if read_only and not path.is_file():
+            raise DataError(f"{path} does not exist: give the directory of a labeling run")
+        with self._explained():
+            if read_only:
+                self._sql = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+                return
+            self._sql = sqlite3.connect(path, isolation_level=None)
+            self._sql.execute("PRAGMA journal_mode=WAL")
+            self._sql.execute("PRAGMA synchronous=NORMAL")
+            self._sql.executescript(_TABLES)
+
+    def all(self, statement: str, values: tuple[object, ...] = ()) -> list[Any]:
+        """The rows that a statement finds."""
+        with self._explained():
+            return self._sql.execute(statement, values).fetchall()
+
+    def write(self, statement: str, values: tuple[object, ...]) -> None:
+        """Execute and commit a statement."""
+        with self._explained():
             self._sql.execute(statement, values)
-        except sqlite3.Error as err:
-            raise self._failed(err) from err
 
-    def _one(self, statement: str) -> Any:
+    def decode(self, text: str) -> dict[str, Any]:
+        """A stored reply."""
         try:
-            return self._sql.execute(statement).fetchone()[0]
+            reply: dict[str, Any] = json.loads(text)
+        except ValueError as err:
+            raise self._damaged(err) from err
+        return reply
+
+    def close(self) -> None:
+        """Close the file; an error must not hide the one that led here."""
+        with suppress(sqlite3.Error):
+            self._sql.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except sqlite3.Error as err:
-            raise self._failed(err) from err
+            if "malformed" in str(err) or "not a database" in str(err):
+                raise self._damaged(err) from err
+            if self._read_only:
+                raise StorageError(f"cannot read {self._path}: {err}") from err
+            full = "full" in str(err) or "I/O" in str(err)
+            advice = (
+                "free some space and run the same command again" if full else "choose another --output_dir"
+            )
+            raise StorageError(f"cannot write {self._path}: {err}; {advice}") from err
 
-    def _failed(self, err: sqlite3.Error) -> StorageError:
-        full = "full" in str(err) or "I/O" in str(err)
-        advice = "free some space and run the same command again" if full else "choose another --output_dir"
-        return StorageError(f"cannot write {self.path}: {err}; {advice}")
-
-
-def _check_present(path: Path) -> None:
-    if not path.is_file():
-        raise DataError(f"{path} does not exist: give the directory of a labeling run")
+    def _damaged(self, err: Exception) -> StorageError:
+        return StorageError(
+            f"{self._path} is damaged ({err}): restore it from a copy, or move it away to pay for its replies again"
+        )
 
 
 def _lock(path: Path) -> int:

@@ -40,6 +40,7 @@ class Recorded:
     Attributes:
         offline: answer from the journal alone; a request without a reply fails with the reason on record.
         used: tokens that this object has paid for.
+        replies: how many replies it has paid for.
     """
 
     def __init__(self, llm: LLM, journal: ReplyJournal, budget: Budget | None = None) -> None:
@@ -49,6 +50,7 @@ class Recorded:
         self._in_flight: dict[int, asyncio.Future[Any]] = {}
         self.offline = False
         self.used = Usage()
+        self.replies = 0
 
     @property
     def name(self) -> str:
@@ -184,6 +186,7 @@ class Recorded:
             usage = _usage(answer)
             self._journal.put(key, kind, to_record(answer), usage)
             self.used += usage
+            self.replies += kind != "probe"
         finally:
             if budget is not None:
                 budget.settle(held, usage)

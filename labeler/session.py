@@ -13,15 +13,19 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from labeler.budget import Budget
 from labeler.config import RequestConfig
+from labeler.dry_run import DryRun
 from labeler.heartbeat import Heartbeat
-from labeler.journal import ReplyJournal, Usage
+from labeler.journal import JOURNAL_FILE, ReplyJournal, Totals, Usage
 from labeler.llm import open_llm
 from labeler.loop import ask_all
 from labeler.outputs import short
 from labeler.recorded import Recorded
+from rlaif.errors import BudgetReached, QualityError
 from rlaif.models import ModelRef
 from rlaif.records import Quarantine
 from rlaif.runs import Progress, Run, progress
@@ -44,19 +48,35 @@ class Session:
         journal: its replies.
         quarantine: rows of the input that cannot be read.
         heartbeat: tells other processes how far the run is.
+        price: what tokens cost; None where it was not told.
+        stopped: the budget was reached, so that some questions were not asked.
     """
 
     def __init__(
-        self, folder: Path, config: RequestConfig, journal: ReplyJournal, heartbeat: Heartbeat
+        self,
+        folder: Path,
+        config: RequestConfig,
+        journal: ReplyJournal,
+        heartbeat: Heartbeat,
+        dry_run: DryRun | None = None,
     ) -> None:
         self.folder = folder
         self.journal = journal
         self.heartbeat = heartbeat
         heartbeat.stats = self._stats
         self.quarantine = Quarantine(folder / "quarantine.jsonl")
+        self.price = config.price()
+        self.stopped: BudgetReached | None = None
         self._config = config
         self._models: list[Recorded] = []
         self._started = time.monotonic()
+        self._dry_run = dry_run
+        self._paid = Usage() if self.price is None else journal.totals().usage
+        self._budget = (
+            None
+            if self.price is None or config.max_cost is None
+            else Budget(self.price, config.max_cost, self._paid)
+        )
 
     def open_model(self, name: str) -> Recorded:
         """A model by its name, behind the journal.
@@ -65,7 +85,9 @@ class Session:
             ModelError: the model cannot be loaded.
             ConfigError: the name cannot be used.
         """
-        model = Recorded(open_llm(ModelRef.parse(name), self._config.llm_options()), self.journal)
+        ref = ModelRef.parse(name)
+        make = open_llm if self._dry_run is None else self._dry_run.open_model
+        model = Recorded(make(ref, self._config.llm_options()), self.journal, self._budget)
         self._models.append(model)
         return model
 
@@ -92,11 +114,14 @@ class Session:
             DataError: the dataset is missing or has no usable row.
             EndpointError: the endpoint is gone. Replies so far are kept.
             QualityError: nothing at all succeeds.
+            DryRunEnded: this was a dry run, and its findings are printed.
         """
         self.heartbeat.enter("reading", what)
         total = sum(1 for _ in self.heartbeat.count(questions(self.quarantine)))
         self.heartbeat.enter("asking", what, total)
         asyncio.run(self._ask(questions(Quarantine(None)), ask, what, total, prepare))
+        if self._dry_run is not None:
+            self._dry_run.end(total, what, self.quarantine.count)
         self.heartbeat.enter("writing", what, total)
         for model in self._models:
             model.offline = True
@@ -110,12 +135,18 @@ class Session:
         total: int,
         prepare: Callable[[], Awaitable[None]],
     ) -> None:
+        done = 0
+
         async def counted(question: T) -> str | None:
+            nonlocal done
             reason = await ask(question)
             if reason is not None:
                 self.heartbeat.unlabelled[reason] += 1
+            else:
+                done += 1
             return reason
 
+        began = time.monotonic()
         try:
             await prepare()
             with progress(total, what) as bar:
@@ -125,9 +156,15 @@ class Session:
                     max_open=min(2 * self._config.max_in_flight, max(total, 1)),
                     progress=_Both(bar, self.heartbeat),
                     stats=self._shown,
-                    give_up=self._config.max_unlabelled < 1,
+                    give_up=self._config.max_unlabelled < 1 and self._dry_run is None,
                 )
+        except BudgetReached as err:
+            self.stopped = BudgetReached(
+                f"{what}: {done} of {total} done; {err}. Run the same command with a larger --max_cost to go on"
+            )
         finally:
+            if replies := sum(model.replies for model in self._models):
+                self.journal.note_pace(replies, time.monotonic() - began)
             for reason, count in self.heartbeat.unlabelled.most_common(_REASONS):
                 print(f"  {count} unlabelled: {reason}", file=sys.stderr)
             for model in self._models:
@@ -145,7 +182,14 @@ class Session:
             "in_flight": now["in_flight"],
             "prompt": f"{short(now['prompt_tokens'])} tok",
             "completion": f"{short(now['completion_tokens'])} tok",
+            **({} if self.price is None else {"cost": f"${self.costs()['cost_usd']:.4g}"}),
         }
+
+    def costs(self) -> dict[str, float]:
+        """`cost_usd`: USD for all replies of this run directory; nothing where no price was told."""
+        if self.price is None:
+            return {}
+        return {"cost_usd": self.price.cost(sum((model.used for model in self._models), self._paid))}
 
     @property
     def seconds(self) -> float:
@@ -161,13 +205,45 @@ def open_session(config: RequestConfig, command: str) -> Iterator[Session]:
         StorageError: the directory cannot be written, is in use, or holds another run.
         DataError: there is no journal to reuse.
     """
-    with Run.open(config.output_dir, config, command=command) as run:
-        reuse = None if config.reuse is None else Path(config.reuse)
-        with (
-            ReplyJournal(run.directory, reuse=reuse) as journal,
-            Heartbeat(run.directory, command) as heartbeat,
-        ):
-            yield Session(run.directory, config, journal, heartbeat)
+    if config.dry_run:
+        with _scratch_session(config, command) as session:
+            yield session
+        return
+    with (
+        Run.open(config.output_dir, config, command=command) as run,
+        ReplyJournal(run.directory, reuse=_reused(config)) as journal,
+        Heartbeat(run.directory, command) as heartbeat,
+    ):
+        session = Session(run.directory, config, journal, heartbeat)
+        try:
+            yield session
+        except QualityError:  # with part of the questions asked there may be nothing to conclude
+            if session.stopped is None:
+                raise
+        if session.stopped is not None:
+            raise session.stopped
+
+
+@contextmanager
+def _scratch_session(config: RequestConfig, command: str) -> Iterator[Session]:
+    """A session for a dry run. It knows the replies on record and writes in a folder that vanishes."""
+    folder = Path(config.output_dir)
+    on_record, written = Totals(), None
+    earlier = []
+    if (folder / JOURNAL_FILE).is_file():
+        earlier.append(folder)
+        with ReplyJournal(folder, read_only=True) as journal:
+            on_record, written = journal.totals(), journal.mean_completion_tokens("generate")
+    with (
+        TemporaryDirectory(prefix="rlaif-dry-run-") as scratch,
+        ReplyJournal(Path(scratch), reuse=[*earlier, *_reused(config)]) as journal,
+        Heartbeat(Path(scratch), command) as heartbeat,
+    ):
+        yield Session(Path(scratch), config, journal, heartbeat, DryRun(config, command, on_record, written))
+
+
+def _reused(config: RequestConfig) -> list[Path]:
+    return [] if config.reuse is None else [Path(config.reuse)]
 
 
 class _Both:

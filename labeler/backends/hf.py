@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging as hf_logging
 
 from labeler.backends.decoding import decode_batch, next_token_logprobs
-from labeler.backends.labels import Tokens
+from labeler.backends.labels import Tokens, longest_reads
 from labeler.backends.local import (
     Decoded,
     LocalModel,
@@ -125,9 +125,7 @@ class HFModel(LocalModel):
         return done
 
     async def _read(self, ids: tuple[int, ...], reads: Mapping[Tokens, Tokens]) -> TokenReadings:
-        # A row gives the probabilities after each of its tokens, so a continuation needs none of its own if a
-        # longer one begins with it.
-        longest = [a for a in reads if not any(b[: len(a)] == a for b in reads if len(b) > len(a))]
+        longest = longest_reads(reads)
         rows = []
         for row in longest:
             wanted = {len(row) - n: reads[row[:n]] for n in range(len(row) + 1)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from labeler.llm import RequestFailed
 from rlaif.errors import ModelError
@@ -102,6 +102,15 @@ def label_reads(spellings: Sequence[Sequence[Tokens]]) -> dict[Tokens, Tokens]:
     return {after: tuple(sorted(reads[after])) for after in sorted(reads)}
 
 
+def longest_reads(reads: Iterable[Tokens]) -> list[Tokens]:
+    """The continuations that begin no other one.
+
+    A forward pass gives the probabilities after each of its tokens, so one over each of these reads them all.
+    """
+    every = list(reads)
+    return [a for a in every if not any(len(b) > len(a) and b[: len(a)] == a for b in every)]
+
+
 def label_distribution(
     spellings: Sequence[Sequence[Tokens]], readings: Mapping[Tokens, Mapping[int, float]]
 ) -> LabelDistribution:
@@ -157,8 +166,7 @@ def read_top_tokens(top: Sequence[tuple[str, float]], labels: Sequence[str]) -> 
     """A label distribution from the list of likeliest next tokens that an endpoint reports.
 
     Tokens that equal a label up to surrounding white space are its aliases and are summed. A label that is
-    not in the list is at most as likely as the last token of it, and as what the list leaves over: it gets
-    the smaller of these bounds, and the distribution is `censored`.
+    not in the list gets the bound of `unlisted_bound`, and the distribution is `censored`.
 
     Args:
         top: (token text, natural-log probability) of the likeliest tokens.
@@ -171,11 +179,15 @@ def read_top_tokens(top: Sequence[tuple[str, float]], labels: Sequence[str]) -> 
     if all(reading == -math.inf for reading in readings):
         raise RequestFailed(f"none of the labels {', '.join(labels)} is among the top {len(top)} tokens")
     mass = math.fsum(math.exp(r) for r in readings)
-    left = 1.0 - math.fsum(math.exp(lp) for _, lp in top)
-    bound = min(lp for _, lp in top)
-    if left > 0.0:
-        bound = min(bound, math.log(left))
+    bound = unlisted_bound(top)
     censored = any(r == -math.inf for r in readings)
     return LabelDistribution(
         tuple(bound if r == -math.inf else r for r in readings), mass=min(mass, 1.0), censored=censored
     )
+
+
+def unlisted_bound(top: Sequence[tuple[str, float]]) -> float:
+    """The largest log-probability of a token outside the list: that of its last, and what the list leaves over."""
+    last = min(lp for _, lp in top)
+    left = 1.0 - math.fsum(math.exp(lp) for _, lp in top)
+    return min(last, math.log(left)) if left > 0.0 else last
