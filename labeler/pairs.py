@@ -74,7 +74,8 @@ class Labels:
 def label(config: PairsConfig, session: Session) -> Labels:
     """Ask about all pairs of the dataset and write `preferences.parquet`, report and card."""
     rubric = _rubric(config)
-    judge, settle = open_judge(config, session, rubric), Settlement(config, rubric)
+    judge = open_judge(config, session, rubric)
+    settle = Settlement(config, judge.name, rubric)
 
     async def ask(pair: Pair) -> str | None:
         preference = await judge.judge_pair(pair)
@@ -136,18 +137,20 @@ class Settlement:
 
     Args:
         config: the run's settings.
+        judge: the judge's name.
         rubric: how the judges are asked.
 
     Raises:
-        ConfigError: the calibration cannot be read, or was made for another judge or rubric.
+        DataError: the calibration cannot be read.
+        ConfigError: the calibration was made for another judge, rubric or way of asking.
     """
 
-    def __init__(self, config: PairsConfig, rubric: Rubric) -> None:
+    def __init__(self, config: PairsConfig, judge: str, rubric: Rubric) -> None:
         self._on_inconsistent = config.on_inconsistent
         self._clamp = config.clamp
         self._calibration = None if config.calibration is None else Calibration.load(config.calibration)
         if self._calibration is not None:
-            self._calibration.require(judge=" + ".join(config.judge), rubric_hash=rubric.hash)
+            self._calibration.require(judge=judge, rubric_hash=rubric.hash, version=rubric.version)
 
     def __call__(self, preference: Preference) -> tuple[Preference, float | None]:
         """The preference, with a reason where a rule drops it, and its label, P(A preferred)."""
