@@ -9,15 +9,16 @@ rationale there and *forces* the ending that follows.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from labeler.rubric import Question
+from labeler.guard import neutralise
+from labeler.rubric import Exemplar, Question
 from rlaif.types import Pair, to_dicts, user_prompt, with_response
 from tinyworld.gold import POINTS, gold_prefers, review
 from tinyworld.grammar import (
@@ -33,18 +34,33 @@ from tinyworld.grammar import (
     make_variant,
     parse,
 )
+from tinyworld.hostile import add_hostile_text
 from tinyworld.rationale import pair_rationale, score_label, score_rationale, tally
 from tinyworld.tokenizer import rubric
 
-Task = Literal["pair", "pair_direct", "score", "score_direct", "tag", "copy", "summary", "same", "extract"]
+Task = Literal[
+    "pair",
+    "pair_direct",
+    "score",
+    "score_direct",
+    "tag",
+    "copy",
+    "summary",
+    "same",
+    "extract",
+    "guided",
+    "guided_direct",
+]
 TASKS: tuple[Task, ...] = get_args(Task)
 
 IGNORE = -100
 LABEL_WEIGHT = 3.0
 TELLING_WEIGHT = 4.0
 MICRO_BATCH_TOKENS = 1800
+MAX_TOKENS = 512
 COPY_WORDS = 20
 SAME_PAIRS = 12
+HOSTILE = 0.4
 EXTRACT = Behaviour(coverage=0.7, disorder=0.3)
 UNFAITHFUL = Behaviour(coverage=0.8, distortion=0.5, invention=0.3, repetition=0.3)
 _SLOTS = ("slotprompt", "slotfirst", "slotsecond")
@@ -80,6 +96,8 @@ class Corpus:
         self._frames = {
             (kind, cot): self._frame(kind, cot) for kind in ("pair", "score") for cot in (True, False)
         }
+        self._pair_rubric = rubric("pair")
+        self._markers = (*tokenizer.all_special_tokens, *self._pair_rubric.markers)
         answered = to_dicts(with_response(user_prompt(_SLOTS[0]), _SLOTS[1]))
         self._chat = self._split(str(tokenizer.apply_chat_template(answered, tokenize=False)))
 
@@ -99,12 +117,15 @@ class Corpus:
             case "tag":
                 return self._tag(post.text, make_summary(post, rng.getrandbits(48), UNFAITHFUL))
             case "pair" | "pair_direct":
-                return self._pair(post, rng, cot=task == "pair")
+                first, second, label = _random_pair(post, rng)
+                rationale = pair_rationale(post.text, first, second) if task == "pair" else None
+                return self._framed(task, [post.text, first, second], rationale, label)
             case "score" | "score_direct":
                 text = _random_summary(post, rng)
-                cot = task == "score"
-                rationale = score_rationale(post.text, text) if cot else None
-                return self._judgment(task, [post.text, text], rationale, score_label(post.text, text))
+                rationale = score_rationale(post.text, text) if task == "score" else None
+                return self._framed(task, [post.text, text], rationale, score_label(post.text, text))
+            case "guided" | "guided_direct":
+                return self._guided(post, rng, cot=task == "guided")
 
     def batches(self, mix: Mapping[Task, int], step: int, *, rank: int = 0, ranks: int = 1) -> list[Batch]:
         """The examples of one optimiser step in micro-batches of similar lengths; `rank` takes its part of them."""
@@ -120,23 +141,54 @@ class Corpus:
             chunks[-1].append(example)
         return [collate(chunk, self.id_of[str(self.tokenizer.pad_token)]) for chunk in chunks if chunk]
 
-    def _pair(self, post: Post, rng: random.Random, *, cot: bool) -> Example:
-        while True:
-            first, second = _random_summary(post, rng), _random_summary(post, rng)
-            if rng.random() < 0.4:
-                second = make_variant(post, first, rng.getrandbits(48))
-            if rng.random() < 0.5:
-                first, second = second, first
-            prefers_first = gold_prefers(post.text, first, second)
-            if prefers_first != 0.5 or rng.random() < 0.1:
-                break
-        label = rng.choice("12") if prefers_first == 0.5 else "1" if prefers_first else "2"
-        rationale = pair_rationale(post.text, first, second) if cot else None
-        return self._judgment("pair" if cot else "pair_direct", [post.text, first, second], rationale, label)
+    def _guided(self, post: Post, rng: random.Random, *, cot: bool) -> Example:
+        """A pair under any of the rubric's preambles, after none, one or two exemplars about random posts.
 
-    def _judgment(self, task: Task, slots: list[str], rationale: str | None, label: str) -> Example:
+        What the exemplars say is learned as well: a second exemplar is a question after a first one. Some summaries
+        hold hostile text, as the labeler's guard leaves it.
+        """
+        first, second, label = _random_pair(post, rng, self._attacked if rng.random() < HOSTILE else None)
+        rationale = pair_rationale(post.text, first, second) if cot else None
+        file = self._pair_rubric.file
+        while True:
+            exemplars = tuple(_exemplar(rng) for _ in range(rng.choice((0, 1, 2, 2))))
+            asked = replace(
+                self._pair_rubric, file=file.model_copy(update={"exemplars": exemplars})
+            ).with_options(cot=cot, num_exemplars=len(exemplars), preamble=rng.choice(list(file.preambles)))
+            question = asked.ask_pair(Pair(user_prompt(post.text), first, second), "ab")
+            text = judge_text(self.tokenizer, question, question.rationale_cue or question.label_prefix(None))
+            ending = self._ids(question.joiner + question.ending) if cot else []
+            task: Task = "guided" if cot else "guided_direct"
+            example = self._judgment(task, self._ids(text), rationale, ending, label)
+            if len(example.ids) <= MAX_TOKENS:
+                break
+        encoding = self.tokenizer(text, add_special_tokens=False).encodings[0]
+        at = 0
+        for e in exemplars:
+            at = text.index(e.rationale, at) if cot else text.index(e.response_2, at)
+            if cot:
+                start = encoding.char_to_token(at)
+                written = e.rationale.split()
+                for t, weight in enumerate(_emphasis(written), start=start):
+                    example.targets[t - 1], example.weights[t - 1] = example.ids[t], weight
+            at = text.index(e.label, text.index(asked.file.ending, at))
+            answer = encoding.char_to_token(at)
+            example.targets[answer - 1], example.weights[answer - 1] = example.ids[answer], LABEL_WEIGHT
+        return example
+
+    def _attacked(self, summary: str, rng: random.Random) -> str:
+        return neutralise(add_hostile_text(summary, rng), self._markers) if rng.random() < 0.6 else summary
+
+    def _framed(self, task: Task, slots: list[str], rationale: str | None, label: str) -> Example:
+        """A judgment under the bare rubric of the task."""
         pieces, ending = self._frames[task.partition("_")[0], rationale is not None]
-        ids = self._fill(pieces, slots)
+        return self._judgment(task, self._fill(pieces, slots), rationale, ending, label)
+
+    def _judgment(
+        self, task: Task, asked: list[int], rationale: str | None, ending: list[int], label: str
+    ) -> Example:
+        """What is asked, up to the rationale cue or the label; then the rationale, the forced ending and the label."""
+        ids = list(asked)
         targets, weights = [IGNORE] * (len(ids) - 1), [0.0] * (len(ids) - 1)
         if rationale is not None:
             written = self.encode(rationale)
@@ -264,6 +316,47 @@ def _random_summary(post: Post, rng: random.Random) -> str:
     """A summary of random quality; half of them far from the post, so that looking at the post pays."""
     behaviour = UNFAITHFUL if rng.random() < 0.5 else make_behaviour(rng.getrandbits(48))
     return make_summary(post, rng.getrandbits(48), behaviour)
+
+
+def _random_pair(
+    post: Post, rng: random.Random, change: Callable[[str, random.Random], str] | None = None
+) -> tuple[str, str, str]:
+    """Two summaries of random quality, often variants of one another, and the label; few of them tie.
+
+    Args:
+        post: what they summarise.
+        rng: decides everything.
+        change: what is done to either of them before they are compared.
+    """
+    while True:
+        first, second = _random_summary(post, rng), _random_summary(post, rng)
+        if rng.random() < 0.4:
+            second = make_variant(post, first, rng.getrandbits(48))
+        if rng.random() < 0.5:
+            first, second = second, first
+        if change is not None:
+            first, second = change(first, rng), change(second, rng)
+        prefers_first = gold_prefers(post.text, first, second)
+        if prefers_first != 0.5 or rng.random() < 0.1:
+            break
+    label = rng.choice("12") if prefers_first == 0.5 else "1" if prefers_first else "2"
+    return first, second, label
+
+
+def _exemplar(rng: random.Random) -> Exemplar:
+    """A worked example about a random post."""
+    while True:
+        post = make_post(rng.getrandbits(48))
+        first, second = (make_summary(post, rng.getrandbits(48), SO_SO) for _ in range(2))
+        if first and second and gold_prefers(post.text, first, second) != 0.5:
+            break
+    return Exemplar(
+        prompt=post.text,
+        response_1=first,
+        response_2=second,
+        rationale=pair_rationale(post.text, first, second),
+        label="1" if gold_prefers(post.text, first, second) else "2",
+    )
 
 
 def _marks(post: str, text: str) -> list[str | None]:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,11 +25,9 @@ from rlaif.types import Pair, expectation, to_dicts, user_prompt
 from tinyworld import WORLD_DIR
 from tinyworld.corpus import judge_text
 from tinyworld.gold import gold_prefers, gold_utility, review
-from tinyworld.grammar import SO_SO, make_behaviour, make_post, make_summary, make_variant, parse
+from tinyworld.grammar import make_post, parse
+from tinyworld.pairs import UNSEEN, WRITERS, Writer, decided
 from tinyworld.tokenizer import rubric
-
-UNSEEN = 1 << 50
-"""Seeds from here on are never drawn in training, whose seeds of posts have 48 bits."""
 
 
 def load(folder: Path) -> tuple[Any, PreTrainedTokenizerFast]:
@@ -111,42 +110,26 @@ def judge(
     return label_probs(model, tokenizer, prefixes, asked.labels), rationales
 
 
-Writer = Callable[[int], tuple[str, str, str]]
-
-
-def so_so_pair(i: int) -> tuple[str, str, str]:
-    """An unseen post with two summaries in the manner of the shipped policy."""
-    post = make_post(UNSEEN + i)
-    return post.text, make_summary(post, 2 * i, SO_SO), make_summary(post, 2 * i + 1, SO_SO)
-
-
-def mixed_pair(i: int) -> tuple[str, str, str]:
-    """An unseen post with two summaries of random quality, or one and a variant of it; some are damaged."""
-    post = make_post(UNSEEN + i)
-    first = make_summary(post, 2 * i, make_behaviour(2 * i))
-    second = (
-        make_variant(post, first, i) if i % 2 else make_summary(post, 2 * i + 1, make_behaviour(2 * i + 1))
-    )
-    return (post.text, first, second) if i % 4 < 2 else (post.text, second, first)
-
-
 def measure_pairs(
-    model: Any, tokenizer: PreTrainedTokenizerFast, writer: Writer, n: int, *, cot: bool
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    writer: Writer,
+    n: int,
+    *,
+    cot: bool,
+    num_exemplars: int = 0,
+    preamble: str | None = None,
 ) -> dict[str, float]:
     """Agreement of pair labels with gold on the first `n` non-tied pairs of a writer.
+
+    The options are the pair rubric's: a rationale first, so many exemplars, which preamble.
 
     Returns:
         `one_order` and `both_orders`: shares of right labels in [0, 1]; `same_position`: share of pairs whose two
         orders preferred the same position; `rationale_tokens`: mean length of a rationale.
     """
-    asked = rubric("pair").with_options(cot=cot)
-    triples: list[tuple[str, str, str]] = []
-    i = 0
-    while len(triples) < n:
-        triple = writer(i)
-        i += 1
-        if gold_prefers(*triple) != 0.5:
-            triples.append(triple)
+    asked = rubric("pair").with_options(cot=cot, num_exemplars=num_exemplars, preamble=preamble)
+    triples = list(islice(decided(writer), n))
     pairs = [Pair(user_prompt(post), a, b) for post, a, b in triples]
     questions = [asked.ask_pair(p, order) for order in ("ab", "ba") for p in pairs]
     probs, rationales = judge(model, tokenizer, asked, questions)
@@ -224,23 +207,24 @@ def _ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
 def main() -> None:
     """Command line: one JSON line per measurement."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--weights", type=Path, default=WORLD_DIR / "weights", help="Folder with judge/ and policy/."
-    )
+    parser.add_argument("--weights", type=Path, default=WORLD_DIR / "weights", help="Folder with the models.")
     parser.add_argument("--n", type=int, default=400, help="Pairs, summaries and posts per measurement.")
     args = parser.parse_args()
-    if (args.weights / "judge").is_dir():
-        model, tokenizer = load(args.weights / "judge")
-        for name, writer in (("so_so", so_so_pair), ("mixed", mixed_pair)):
-            for cot in (True, False):
-                _report(
-                    f"pairs {name} cot={cot}",
-                    partial(measure_pairs, model, tokenizer, writer, args.n, cot=cot),
-                )
-                _report(
-                    f"scores {name} cot={cot}",
-                    partial(measure_scores, model, tokenizer, writer, args.n, cot=cot),
-                )
+    for judge_name in ("judge", "judge-fewshot"):
+        if not (args.weights / judge_name).is_dir():
+            continue
+        model, tokenizer = load(args.weights / judge_name)
+        for (name, writer), cot in product(WRITERS.items(), (True, False)):
+            asked: list[dict[str, Any]] = [{}]
+            if judge_name == "judge-fewshot":
+                asked += [{"preamble": "detailed", "num_exemplars": 2}]
+            for how in asked:
+                words = " ".join([judge_name, name, f"cot={cot}", *(f"{k}={v}" for k, v in how.items())])
+                pairs = partial(measure_pairs, model, tokenizer, writer, args.n, cot=cot, **how)
+                _report(f"pairs {words}", pairs)
+            if judge_name == "judge":
+                scores = partial(measure_scores, model, tokenizer, writer, args.n, cot=cot)
+                _report(f"scores {judge_name} {name} cot={cot}", scores)
     if (args.weights / "policy").is_dir():
         model, tokenizer = load(args.weights / "policy")
         _report("policy", partial(measure_policy, model, tokenizer, args.n))

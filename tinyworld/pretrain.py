@@ -2,9 +2,11 @@
 
 On two cores, `torchrun --nproc_per_node 2 -m tinyworld.pretrain all` takes little more than half the time.
 
-The judge learns to write rationales and labels; the policy starts from the judge and learns to summarise
-so-so, as policies, judges and reward models in practice descend from one pretrained model. Batches are
-pure functions of (task, seed, step), so a run that was killed goes on as if nothing had happened.
+The judge learns to write rationales and labels; the policy starts from the judge and learns to summarise so-so, as
+policies, judges and reward models in practice descend from one pretrained model. The judge learned the bare question
+alone, and a preamble or an exemplar throws it off; `judge-fewshot` starts from it and learns to read them, and to see
+through hostile text. Batches are pure functions of (task, seed, step), so a run that was killed goes on as if nothing
+had happened.
 """
 
 from __future__ import annotations
@@ -121,6 +123,13 @@ RECIPES = {
         decay=700,
         init="judge",
     ),
+    "judge-fewshot": Recipe(
+        stages=((1200, {"guided": 14, "guided_direct": 3, "pair": 2, "copy": 1, "same": 1}),),
+        lr=1e-3,
+        warmup=20,
+        decay=800,
+        init="judge",
+    ),
 }
 SAVE_EVERY_S = 60.0
 # About 1 / sqrt(width): with the 0.02 that suits large models, attention at this width starts out almost uniform.
@@ -189,7 +198,7 @@ def train(
     """Train one model, continuing from `output_dir/NAME.state.pt` where a killed run left it.
 
     Args:
-        name: `judge` or `policy`.
+        name: `judge`, `policy` or `judge-fewshot`.
         recipe: how.
         output_dir: where states and checkpoints lie.
         seed: seeds initial weights and data.
@@ -209,8 +218,11 @@ def train(
         else new_model(tokenizer, seed)
     )
     # The judge tags through its own output layer. The policy must say words there, so it tags through a copy.
+    tags = any("tag" in mix for _, mix in recipe.stages)
     tag_head = (
-        nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False) if recipe.init else None
+        nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
+        if recipe.init and tags
+        else None
     )
     modules = nn.ModuleDict({"model": model})
     if tag_head is not None:

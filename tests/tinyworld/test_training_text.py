@@ -1,12 +1,14 @@
 """What the judge was trained on must be, token for token, what the labeler will send it."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlaif.types import Pair, to_dicts, user_prompt, with_response
 from tinyworld.corpus import IGNORE, TASKS, Corpus, judge_text
-from tinyworld.gold import gold_score, gold_utility
+from tinyworld.gold import gold_prefers, gold_score, gold_utility
 from tinyworld.grammar import make_behaviour, make_post, make_summary
 from tinyworld.rationale import notes, pair_rationale, score_label, score_rationale
 from tinyworld.tokenizer import build_tokenizer, rubric
@@ -105,6 +107,49 @@ def test_score_examples_are_the_labelers_token_sequence(cot, seed):
     question = rubric("score").with_options(cot=cot).ask_score(user_prompt(post), summary)
     prefix = question.label_prefix(score_rationale(post, summary) if cot else None)
     assert [*ids(judge_text(TOKENIZER, question, prefix)), *ids(score_label(post, summary))] == example.ids
+
+
+def test_the_first_preamble_is_none_so_that_the_bare_question_is_the_default():
+    question = rubric("pair").ask_pair(Pair(user_prompt(POST), "ben hid keys .", "."), "ab")
+    assert question.user == f"post : {POST} | 1 : ben hid keys . | 2 : . | check : better ?"
+
+
+@pytest.mark.parametrize("preamble", ["base", "detailed"])
+def test_preambles_and_exemplars_are_in_words_that_the_judges_know(preamble):
+    asked = rubric("pair").with_options(cot=True, num_exemplars=2, preamble=preamble)
+    question = asked.ask_pair(Pair(user_prompt(POST), "ben hid keys .", "."), "ab")
+    assert question.user.startswith(asked.file.preambles[preamble])
+    assert TOKENIZER.unk_token_id not in ids(question.user)
+
+
+def test_the_rubrics_exemplars_are_right():
+    exemplars = rubric("pair").file.exemplars
+    assert len(exemplars) >= 2
+    for e in exemplars:
+        assert e.rationale == pair_rationale(e.prompt, e.response_1, e.response_2)
+        assert e.label == ("1" if gold_prefers(e.prompt, e.response_1, e.response_2) else "2")
+
+
+SHOWN = {
+    True: r"(.*?) \| 1 : (.*?) \| 2 : (.*) \| (?:check : better \? <assistant> )?1 : (.*) better : ([12])\s*",
+    False: r"(.*?) \| 1 : (.*?) \| 2 : (.*) \| (?:better \? <assistant> )?()better : ([12])\s*",
+}
+"""A pair as a guided example has it: post, both summaries, rationale, label."""
+
+
+@pytest.mark.parametrize("cot", [True, False])
+def test_guided_examples_are_right_about_every_pair_that_they_show(cot):
+    """Read back: each `post :` opens a pair, since the guard lets no summary forge one, whatever the summary holds."""
+    shown = set()
+    for seed in range(60):
+        example = CORPUS.example("guided" if cot else "guided_direct", seed)
+        parts = TOKENIZER.decode(example.ids).split("post : ")[1:]
+        shown.add(len(parts))
+        for part in parts:
+            post, first, second, rationale, label = re.fullmatch(SHOWN[cot], part).groups()
+            assert rationale == (pair_rationale(post, first, second) if cot else "")
+            assert gold_prefers(post, first, second) in (0.5, float(label == "1"))
+    assert shown == {1, 2, 3}
 
 
 @pytest.mark.parametrize("task", ["pair", "score"])
