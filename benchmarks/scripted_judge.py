@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 TAG = re.compile(r"\[#([0-9a-f]{8})\]")
@@ -80,10 +80,8 @@ def service_time(judged: str, latency_s: float, straggler_share: float, straggle
     return latency_s * (straggler_factor if unlucky("straggler", judged, straggler_share) else 1.0)
 
 
-def next_tokens(tags: Sequence[str], pair_labels: Sequence[str], levels: int) -> dict[str, float]:
-    """The distribution of the next token where a label is wanted; sums to 1.
-
-    Each label is spelled in two ways, alone and after a space, and together they hold 90 to 99 % of the mass.
+def label_probs(tags: Sequence[str], pair_labels: Sequence[str], levels: int) -> dict[str, float]:
+    """The probabilities of the labels among themselves.
 
     Args:
         tags: two of a pair in the order shown, one of a single response; none for a probe.
@@ -92,12 +90,18 @@ def next_tokens(tags: Sequence[str], pair_labels: Sequence[str], levels: int) ->
     """
     if len(tags) >= 2:
         p = first_wins(tags[0], tags[1])
-        labels = {pair_labels[0]: p, pair_labels[1]: 1.0 - p}
-    elif tags:
-        labels = {str(i + 1): p for i, p in enumerate(score_probs(tags[0], levels))}
-    else:
-        labels = {label: 1.0 / len(pair_labels) for label in pair_labels}
-    mass = 0.90 + 0.09 * fraction("mass", *tags)
+        return {pair_labels[0]: p, pair_labels[1]: 1.0 - p}
+    if tags:
+        return {str(i + 1): p for i, p in enumerate(score_probs(tags[0], levels))}
+    return {label: 1.0 / len(pair_labels) for label in pair_labels}
+
+
+def next_tokens(labels: Mapping[str, float], seed: object) -> dict[str, float]:
+    """The distribution of the next token where a label is wanted; sums to 1.
+
+    Each label is spelled in two ways, alone and after a space, and together they hold 90 to 99 % of the mass.
+    """
+    mass = 0.90 + 0.09 * fraction("mass", seed)
     tokens: dict[str, float] = {}
     for label, p in labels.items():
         tokens[label] = 0.75 * mass * p
@@ -105,3 +109,20 @@ def next_tokens(tags: Sequence[str], pair_labels: Sequence[str], levels: int) ->
     for i, word in enumerate(FILLER):
         tokens[word] = (1.0 - mass) * (2.0**-i if i == len(FILLER) - 1 else 2.0 ** -(i + 1))
     return tokens
+
+
+def next_digit(labels: Mapping[str, float], written: str) -> dict[str, float]:
+    """The distribution of the next token of a model with one token per digit; sums to 1.
+
+    Args:
+        labels: probabilities of the labels, which are numbers of one or two digits.
+        written: the digit that stands already, or nothing.
+    """
+    if not written:
+        first: dict[str, float] = {}
+        for label, p in labels.items():
+            first[label[0]] = first.get(label[0], 0.0) + p
+        return next_tokens(first, "".join(labels))
+    begun = math.fsum(p for label, p in labels.items() if label[0] == written)
+    second = {label[1]: p / begun for label, p in labels.items() if label[0] == written and len(label) == 2}
+    return {**second, "\n": 1.0 - math.fsum(second.values())}

@@ -27,7 +27,18 @@ from hashlib import blake2b
 from typing import Any
 
 import uvicorn
-from scripted_judge import RATIONALE, next_tokens, row_key, service_time, tags_in, unlucky
+from literal_judge import Template
+from literal_judge import first_wins as literal_first_wins
+from scripted_judge import (
+    RATIONALE,
+    label_probs,
+    next_digit,
+    next_tokens,
+    row_key,
+    service_time,
+    tags_in,
+    unlucky,
+)
 
 Json = dict[str, Any]
 Send = Callable[[Any], Awaitable[None]]
@@ -57,6 +68,7 @@ class Behaviour:
         pair_labels: what stands for "the first" and "the second".
         levels: size of the scale for single responses.
         split_digits: the tokenizer has one token per digit, so that `10` is two.
+        template: fields of `literal_judge.Template`; the judge is then the one that obeys all it reads.
     """
 
     kind: str = "vllm"
@@ -74,6 +86,7 @@ class Behaviour:
     pair_labels: tuple[str, str] = ("1", "2")
     levels: int = 10
     split_digits: bool = False
+    template: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -279,7 +292,12 @@ class Server:
         """The body of a completion."""
         b = self.behaviour
         short = int(body.get("max_tokens") or body.get("max_completion_tokens") or 512)
-        distribution = next_tokens(tags, b.pair_labels, b.levels)
+        labels = self.labels(question, tags)
+        if b.split_digits:
+            digit = re.search(r"\d?\Z", question.text)
+            distribution = next_digit(labels, digit[0] if digit else "")
+        else:
+            distribution = next_tokens(labels, row_key(tags))
         best = max(distribution, key=distribution.__getitem__)
         text = best if short <= 16 else RATIONALE
         ids = encode(text, b.split_digits) if body.get("return_token_ids") else None
@@ -326,6 +344,14 @@ class Server:
                 done["prompt_token_ids"] = prompt_ids
         return done
 
+    def labels(self, question: Question, tags: Sequence[str]) -> Mapping[str, float]:
+        """What the judge thinks: the probabilities of the labels."""
+        b = self.behaviour
+        if b.template and len(tags):
+            p = literal_first_wins(question.turns, Template(**b.template))
+            return {b.pair_labels[0]: p, b.pair_labels[1]: 1.0 - p}
+        return label_probs(tags, b.pair_labels, b.levels)
+
     def top(self, body: Json, distribution: Mapping[str, float], path: str) -> list[tuple[str, float]]:
         """(token, log-probability): the sampled token, then the given ids, or the likeliest tokens."""
         ranked = sorted(distribution.items(), key=lambda item: -item[1])
@@ -362,10 +388,12 @@ class Question:
     Attributes:
         text: all the judge reads.
         ids: its token ids where it came as ids.
+        turns: (role, text) of its messages.
     """
 
     text: str
     ids: Sequence[int] = ()
+    turns: Sequence[tuple[str, str]] = ()
 
 
 _EXTENSIONS = {"logprob_token_ids", "continue_final_message", "add_generation_prompt", "return_token_ids"}
@@ -388,9 +416,10 @@ def read_question(path: str, body: Json, behaviour: Behaviour) -> Question:
         return Question(decode(prompt), prompt)
     if (body.get("top_logprobs") or 0) > 20:
         raise Refusal(400, "Requested sample logprobs is greater than max allowed: 20")
+    turns = [(m["role"], content_of(m)) for m in body["messages"]]
     if body.get("return_token_ids"):
-        return Question(transcript(body["messages"], bool(body.get("continue_final_message"))))
-    return Question("\n".join(content_of(m) for m in body["messages"]))
+        return Question(transcript(body["messages"], bool(body.get("continue_final_message"))), turns=turns)
+    return Question("\n".join(text for _, text in turns), turns=turns)
 
 
 def content_of(message: Json) -> str:
