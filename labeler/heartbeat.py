@@ -52,6 +52,7 @@ class Heartbeat:
         self._phase, self._what, self._done = "reading", "", 0
         self._total: int | None = None
         self._recent: deque[tuple[float, int]] = deque()
+        self._writing = threading.Lock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -65,6 +66,7 @@ class Heartbeat:
         """
         self._phase, self._what, self._done, self._total = phase, what, 0, total
         self._recent.clear()
+        self._write("running")
 
     def advance(self, n: int = 1) -> None:
         """Count `n` finished items of the phase."""
@@ -118,7 +120,8 @@ class Heartbeat:
             "stats": dict(self.stats()),
             "unlabelled": dict(self.unlabelled.copy().most_common()),
         }
-        write_atomic(self._path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        with self._writing:
+            write_atomic(self._path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
     def _rate(self) -> float | None:
         """Items per second over the last minute of the phase."""

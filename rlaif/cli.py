@@ -57,6 +57,14 @@ COMMANDS = (
         "labeler.config:RankConfig", "labeler.rank:run",
     ),
     Command(
+        "label status", "how far a labeling run is, while it runs or after",
+        "labeler.config:StatusConfig", "labeler.status:run",
+    ),
+    Command(
+        "export", "a preference dataset -> TRL, JSONL, Parquet, the hub",
+        "labeler.export.config:ExportConfig", "labeler.export.command:run",
+    ),
+    Command(
         "eval judge", "what labels are worth: agreement with people, biases, calibration, attacks",
         "labeler.audit.config:EvaluateConfig", "labeler.audit.evaluate:run",
     ),

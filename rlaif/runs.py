@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["Progress", "Run", "code_revision", "library_versions", "progress", "write_atomic"]
+__all__ = ["Progress", "Run", "clock", "code_revision", "library_versions", "progress", "write_atomic"]
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "grpcio", "openai", "vllm", "peft")
 _PLAIN_INTERVAL_S = 10.0
@@ -327,9 +327,9 @@ class _Lines:
         rate = self._done / elapsed if elapsed > 0 else 0.0
         of = "" if self._total is None else f"/{self._total}"
         left = (
-            "" if self._total is None or not rate else f", {_clock((self._total - self._done) / rate)} left"
+            "" if self._total is None or not rate else f", {clock((self._total - self._done) / rate)} left"
         )
-        line = f"{self._description}: {self._done}{of} in {_clock(elapsed)}, {rate:.2f}/s{left} {_show(self._stats)}"
+        line = f"{self._description}: {self._done}{of} in {clock(elapsed)}, {rate:.2f}/s{left} {_show(self._stats)}"
         print(
             line.rstrip(),
             file=sys.stderr,
@@ -341,7 +341,8 @@ def _show(stats: Mapping[str, object]) -> str:
     return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in stats.items())
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration as `m:ss` or `h:mm:ss`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
