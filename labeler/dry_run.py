@@ -258,7 +258,7 @@ def findings(
         f"{_at_most(most.completion_tokens, expected.completion_tokens)}",
     }
     if tally.written[1]:
-        facts["expected text"] = f"{tally.expected_tokens:.0f} tokens each, at most"
+        facts["expected text"] = f"{tally.expected_tokens:.0f} tokens each, where so many are allowed"
     if price is not None:
         facts["cost, USD"] = f"{price.cost(expected):.4g}{_at_most(price.most(most), price.cost(expected))}"
     facts["time"] = (
@@ -321,5 +321,5 @@ class DryRun:
         left = seconds_left(self.tally, self._config, self._on_record.pace, hosted=self._hosted)
         facts = findings(self.tally, self._on_record, self._config.price(), left, "; ".join(self._counted_by))
         unread = {"quarantined": f"{quarantined:,} rows"} if quarantined else {}
-        print_summary(f"`rlaif {self._command}`, {what}: {total:,}", {**unread, **facts})
+        print_summary(f"{what} with `rlaif {self._command}`: {total:,} questions", {**unread, **facts})
         raise DryRunEnded("this was a dry run: nothing was sent")

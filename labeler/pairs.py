@@ -98,12 +98,13 @@ def label(config: PairsConfig, session: Session) -> Labels:
                 if p_a is None:
                     unlabelled(open_row(preference))
                 elif _kept(preference.pair, p_a, config.ties):
-                    yield dataset_row(preference, p_a, rubric)
+                    yield dataset_row(preference, p_a, rubric, session.price)
 
     written = write_parquet(session.folder / PREFERENCES_FILE, rows(), SCHEMA)
     facts = {
         **report.result(),
         "rows_written": written,
+        **session.costs(),
         "quarantined": dict(session.quarantine.reasons),
         "seconds": session.seconds,
     }

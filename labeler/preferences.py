@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from labeler.agreement import agreement, bootstrap_interval, cohen_kappa
+from labeler.budget import Price
+from labeler.journal import Usage
 from labeler.outputs import MESSAGES
 from labeler.rubric import Rubric
 from rlaif.types import Judgment, Message, Pair, Preference, to_dicts
@@ -44,6 +46,7 @@ SCHEMA = pa.schema(
         ("prompt_tokens", pa.int64()),
         ("completion_tokens", pa.int64()),
         ("cached_tokens", pa.int64()),
+        ("cost_usd", pa.float64()),
     ]
 )
 """Columns of `preferences.parquet`. `ab` means the order in which the input's first response was shown first."""
@@ -70,6 +73,11 @@ def tokens_of(*judgments: Judgment | None) -> dict[str, int]:
         "completion_tokens": sum(j.completion_tokens for j in given),
         "cached_tokens": sum(j.cached_tokens for j in given),
     }
+
+
+def cost_of(tokens: Mapping[str, int], price: Price | None) -> float | None:
+    """USD for tokens as `tokens_of` names them; None where no price was told."""
+    return None if price is None else price.cost(Usage(**tokens))
 
 
 def source_of(preference: Preference) -> str:
@@ -103,13 +111,16 @@ def graded_margin(preference: Preference, margins: Sequence[float], values: Sequ
     return max(0.0, toward_chosen)
 
 
-def dataset_row(preference: Preference, label: float, rubric: Rubric) -> dict[str, Any]:
+def dataset_row(
+    preference: Preference, label: float, rubric: Rubric, price: Price | None = None
+) -> dict[str, Any]:
     """A row of `SCHEMA`.
 
     Args:
         preference: as judged; `preference.p_a` is not None.
         label: P(A preferred) after calibration and clamping, in [0, 1].
         rubric: how the judges were asked.
+        price: what tokens cost.
     """
     pair, raw = preference.pair, preference.p_a
     assert raw is not None
@@ -122,6 +133,7 @@ def dataset_row(preference: Preference, label: float, rubric: Rubric) -> dict[st
         else graded_margin(preference, rubric.margins, rubric.values)
     )
     said = [j for j in (preference.ab, preference.ba) if j is not None]
+    tokens = tokens_of(*said)
     return {
         "id": pair.id,
         "prompt": to_dicts(pair.prompt),
@@ -146,7 +158,8 @@ def dataset_row(preference: Preference, label: float, rubric: Rubric) -> dict[st
         "judge": preference.judge,
         "rubric": preference.rubric,
         "rubric_hash": preference.rubric_hash,
-        **tokens_of(preference.ab, preference.ba),
+        **tokens,
+        "cost_usd": cost_of(tokens, price),
     }
 
 

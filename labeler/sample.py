@@ -112,6 +112,7 @@ def run(config: SampleConfig) -> None:
             "finish_reason": dict(finish.most_common()),
             "prompt_tokens": count["prompt_tokens"],
             "completion_tokens": count["completion_tokens"],
+            **session.costs(),
             "quarantined": dict(session.quarantine.reasons),
             "seconds": session.seconds,
         }

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from labeler.budget import Price
 from labeler.config import ScoresConfig
 from labeler.judge import Judge
 from labeler.jury import Jury
@@ -26,7 +27,7 @@ from labeler.outputs import (
     write_unlabelled,
 )
 from labeler.pairs import gather_judges, holds_candidates
-from labeler.preferences import tokens_of
+from labeler.preferences import cost_of, tokens_of
 from labeler.rubric import Rubric, load_rubric
 from labeler.session import open_session
 from rlaif.errors import ConfigError
@@ -65,6 +66,7 @@ SCHEMA = pa.schema(
         ("prompt_tokens", pa.int64()),
         ("completion_tokens", pa.int64()),
         ("cached_tokens", pa.int64()),
+        ("cost_usd", pa.float64()),
     ]
 )
 """Columns of `scores.parquet`; `probs` are over the rubric's labels in order."""
@@ -122,13 +124,14 @@ def run(config: ScoresConfig) -> None:
                         report.miss(reason)
                         unlabelled({"reason": reason, "prompt": to_dicts(answer[0]), "response": answer[1]})
                         continue
-                    row = _row(scores, rubrics, judges)
+                    row = _row(scores, rubrics, judges, session.price)
                     report.add(row)
                     yield row
 
         write_parquet(data_file, rows(), SCHEMA)
         facts = {
             **report.result(),
+            **session.costs(),
             "quarantined": dict(session.quarantine.reasons),
             "seconds": session.seconds,
         }
@@ -181,11 +184,12 @@ def _missing(scores: Sequence[Score]) -> str | None:
 
 
 def _row(
-    scores: Sequence[Score], rubrics: Sequence[Rubric], judges: Sequence[Judge | Jury]
+    scores: Sequence[Score], rubrics: Sequence[Rubric], judges: Sequence[Judge | Jury], price: Price | None
 ) -> dict[str, Any]:
     first, single = scores[0], len(scores) == 1
     values = [s.expected for s in scores if s.expected is not None]
     said = [j for s in scores for j in _judgments(s)]
+    tokens = tokens_of(*said)
     aspects = [_aspect(s, rubric) for s, rubric in zip(scores, rubrics, strict=True)]
     names = judges[0].judges if isinstance(judges[0], Jury) else ()
     return {
@@ -206,7 +210,8 @@ def _row(
         "judge": judges[0].name,
         "rubric": "+".join(rubric.name for rubric in rubrics),
         "rubric_hash": "+".join(rubric.hash for rubric in rubrics),
-        **tokens_of(*said),
+        **tokens,
+        "cost_usd": cost_of(tokens, price),
     }
 
 

@@ -116,6 +116,8 @@ class Session:
             QualityError: nothing at all succeeds.
             DryRunEnded: this was a dry run, and its findings are printed.
         """
+        if self._dry_run is not None:
+            what = f"dry run of {what}"
         self.heartbeat.enter("reading", what)
         total = sum(1 for _ in self.heartbeat.count(questions(self.quarantine)))
         self.heartbeat.enter("asking", what, total)
