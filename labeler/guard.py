@@ -116,18 +116,19 @@ class _Guard:
         folded = {m for m in folded if len(m) > 1 and not chat.fullmatch(m)}
         short = {m for m in folded if len(m) < _LONG}
         long = {_ascii_shapes(m) for m in folded - short}
-        self.breaker = next(b for b in _BREAKS if not any(m[1] == b for m in short | long))
+        # With a break that begins no marker and is second in none, a marker can only arise further left: it ends.
+        self.breaker = next(b for b in _BREAKS if not any(b in m[:2] for m in short | long))
         self._plain_short = tuple(m for m in short if m[0] not in "<[")
         self._plain_long = tuple(m for m in long if m[0] not in "<[")
         self._short = re.compile("|".join([_CHAT_MARKERS, *_longest_first(short)]))
         self._long = re.compile("|".join(_longest_first(long)) or "(?!)")
 
-    def find(self, text: str) -> list[tuple[int, int]]:
-        """(index, offset) of each character where a marker begins; `offset` counts within what it folds to."""
+    def find(self, text: str) -> dict[int, int]:
+        """Characters where a marker begins: index -> offset within what the character folds to, the first one."""
         starts = self._starts(text, _FOLD)
         if not text.isascii() and _TAGS.search(text):
             starts |= self._starts(text, _FOLD_TAGS)
-        return sorted(starts)
+        return dict(sorted(starts, reverse=True))
 
     def _starts(self, text: str, fold: _Folding) -> set[tuple[int, int]]:
         view = _view(text, fold)
@@ -172,13 +173,13 @@ def _origins(text: str, fold: _Folding, positions: set[int]) -> Iterator[tuple[i
             position += 1
 
 
-def _broken(text: str, starts: list[tuple[int, int]], breaker: str) -> str:
+def _broken(text: str, starts: dict[int, int], breaker: str) -> str:
     """The text with a break after the first folded character of each marker.
 
     A character that folds to more of the marker than its beginning (a ligature, a double bracket) is written out.
     """
     parts, done = [], 0
-    for index, offset in starts:
+    for index, offset in sorted(starts.items()):
         reads_as = _FOLD_TAGS[ord(text[index])] or ""
         whole = offset == len(reads_as) - 1
         parts.append(text[done : index + 1] if whole else text[done:index] + reads_as[: offset + 1])
@@ -206,13 +207,15 @@ def _folded(char: str) -> str:
     """What one character reads as; folding the result again does not change it."""
     if char.isascii():
         return "" if _is_hidden(char) else char.lower()
-    seen = (_shape(c) for c in unicodedata.normalize("NFKD", char) if not _is_hidden(c))
+    whole = HOMOGLYPHS.get(char) or unicodedata.normalize("NFKD", char)
+    seen = (_shape(c) for c in whole if not _is_hidden(c))
     folded = "".join(seen).casefold()
     return folded if folded == char else "".join(map(_folded, folded))
 
 
 def _shape(char: str) -> str:
-    if (plain := HOMOGLYPHS.get(char)) is not None:
+    # A small letter may be drawn as its capital (Cyrillic `м`, `н`).
+    if (plain := HOMOGLYPHS.get(char) or HOMOGLYPHS.get(char.upper())) is not None:
         return plain
     if (digit := unicodedata.digit(char, None)) is not None:
         return str(digit)
