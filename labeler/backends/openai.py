@@ -1,82 +1,86 @@
-"""Any OpenAI-compatible endpoint: `openai:NAME@BASE_URL`. Chat completions; the retry policy is ours.
+"""Any OpenAI-compatible endpoint: `openai:NAME@BASE_URL`, or several: `openai:NAME@URL,URL`.
 
 Where the endpoint is vLLM (0.22 or later), label probabilities are exact: label token ids are resolved by its
-`/tokenize` and read with `logprob_token_ids`. Elsewhere labels are looked up among the top 20 tokens; one that
-is missing gets a bound and the reading is `censored`. An endpoint without log-probabilities is refused.
+`/tokenize` and read with `logprob_token_ids`, and a label after a rationale is read with the very token ids that the
+rationale was generated with, so that the prefix cache holds all of it. Elsewhere labels are looked up among the
+likeliest tokens; one that is missing gets a bound and the reading is `censored`. A model without a chat template is
+asked by text completions.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import os
-import random
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-import openai
-from openai import AsyncOpenAI
-
-from labeler.backends.labels import logsumexp, read_top_tokens, resolve_label
+from labeler.backends.abilities import check_model, describe, find_features, tokenize
+from labeler.backends.completions import (
+    PATHS,
+    Choice,
+    Features,
+    Json,
+    ask_ids,
+    ask_top,
+    ids_body,
+    read_choice,
+    read_ids,
+    request_body,
+    text_ids,
+)
+from labeler.backends.endpoint import Endpoint, Endpoints, HTTPWire, Wire
+from labeler.backends.labels import (
+    Tokens,
+    find_spellings,
+    label_distribution,
+    label_reads,
+    read_top_tokens,
+)
+from labeler.backends.top_tokens import read_top_tokens_in_parts, tokens_to_continue
 from labeler.llm import Abilities, Generation, LabelReading, LLMOptions, RequestFailed
 from rlaif.errors import ConfigError, EndpointError, ModelError
 from rlaif.models import ModelRef
-from rlaif.types import Conversation, LabelDistribution, Message, to_dicts, user_prompt
+from rlaif.types import Conversation, user_prompt
 
-T = TypeVar("T")
+_SEAM = "x"
+"""Text that is tokenised together with what follows it, because some tokenizers treat the start of a text apart."""
 
-_CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
-"""Fields by which vLLM and its kin continue a trailing assistant message instead of opening a new one."""
-
-_TOP_LOGPROBS = 20
-"""As many as OpenAI reports."""
-
-_MAX_WAIT_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Abilities:
-    """What the probe found.
-
-    Attributes:
-        continues: the endpoint accepts the fields of `_CONTINUE`.
-        token_ids: it is a vLLM that tokenises and reads given token ids.
-    """
-
-    continues: bool
-    token_ids: bool
+_MEMORY = 4096
+"""Most texts whose tokens are remembered."""
 
 
 class OpenAIModel:
-    """A model behind an OpenAI-compatible endpoint. The key is read from OPENAI_API_KEY.
+    """A model behind OpenAI-compatible endpoints. The key is read from OPENAI_API_KEY.
 
     Args:
-        ref: model name and base URL; without a URL, OPENAI_BASE_URL or OpenAI itself.
-        options: time-out and retries.
+        ref: model name and base URLs; without a URL, OPENAI_BASE_URL or OpenAI itself.
+        options: limits, time-out and retries.
+        wires: how the servers are reached, instead of by HTTP at the URLs.
 
     Raises:
         ConfigError: OpenAI itself is meant and there is no key.
     """
 
-    def __init__(self, ref: ModelRef, options: LLMOptions) -> None:
+    def __init__(self, ref: ModelRef, options: LLMOptions, wires: Sequence[Wire] = ()) -> None:
         base_url = ref.base_url or os.environ.get("OPENAI_BASE_URL")
         key = os.environ.get("OPENAI_API_KEY")
-        if not base_url and not key:
+        if not wires and not base_url and not key:
             raise ConfigError(
                 f"{ref} needs OPENAI_API_KEY, or an endpoint of your own: {ref}@http://HOST:PORT/v1"
             )
+        if not wires:
+            urls = base_url.split(",") if base_url else [None]
+            wires = [HTTPWire(url, key or "none", options.max_in_flight + 8) for url in urls]
         self._ref = ref
-        self._options = options
-        self._client = AsyncOpenAI(
-            base_url=base_url, api_key=key or "none", max_retries=0, timeout=options.timeout_s
-        )
-        self._where = str(self._client.base_url).rstrip("/")
-        self._chance = random.Random()
-        self._known = False
-        self._abilities: _Abilities | None = None
+        self._endpoints = Endpoints(wires, ref.name, options)
+        self._found: Features | None = None
         self._probing = asyncio.Lock()
-        self._label_ids: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
+        self._tokens_per_char = 0.3
+        self._tokenized: dict[str, tuple[int, ...]] = {}
+        self._spellings: dict[tuple[str, ...], tuple[tuple[Tokens, ...], ...]] = {}
+        self._whole: dict[str, bool | None] = {}
+        self._looking = asyncio.Lock()
 
     @property
     def name(self) -> str:
@@ -93,6 +97,14 @@ class OpenAIModel:
         """Unknown here; the markers of the common model families are broken up in any case."""
         return ()
 
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._endpoints.close()
+
+    async def probe(self) -> Abilities:
+        """See `labeler.llm.LLM.probe`."""
+        return describe(await self._features())
+
     async def generate(
         self,
         messages: Conversation,
@@ -104,31 +116,26 @@ class OpenAIModel:
         stop: Sequence[str] = (),
     ) -> Generation:
         """See `labeler.llm.LLM.generate`."""
-        extra: dict[str, Any] = {}
-        if prefix:
-            extra = _CONTINUE if (await self._probe(messages)).continues else {}
-        else:
-            await self._check_model()
-        done = await self._chat(
+        features = await self._features()
+        body = request_body(
+            features,
+            self._ref.name,
             messages,
             prefix,
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
-            stop=list(stop) or openai.omit,
-            extra_body=extra or None,
+            stop=stop,
         )
-        choice = done.choices[0]
-        text = choice.message.content or ""
+        if features.token_ids:
+            body["return_token_ids"] = True
+            if stop:  # the tokens' bytes show where the stop string begins
+                body.update(ask_top(replace(features, top_logprobs=0), features.route))
+        choice = await self._complete(PATHS[features.route], body, messages, max_tokens)
+        text = choice.text
         for end in stop:  # some servers include the stop string
-            text = text.split(end)[0]
-        reason = "length" if choice.finish_reason == "length" else "stop"
-        return Generation(text, reason, *_usage(done))
-
-    async def probe(self) -> Abilities:
-        """See `labeler.llm.LLM.probe`."""
-        found = await self._probe(())
-        return Abilities("exact" if found.token_ids else "top_k", found.continues)
+            text = text.split(end, 1)[0]
+        return Generation(text, choice.finish_reason, *choice.usage, text_ids(choice, text))
 
     async def label_logprobs(
         self,
@@ -139,198 +146,204 @@ class OpenAIModel:
         after: Generation | None = None,
     ) -> LabelReading:
         """See `labeler.llm.LLM.label_logprobs`."""
-        abilities = await self._probe(messages)
-        ids = await self._resolve(prefix, tuple(labels)) if abilities.token_ids else None
-        extra: dict[str, Any] = dict(_CONTINUE) if abilities.continues and prefix else {}
-        if ids is not None:
-            extra |= {"logprob_token_ids": sorted({i for group in ids for i in group})}
-            extra |= {"return_tokens_as_token_ids": True}
-        done = await self._read_one(messages, prefix, extra)
-        top = _top_tokens(done)
-        if top is None:
-            raise self._no_logprobs()
-        if ids is None:
-            return LabelReading(read_top_tokens(top, labels), *_usage(done))
-        by_token = dict(top)
-        logprobs = []
-        for label, group in zip(labels, ids, strict=True):
-            read = [by_token[f"token_id:{i}"] for i in group if f"token_id:{i}" in by_token]
-            if len(read) < len(group):
-                raise RequestFailed(f"the endpoint left out the log-probability of label {label!r}")
-            logprobs.append(logsumexp(read))
-        mass = min(1.0, math.fsum(map(math.exp, logprobs)))
-        return LabelReading(LabelDistribution(tuple(logprobs), mass), *_usage(done))
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._client.close()
-
-    # ---- what the endpoint can do ----
-
-    async def _check_model(self) -> None:
-        """Ask for the list of models once, so that a wrong name costs one request."""
-        async with self._probing:
-            await self._check_model_locked()
-
-    async def _check_model_locked(self) -> None:
-        if self._known:
-            return
-        try:
-            listed = await self._attempt(lambda: self._client.get("/models", cast_to=object))
-        except RequestFailed:  # not every endpoint lists its models
-            listed = None
-        entries = listed.get("data") if isinstance(listed, dict) else None
-        names = [str(e.get("id")) for e in entries or () if isinstance(e, dict)]
-        if names and self._ref.name not in names:
-            raise ModelError(
-                f"the endpoint {self._where} has no model {self._ref.name!r}; it has: {', '.join(names[:10])}"
-            )
-        self._known = True
-
-    async def _probe(self, messages: Conversation) -> _Abilities:
-        """Find out once, with at most three small requests, before anything is paid for.
-
-        Raises:
-            EndpointError: the endpoint gives no log-probabilities.
-        """
-        async with self._probing:
-            if self._abilities is None:
-                await self._check_model_locked()
-                question = user_prompt("Say 1 or 2.")
-                continues = True
-                try:
-                    done = await self._read_one(question, "Answer:", _CONTINUE)
-                except RequestFailed:  # an endpoint that refuses fields it does not know
-                    continues = False
-                    done = await self._read_one(question, "Answer:", {})
-                if not _top_tokens(done):
-                    raise self._no_logprobs()
-                self._abilities = _Abilities(continues, continues and await self._reads_token_ids(question))
-            return self._abilities
-
-    async def _reads_token_ids(self, question: Conversation) -> bool:
-        """Whether `/tokenize` answers and a reading of one given token id comes back as asked."""
-        try:
-            ids = await self._tokenize("1")
-            extra = {**_CONTINUE, "logprob_token_ids": ids[-1:], "return_tokens_as_token_ids": True}
-            done = await self._read_one(question, "Answer:", extra)
-        except RequestFailed:
-            return False
-        return f"token_id:{ids[-1]}" in dict(_top_tokens(done) or ())
-
-    def _no_logprobs(self) -> EndpointError:
-        return EndpointError(
-            f"{self._where} gives no log-probabilities for {self._ref.name}, which soft labels are read from; "
-            "use a model or server that supports `logprobs`, such as vLLM"
+        features = await self._features()
+        if features.token_ids:
+            return await self._read_exactly(features, messages, prefix, tuple(labels), after)
+        if features.top_logprobs:
+            return await self._read_listed(features, messages, prefix, tuple(labels))
+        raise EndpointError(
+            f"{self._endpoints.where} gives no log-probabilities for {self._ref.name}, which soft labels are read "
+            "from; use a model or server that supports `logprobs`, such as vLLM"
         )
 
-    async def _resolve(self, prefix: str, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-        """Ids of every label after the end of `prefix`, by the endpoint's own tokenizer."""
-        tail = prefix[-32:]
+    # ---- labels by token ids ----
+
+    async def _read_exactly(
+        self,
+        features: Features,
+        messages: Conversation,
+        prefix: str,
+        labels: tuple[str, ...],
+        after: Generation | None,
+    ) -> LabelReading:
+        spellings = await self._spell(prefix, labels)
+        reads = label_reads(spellings)
+        ids = await self._context_ids(prefix, after)
+        if ids:
+            first = await self._read_after(features, ids, reads[()], messages)
+        else:
+            body = self._one_token(features, messages, prefix)
+            body.update(ask_ids(reads[()], features.route))
+            first = await self._complete(PATHS[features.route], body, messages, 1, urgent=True)
+            ids = first.prompt_ids
+        further = [tokens for tokens in reads if tokens]
+        choices = await asyncio.gather(
+            *(self._read_after(features, (*ids, *tokens), reads[tokens], messages) for tokens in further)
+        )
+        readings: dict[Tokens, dict[int, float]] = {(): read_ids(first, reads[()])}
+        for tokens, choice in zip(further, choices, strict=True):
+            readings[tokens] = read_ids(choice, reads[tokens])
+        return LabelReading(label_distribution(spellings, readings), *_sum_usage(first, *choices))
+
+    async def _read_after(
+        self, features: Features, ids: Tokens, wanted: Sequence[int], messages: Conversation
+    ) -> Choice:
+        """Log-probabilities of token ids after a context of token ids."""
+        body = ids_body(features, self._ref.name, ids, max_tokens=1, temperature=1.0)
+        body.update(ask_ids(wanted, "completions"))
+        return await self._complete(PATHS["completions"], body, messages, 1, urgent=True)
+
+    async def _context_ids(self, prefix: str, after: Generation | None) -> tuple[int, ...]:
+        """Ids of everything before the label, going on from a generation's; empty if they cannot be had."""
+        if after is None or not after.context_ids or not after.text or prefix.count(after.text) != 1:
+            return ()
+        rest = prefix.partition(after.text)[2]
+        if not rest:
+            return after.context_ids
+        seam, both = await self._tokenize(_SEAM), await self._tokenize(_SEAM + rest)
+        return (*after.context_ids, *both[len(seam) :]) if both[: len(seam)] == seam else ()
+
+    async def _spell(self, prefix: str, labels: tuple[str, ...]) -> tuple[tuple[Tokens, ...], ...]:
+        """How the endpoint's tokenizer spells each label after the end of `prefix`."""
+        tail = _last_words(prefix)
         key = (tail, *labels)
-        if key not in self._label_ids:
+        if key not in self._spellings:
             texts = [tail, *(tail + gap + label for label in labels for gap in ("", " "))]
             ids = await asyncio.gather(*(self._tokenize(text) for text in texts))
             encoded = dict(zip(texts, ids, strict=True))
-            self._label_ids[key] = tuple(
-                resolve_label(encoded.__getitem__, tail, label, self.name) for label in labels
-            )
-        return self._label_ids[key]
+            found = tuple(find_spellings(encoded.__getitem__, tail, label, self.name) for label in labels)
+            if len(self._spellings) >= _MEMORY:
+                self._spellings.clear()
+            self._spellings[key] = found
+        return self._spellings[key]
 
-    async def _tokenize(self, text: str) -> list[int]:
-        url = self._where.removesuffix("/v1") + "/tokenize"
-        body = {"model": self._ref.name, "prompt": text, "add_special_tokens": False}
-        answer = await self._attempt(lambda: self._client.post(url, cast_to=object, body=body))
-        tokens = answer.get("tokens") if isinstance(answer, dict) else None
-        if not isinstance(tokens, list) or not tokens:
-            raise RequestFailed("the endpoint does not tokenise")
-        return [int(t) for t in tokens]
+    async def _tokenize(self, text: str) -> tuple[int, ...]:
+        if not text:
+            return ()
+        if text not in self._tokenized:
+            ids = await tokenize(self._ask, self._ref.name, text)
+            if len(self._tokenized) >= _MEMORY:
+                self._tokenized.clear()
+            self._tokenized[text] = tuple(ids)
+        return self._tokenized[text]
+
+    # ---- labels among the likeliest tokens ----
+
+    async def _read_listed(
+        self, features: Features, messages: Conversation, prefix: str, labels: tuple[str, ...]
+    ) -> LabelReading:
+        split = await self._split_labels(features, labels)
+        if split and not features.continues:
+            raise ModelError(
+                f"the tokenizer of {self.name} splits the label {split[0]!r} into several tokens, and the endpoint "
+                "does not continue a text, so its parts cannot be read: use a rubric with one-token labels, such as "
+                "helpfulness-score-5"
+            )
+        first, cost = await self._list(features, messages, prefix)
+        if not split:
+            return LabelReading(read_top_tokens(first, labels), *cost.usage, top=first)
+        started = tokens_to_continue(first, split)
+        lists = await asyncio.gather(*(self._list(features, messages, prefix + t) for t in started.values()))
+        after = {text: top for text, (top, _) in zip(started, lists, strict=True)}
+        distribution = read_top_tokens_in_parts(first, after, labels)
+        return LabelReading(distribution, *_sum_usage(cost, *(choice for _, choice in lists)))
+
+    async def _list(
+        self, features: Features, messages: Conversation, prefix: str
+    ) -> tuple[tuple[tuple[str, float], ...], Choice]:
+        """The likeliest tokens after `prefix`, and the reply that they are from."""
+        body = self._one_token(features, messages, prefix)
+        body.update(ask_top(features, features.route))
+        choice = await self._complete(PATHS[features.route], body, messages, 1, urgent=True)
+        if not choice.top:
+            raise RequestFailed("the endpoint left out the log-probabilities of this answer")
+        # vLLM lists the sampled token beyond those asked for; it may be far less likely than what is left out.
+        return choice.top[: features.top_logprobs], choice
+
+    async def _split_labels(self, features: Features, labels: tuple[str, ...]) -> tuple[str, ...]:
+        """Labels of several characters that are not known to be one token, found out once by having them said."""
+        async with self._looking:
+            for label in labels:
+                if len(label) > 1 and label not in self._whole:
+                    self._whole[label] = await self._is_whole(features, label)
+        return tuple(label for label in labels if len(label) > 1 and not self._whole[label])
+
+    async def _is_whole(self, features: Features, label: str) -> bool:
+        question = user_prompt(f"Write {label} and nothing else.")
+        body = request_body(features, self._ref.name, question, "", max_tokens=8, temperature=0.0)
+        body.update(ask_top(features, features.route))
+        choice = await self._complete(PATHS[features.route], body, question, 8, urgent=True)
+        return any(piece.decode(errors="replace").strip() == label for piece in choice.pieces)
 
     # ---- requests ----
 
-    async def _read_one(self, messages: Conversation, prefix: str, extra: dict[str, Any]) -> Any:
+    def _one_token(self, features: Features, messages: Conversation, prefix: str) -> Json:
         # Temperature 1: servers that report processed log-probabilities leave them as they are.
-        return await self._chat(
-            messages,
-            prefix,
-            max_tokens=1,
-            temperature=1.0,
-            logprobs=True,
-            top_logprobs=_TOP_LOGPROBS,
-            extra_body=extra or None,
+        return request_body(features, self._ref.name, messages, prefix, max_tokens=1, temperature=1.0)
+
+    async def _complete(
+        self, path: str, body: Json, messages: Conversation, max_tokens: int, *, urgent: bool = False
+    ) -> Choice:
+        characters = sum(len(m.content) for m in messages)
+        reply = await self._endpoints.ask(
+            path,
+            body,
+            urgent=urgent,
+            tokens=self._tokens_per_char * characters + max_tokens,
+            affinity="\n".join(m.content for m in messages) if len(self._endpoints.all) > 1 else "",
         )
+        choice = read_choice(reply)
+        if choice.prompt_tokens and characters:
+            self._tokens_per_char += 0.05 * (choice.prompt_tokens / characters - self._tokens_per_char)
+        return choice
 
-    async def _chat(self, messages: Conversation, prefix: str, **options: Any) -> Any:
-        turns = (*messages, Message("assistant", prefix)) if prefix else messages
-        body: Any = to_dicts(turns)
-        done = await self._attempt(
-            lambda: self._client.chat.completions.create(model=self._ref.name, messages=body, **options)
-        )
-        if not done.choices:
-            raise RequestFailed("the endpoint answered without a choice")
-        return done
+    async def _ask(self, path: str, body: Mapping[str, Any] | None) -> Any:
+        return await self._endpoints.ask(path, body, urgent=True)
 
-    async def _attempt(self, request: Callable[[], Awaitable[T]]) -> T:
-        """Send a request, again after a transient failure, `max_retries` times at most."""
-        for attempt in range(self._options.max_retries + 1):
-            last = attempt == self._options.max_retries
-            try:
-                return await request()
-            except openai.APITimeoutError as err:
-                if last:
-                    raise RequestFailed(f"no answer within {self._options.timeout_s:g} s") from err
-                wait = None
-            except openai.APIConnectionError as err:
-                if last:
-                    raise EndpointError(
-                        f"no connection to {self._where} after {attempt + 1} attempts: is the server running? "
-                        "Answers so far are kept; run the same command again to go on"
-                    ) from err
-                wait = None
-            except openai.APIStatusError as err:
-                wait = _retry_after(err)
-                self._refuse(err, last)
-            except (openai.APIError, ValueError) as err:
-                raise RequestFailed(f"the endpoint's answer cannot be read: {_line(err)}") from err
-            if wait is None:
-                wait = self._options.backoff_s * 2**attempt * self._chance.uniform(0.5, 1.0)
-            await asyncio.sleep(min(wait, _MAX_WAIT_S))
-        raise AssertionError("unreachable")
+    async def _features(self) -> Features:
+        """Probe every server once, before anything is paid for.
 
-    def _refuse(self, err: openai.APIStatusError, last: bool) -> None:
-        """Raise unless another attempt may help."""
-        status = err.status_code
-        if status in (401, 403):
-            raise EndpointError(f"{self._where} refuses the key ({status}): set OPENAI_API_KEY") from err
-        if status == 404 and self._known and "model" in str(err).lower():
-            raise ModelError(f"{self._where} does not know {self._ref.name!r}: {_line(err)}") from err
-        if last or (status not in (408, 409, 429) and status < 500):
-            raise RequestFailed(f"the endpoint answered {status}: {_line(err)}") from err
+        Raises:
+            ModelError: a server does not have the model.
+            EndpointError: no server answers, or they differ in what they give.
+        """
+        if self._found is not None:
+            return self._found
+        async with self._probing:
+            if self._found is None:
+                endpoints = self._endpoints.all
+                found = await asyncio.gather(
+                    *(self._probe_one(e) for e in endpoints), return_exceptions=len(endpoints) > 1
+                )
+                errors = [f for f in found if isinstance(f, BaseException)]
+                there = [f for f in found if isinstance(f, Features)]
+                for error in errors:
+                    if not there or not isinstance(error, EndpointError):
+                        raise error
+                if len(set(there)) > 1:
+                    notes = "; ".join(sorted({describe(f).note for f in there}))
+                    raise EndpointError(f"the endpoints of {self.name} differ in what they give: {notes}")
+                self._found = there[0]
+            return self._found
+
+    async def _probe_one(self, endpoint: Endpoint) -> Features:
+        async def ask(path: str, body: Mapping[str, Any] | None) -> Any:
+            return await self._endpoints.ask(path, body, urgent=True, only=endpoint)
+
+        where = endpoint.wire.where
+        await check_model(ask, self._ref.name, where)
+        return await find_features(ask, self._ref.name, where)
 
 
-def _retry_after(err: openai.APIStatusError) -> float | None:
-    try:
-        return float(err.response.headers.get("retry-after", ""))
-    except ValueError:
-        return None
+def _last_words(text: str) -> str:
+    """The end of a text, from the start of its last line on: as much as decides how a label after it is tokenised."""
+    tail = text[-16:]
+    return tail[tail.rfind("\n", 0, -1) + 1 :]
 
 
-def _line(err: Exception) -> str:
-    return " ".join(str(err).split())[:200]
-
-
-def _usage(done: Any) -> tuple[int, int, int]:
-    """Prompt, completion and cached tokens; 0 where the endpoint does not say."""
-    usage = done.usage
-    if usage is None:
-        return 0, 0, 0
-    details = usage.prompt_tokens_details
-    return usage.prompt_tokens, usage.completion_tokens, (details and details.cached_tokens) or 0
-
-
-def _top_tokens(done: Any) -> list[tuple[str, float]] | None:
-    """(token, log-probability) of the likeliest first tokens; None if the endpoint gave none."""
-    logprobs = done.choices[0].logprobs
-    if logprobs is None or not logprobs.content or not logprobs.content[0].top_logprobs:
-        return None
-    return [(t.token, float(t.logprob)) for t in logprobs.content[0].top_logprobs]
+def _sum_usage(*choices: Choice) -> tuple[int, int, int]:
+    return (
+        sum(c.prompt_tokens for c in choices),
+        sum(c.completion_tokens for c in choices),
+        sum(c.cached_tokens for c in choices),
+    )

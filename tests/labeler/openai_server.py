@@ -19,6 +19,9 @@ Reply = Callable[[str, str, bool], "str | Mapping[str, float]"]
 
 PROBE = "Say 1 or 2."
 
+USER, ASSISTANT, END = "\x01", "\x02", "\x03"
+"""The server's chat template: the user's turn, the assistant's, the end of a turn; each is a token."""
+
 
 @dataclass
 class Fault:
@@ -35,10 +38,15 @@ class ScriptedServer:
 
     Args:
         reply: the script.
-        vllm: behave like vLLM: continue assistant messages, tokenise, read given token ids.
+        vllm: behave like vLLM: continue assistant messages, tokenise, read given token ids, tell token ids, take
+            them for a prompt, honour stop strings.
         logprobs: give log-probabilities at all.
-        top_k: how many of them without given token ids.
-        fault: called with the request body before each chat completion (probe requests excepted).
+        top_k: how many of them without given token ids; asking for more than `most_top` is refused.
+        most_top: how many likeliest tokens a request may ask for.
+        template: the model has a chat template; without one, vLLM refuses chats.
+        prefills: a server other than vLLM that continues assistant messages without being told to.
+        refuses: fields that a request must not have.
+        fault: called with the request body before each completion (probe requests excepted).
     """
 
     def __init__(
@@ -48,9 +56,14 @@ class ScriptedServer:
         vllm: bool = False,
         logprobs: bool = True,
         top_k: int = 20,
+        most_top: int = 20,
+        template: bool = True,
+        prefills: bool = False,
+        refuses: tuple[str, ...] = (),
         fault: Callable[[dict[str, Any]], Fault | None] = lambda body: None,
     ) -> None:
         self.reply, self.vllm, self.logprobs, self.top_k, self.fault = reply, vllm, logprobs, top_k, fault
+        self.most_top, self.template, self.prefills, self.refuses = most_top, template, prefills, refuses
         self.asked: list[dict[str, Any]] = []
         self.lock = threading.Lock()
         self.stopping = threading.Event()
@@ -67,7 +80,7 @@ class ScriptedServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if self.path == "/tokenize" and outer.vllm:
                     self.send({"tokens": [ord(c) for c in body["prompt"]]})
-                elif self.path == "/v1/chat/completions":
+                elif self.path in ("/v1/chat/completions", "/v1/completions"):
                     self.send(*outer.answer(body))
                 else:
                     self.send({"error": {"message": "no such route"}}, 404)
@@ -112,12 +125,11 @@ class ScriptedServer:
         self.server.server_close()
 
     def answer(self, body: dict[str, Any]) -> tuple[Any, int, Mapping[str, str]]:
-        turns = body["messages"]
-        prefix = turns[-1]["content"] if turns[-1]["role"] == "assistant" else ""
-        user = next(t["content"] for t in reversed(turns) if t["role"] == "user")
-        if not self.vllm and "logprob_token_ids" in body:
-            return {"error": {"message": "unknown field"}}, 400, {}
-        if user != PROBE:
+        refusal = self.refusal(body)
+        if refusal is not None:
+            return {"error": {"message": refusal}}, 400, {}
+        text, user, prefix = self.read(body)
+        if PROBE not in user:
             with self.lock:
                 self.asked.append(body)
                 fault = self.fault(body)
@@ -125,32 +137,101 @@ class ScriptedServer:
                 self.stopping.wait(fault.hang_s)
                 if fault.status != 200:
                     return {"error": {"message": fault.message}}, fault.status, fault.headers
-        wanted = bool(body.get("logprobs"))
-        said = {"1": 0.5, "2": 0.5} if user == PROBE else self.reply(user, prefix, wanted)
-        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
-        if isinstance(said, str):
-            choice["message"] = {"role": "assistant", "content": said}
+        wanted = asks_logprobs(body) and body.get("max_tokens") == 1
+        said = {"1": 0.5, "2": 0.5} if PROBE in user else self.reply(user, prefix, wanted)
+        choice = self.generated(said, body) if isinstance(said, str) else self.read_out(said, body)
+        told = {"prompt_token_ids": [ord(c) for c in text]} if self.tells_ids(body) else {}
+        if "messages" in body:
+            choice["message"] = {"role": "assistant", "content": choice.pop("text")}
         else:
-            tokens = sorted(said.items(), key=lambda item: -item[1])
-            choice["message"] = {"role": "assistant", "content": tokens[0][0]}
-            choice["finish_reason"] = "length"
-            if self.logprobs:
-                choice["logprobs"] = {"content": [self.content(tokens, body)]}
-        usage = {"prompt_tokens": len(user), "completion_tokens": 1, "total_tokens": len(user) + 1}
+            choice.update(told)
+            told = {}
+        usage = {"prompt_tokens": len(text), "completion_tokens": 1, "total_tokens": len(text) + 1}
         done = {"id": "x", "object": "chat.completion", "created": 0, "model": "judge"}
-        return {**done, "choices": [choice], "usage": usage}, 200, {}
+        return {**done, **told, "choices": [choice], "usage": usage}, 200, {}
 
-    def content(self, tokens: list[tuple[str, float]], body: dict[str, Any]) -> dict[str, Any]:
+    def refusal(self, body: dict[str, Any]) -> str | None:
+        """Why a request is not accepted."""
+        if "messages" in body and not self.template:
+            return "default chat template is no longer allowed, so you must provide a chat template"
+        if not self.vllm:
+            unknown = [
+                f for f in ("logprob_token_ids", "continue_final_message", "return_token_ids") if f in body
+            ]
+            if unknown:
+                return f"Unrecognized request arguments supplied: {', '.join(unknown)}"
+            if isinstance(body.get("prompt"), list):
+                return "prompt must be a string"
+        for name in self.refuses:
+            if name in body:
+                return f"Unsupported parameter: '{name}' is not supported with this model."
+        top = (
+            body["top_logprobs"] if "messages" in body and "top_logprobs" in body else body.get("logprobs", 0)
+        )
+        if top > self.most_top:
+            return f"top_logprobs must be at most {self.most_top}"
+        return None
+
+    def read(self, body: dict[str, Any]) -> tuple[str, str, str]:
+        """(the prompt as the model sees it, user message, assistant prefix); token ids are code points."""
+        if "messages" in body:
+            turns = body["messages"]
+            prefix = turns[-1]["content"] if turns[-1]["role"] == "assistant" else ""
+            user = next(t["content"] for t in reversed(turns) if t["role"] == "user")
+            closed = bool(prefix) and not self.prefills and not body.get("continue_final_message")
+            return USER + user + ASSISTANT + prefix + (END + ASSISTANT if closed else ""), user, prefix
+        prompt = body["prompt"]
+        text = prompt if isinstance(prompt, str) else "".join(map(chr, prompt))
+        if USER not in text:
+            return text, text, ""
+        user, _, prefix = text.removeprefix(USER).partition(ASSISTANT)
+        return text, user, prefix
+
+    def tells_ids(self, body: dict[str, Any]) -> bool:
+        return self.vllm and bool(body.get("return_token_ids"))
+
+    def generated(self, said: str, body: dict[str, Any]) -> dict[str, Any]:
+        """A choice with text. Like vLLM, ids and log-probabilities go up to the end of the stop string."""
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop", "stop_reason": None, "text": said}
+        tokens = [*said, END]
+        stops = [s for s in body.get("stop") or () if s in said] if self.vllm else []
+        if stops:
+            at = said.index(stops[0])
+            choice |= {"text": said[:at], "stop_reason": stops[0]}
+            tokens = list(said[: at + len(stops[0])])
+        if self.tells_ids(body):
+            choice["token_ids"] = [ord(c) for c in tokens]
+        if asks_logprobs(body) and self.logprobs:
+            entries = [{"token": t, "logprob": -0.1, "bytes": list(t.encode())} for t in tokens]
+            if "messages" in body:
+                choice["logprobs"] = {"content": [{**e, "top_logprobs": [e]} for e in entries]}
+            else:
+                choice["logprobs"] = {"tokens": tokens, "top_logprobs": [{t: -0.1} for t in tokens]}
+        return choice
+
+    def read_out(self, said: Mapping[str, float], body: dict[str, Any]) -> dict[str, Any]:
+        """A choice of one token with log-probabilities."""
+        tokens = sorted(said.items(), key=lambda item: -item[1])
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "length", "text": tokens[0][0]}
+        if not self.logprobs:
+            return choice
         ids = body.get("logprob_token_ids")
-        if ids is not None:
-            probs = dict(tokens)
-            top = [(f"token_id:{i}", probs.get(chr(i), 1e-30)) for i in ids]
+        top = (
+            tokens[: self.top_k] if ids is None else [(f"token_id:{i}", said.get(chr(i), 1e-30)) for i in ids]
+        )
+        if "messages" in body:
+            entries = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in top]
+            first = {"token": tokens[0][0], "logprob": math.log(tokens[0][1]), "bytes": None}
+            choice["logprobs"] = {"content": [{**first, "top_logprobs": entries}]}
         else:
-            top = tokens[: self.top_k]
-        entries = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in top]
-        return {
-            "token": tokens[0][0],
-            "logprob": math.log(tokens[0][1]),
-            "bytes": None,
-            "top_logprobs": entries,
-        }
+            choice["logprobs"] = {
+                "tokens": [tokens[0][0]],
+                "token_logprobs": [math.log(tokens[0][1])],
+                "top_logprobs": [{t: math.log(p) for t, p in top}],
+            }
+        return choice
+
+
+def asks_logprobs(body: Mapping[str, Any]) -> bool:
+    """A chat says true; a text completion says how many, and 0 still asks for those of the sampled token."""
+    return body.get("logprobs") is not None and body["logprobs"] is not False

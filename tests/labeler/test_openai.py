@@ -6,7 +6,8 @@ import asyncio
 import math
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
 import pytest
 
@@ -17,7 +18,7 @@ from labeler.rubric import load_rubric
 from rlaif.errors import EndpointError, ModelError
 from rlaif.models import ModelRef
 from rlaif.types import Pair, user_prompt
-from tests.labeler.openai_server import Fault, ScriptedServer
+from tests.labeler.openai_server import ASSISTANT, USER, Fault, ScriptedServer
 
 T = TypeVar("T")
 Q = user_prompt("Which one?")
@@ -55,19 +56,59 @@ def test_a_plain_endpoint_gives_labels_from_its_top_tokens() -> None:
 def test_a_vllm_endpoint_is_asked_for_exactly_the_label_tokens() -> None:
     with ScriptedServer(script, vllm=True) as server:
         reading = read(server.ref)
+    # Its tokenizer has one token per character: a label after a space is two, and " 1" is no token of it.
     assert [math.exp(x) for x in reading.distribution.logprobs] == pytest.approx([0.5, 0.2])
     assert reading.distribution.mass == pytest.approx(0.7)
-    body = server.asked[0]
-    assert body["logprob_token_ids"] == [ord("1"), ord("2")]
-    assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
+    first, second = server.asked
+    assert first["logprob_token_ids"] == [ord(" "), ord("1"), ord("2")]
+    assert first["continue_final_message"] is True and first["add_generation_prompt"] is False
+    assert second["prompt"][-8:] == [ord(c) for c in "Better: "]
 
 
-def test_a_vllm_endpoint_reveals_a_split_label() -> None:
+def scale(user: str, prefix: str, wanted: bool) -> str | dict[str, float]:
+    """P(1) = 0.5 and P(0 | 1) = 0.4, so that 10 has 0.2; 9 has 0.3."""
+    if not wanted:
+        return "10"
+    return {"0": 0.4, ".": 0.6} if prefix.endswith("1") else {"1": 0.5, "9": 0.3, "x": 0.2}
+
+
+TEN = tuple(str(i) for i in range(1, 11))
+
+
+def test_vllm_reads_the_parts_of_a_split_label() -> None:
+    with ScriptedServer(scale, vllm=True) as server:
+        reading = read(server.ref, TEN)
+    probs = [math.exp(x) for x in reading.distribution.logprobs]
+    assert [probs[0], probs[8], probs[9]] == pytest.approx([0.3, 0.3, 0.2])
+    assert not reading.distribution.censored and reading.top is None
+
+
+def test_an_endpoint_that_continues_reads_the_parts_of_a_split_label_from_two_lists() -> None:
+    with ScriptedServer(scale, prefills=True) as server:
+        reading = read(server.ref, TEN)
+    probs = [math.exp(x) for x in reading.distribution.logprobs]
+    assert [probs[0], probs[8], probs[9]] == pytest.approx([0.3, 0.3, 0.2])
+    assert reading.distribution.censored  # the levels 2 to 8 are bounds
+    assert [b["messages"][-1]["content"] for b in server.asked[1:]] == ["Better:", "Better:1"]
+
+
+def test_a_split_label_is_refused_where_its_parts_cannot_be_read() -> None:
     with (
-        ScriptedServer(script, vllm=True) as server,
-        pytest.raises(ModelError, match="splits the label '10'"),
+        ScriptedServer(scale) as server,
+        pytest.raises(ModelError, match=r"splits the label '10' .* such as helpfulness-score-5"),
     ):
-        read(server.ref, tuple(str(i) for i in range(1, 11)))
+        read(server.ref, TEN)
+
+
+def test_a_label_that_is_one_token_needs_no_second_list() -> None:
+    def whole(user: str, prefix: str, wanted: bool) -> str | dict[str, float]:
+        return {"1": 0.5, "10": 0.3, "9": 0.1} if wanted else {"10": 0.9, "1": 0.1}
+
+    with ScriptedServer(whole) as server:
+        reading = read(server.ref, TEN)
+    probs = [math.exp(x) for x in reading.distribution.logprobs]
+    assert [probs[0], probs[8], probs[9]] == pytest.approx([0.5, 0.1, 0.3])
+    assert len(server.asked) == 2  # how the label is written, and the reading
 
 
 def test_a_label_outside_the_top_tokens_is_censored() -> None:
@@ -78,10 +119,102 @@ def test_a_label_outside_the_top_tokens_is_censored() -> None:
     assert math.exp(reading.distribution.logprobs[1]) == pytest.approx(0.5)
 
 
-def test_an_endpoint_without_logprobs_is_refused_before_any_question() -> None:
-    with ScriptedServer(script, logprobs=False) as server, pytest.raises(EndpointError, match="no log-prob"):
-        ask(server.ref, lambda llm: llm.generate(Q, "Comparison:", max_tokens=5))
+def test_an_endpoint_without_logprobs_generates_but_reads_no_labels() -> None:
+    with ScriptedServer(script, logprobs=False) as server:
+        assert ask(server.ref, lambda llm: llm.probe()).logprobs == "none"
+        assert (
+            ask(server.ref, lambda llm: llm.generate(Q, "Comparison:", max_tokens=5)).text == " A thought. "
+        )
+        with pytest.raises(EndpointError, match="no log-probabilities for judge"):
+            read(server.ref)
+    assert len(server.asked) == 1
+
+
+Kind = Literal["exact", "top_k", "none"]
+
+
+@pytest.mark.parametrize(
+    ("server", "logprobs", "continues", "note"),
+    [
+        (ScriptedServer(script, vllm=True), "exact", True, "vLLM, chat"),
+        (ScriptedServer(script, vllm=True, template=False), "exact", True, "vLLM, text completions"),
+        (ScriptedServer(script), "top_k", False, "20 likeliest"),
+        (ScriptedServer(script, prefills=True), "top_k", True, "20 likeliest"),
+        (ScriptedServer(script, most_top=5), "top_k", False, "5 likeliest"),
+        (ScriptedServer(script, most_top=5, template=False), "top_k", True, "5 likeliest"),
+        (ScriptedServer(script, logprobs=False), "none", False, "no log-probabilities"),
+        (ScriptedServer(script, refuses=("logprobs",)), "none", False, "no log-probabilities"),
+    ],
+    ids=["vllm", "vllm-base", "plain", "prefill", "top-5", "base", "null", "refused"],
+)
+def test_the_probe_finds_what_an_endpoint_gives(
+    server: ScriptedServer, logprobs: Kind, continues: bool, note: str
+) -> None:
+    with server:
+        found = ask(server.ref, lambda llm: llm.probe())
+    assert (found.logprobs, found.continues) == (logprobs, continues)
+    assert note in found.note
     assert server.asked == []
+
+
+def test_a_model_that_takes_neither_temperature_nor_max_tokens_still_generates() -> None:
+    refuses = ("max_tokens", "temperature", "stop", "logprobs")
+    with ScriptedServer(script, refuses=refuses) as server:
+        done = ask(server.ref, lambda llm: llm.generate(Q, max_tokens=7, temperature=0.0, stop=(".",)))
+    assert done.text == " A thought"
+    assert server.asked[0]["max_completion_tokens"] == 7
+    assert not {"max_tokens", "temperature", "stop"} & server.asked[0].keys()
+
+
+def test_a_model_without_a_chat_template_is_asked_by_text_completions() -> None:
+    with ScriptedServer(script, template=False) as server:
+        reading = read(server.ref)
+    assert [math.exp(x) for x in reading.distribution.logprobs] == pytest.approx([0.6, 0.2])
+    assert server.asked[0]["prompt"] == "Which one?\n\nBetter:"
+
+
+@pytest.mark.parametrize("template", [True, False], ids=["chat", "completions"])
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [((), " A thought. "), (("ought",), " A th"), (("none",), " A thought. ")],
+    ids=["end-of-turn", "stop-string", "unmet-stop"],
+)
+def test_a_generation_tells_the_ids_of_its_text(template: bool, stop: tuple[str, ...], text: str) -> None:
+    with ScriptedServer(script, vllm=True, template=template) as server:
+        done = ask(server.ref, lambda llm: llm.generate(Q, "Comparison:", max_tokens=50, stop=stop))
+    assert done.text == text
+    shown = f"{USER}Which one?{ASSISTANT}Comparison:" if template else "Which one?\n\nComparison:"
+    assert "".join(map(chr, done.context_ids)) == shown + text
+
+
+def test_a_label_after_a_rationale_goes_on_from_its_ids() -> None:
+    async def both(llm: OpenAIModel) -> LabelReading:
+        done = await llm.generate(Q, "Comparison:", max_tokens=50, stop=("ought",))
+        # Ids that no tokenizer would give for this text show which way the label was asked.
+        done = replace(done, context_ids=(7, *done.context_ids[1:]))
+        return await llm.label_logprobs(Q, "Comparison: A th\n\nBetter:", ("1", "2"), after=done)
+
+    with ScriptedServer(script, vllm=True) as server:
+        reading = ask(server.ref, both)
+    assert reading.distribution.mass == pytest.approx(0.7)
+    prompt = server.asked[1]["prompt"]
+    assert prompt[0] == 7
+    assert "".join(map(chr, prompt[1:])) == f"Which one?{ASSISTANT}Comparison: A th\n\nBetter:"
+
+
+def test_a_label_after_a_rewritten_rationale_is_asked_as_text() -> None:
+    async def both(llm: OpenAIModel) -> LabelReading:
+        done = await llm.generate(Q, "Comparison:", max_tokens=50)
+        return await llm.label_logprobs(Q, "Comparison: Another.\n\nBetter:", ("1", "2"), after=done)
+
+    with ScriptedServer(script, vllm=True) as server:
+        assert ask(server.ref, both).distribution.mass == pytest.approx(0.7)
+    assert server.asked[1]["messages"][-1]["content"] == "Comparison: Another.\n\nBetter:"
+
+
+def test_an_answer_without_logprobs_costs_its_row_alone() -> None:
+    with ScriptedServer(lambda user, prefix, wanted: "Sorry.") as server, pytest.raises(RequestFailed):
+        read(server.ref)
 
 
 def test_an_unknown_model_is_named_with_the_known_ones() -> None:
@@ -148,9 +281,12 @@ def test_a_refused_key_ends_the_run() -> None:
 
 @pytest.mark.parametrize("vllm", [True, False])
 def test_the_recipe_runs_through_an_endpoint(vllm: bool) -> None:
+    asked = []
+
     def prefers_a(user: str, prefix: str, wanted: bool) -> str | dict[str, float]:
+        asked.append((wanted, prefix.rstrip(" ")))
         if not wanted:
-            return " They differ. More helpful response: 1"  # a server that ignores the stop string
+            return " They differ. More helpful response: 1"  # a plain server that ignores the stop string
         a_first = user.index("good") < user.index("bad")
         return {"1": 0.8, "2": 0.1} if a_first else {"1": 0.1, "2": 0.8}
 
@@ -160,5 +296,8 @@ def test_the_recipe_runs_through_an_endpoint(vllm: bool) -> None:
             lambda llm: Judge(llm, load_rubric("helpfulness-pair")).judge_pair(Pair(Q, "good", "bad")),
         )
     assert preference.p_a == pytest.approx(8 / 9)
-    prefixes = sorted(b["messages"][-1]["content"] for b in server.asked)
-    assert prefixes == ["Comparison:"] * 2 + ["Comparison: They differ.\n\nMore helpful response:"] * 2
+    assert asked.count((False, "Comparison:")) == 2
+    assert set(asked) == {
+        (False, "Comparison:"),
+        (True, "Comparison: They differ.\n\nMore helpful response:"),
+    }

@@ -19,6 +19,7 @@ from rlaif.models import ModelRef
         ("scripted:judge.yaml", ModelRef("scripted", "judge.yaml")),
         ("openai:gpt-5", ModelRef("openai", "gpt-5")),
         ("openai:org/m@http://127.0.0.1:8000/v1", ModelRef("openai", "org/m", "http://127.0.0.1:8000/v1")),
+        ("openai:m@http://a/v1,https://b/v1", ModelRef("openai", "m", "http://a/v1,https://b/v1")),
         ("openai:m@http://user@host/v1", ModelRef("openai", "m", "http://user@host/v1")),
         ("openai:m@20240620", ModelRef("openai", "m@20240620")),
         ("openai:@cf/org/m@http://h/v1", ModelRef("openai", "@cf/org/m", "http://h/v1")),

@@ -1,0 +1,363 @@
+"""Requests to one model behind one or several OpenAI-compatible endpoints: connections, retries, and whom to ask.
+
+The `openai` client holds address, key, headers and connections. Requests pass by its typed layer: one costs 0.45 ms of
+CPU this way (0.3 ms of it inside aiohttp), against 0.9 ms through `client.post`, 1.5 ms with the default transport, and
+2.5 ms through `client.chat.completions.create` (32 in flight, 2 KB each way, Python 3.11, Xeon).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, Protocol
+
+import aiohttp
+import httpx2
+from openai import AsyncOpenAI, DefaultAioHttpClient
+from pydantic_core import from_json, to_json
+
+from labeler.backends.limits import Gate, Pass, retry_after_s
+from labeler.llm import LLMOptions, RequestFailed
+from rlaif.errors import EndpointError, ModelError, RlaifError
+
+_LONGEST_BACKOFF_S = 60.0
+
+_LONGEST_WAIT_S = 300.0
+"""An endpoint that asks to wait for longer is out of quota rather than busy."""
+
+_LEFT_OUT_S = 10.0
+"""A server that nobody answers at is tried again after so long."""
+
+_PATIENCE_S = 120.0
+"""A request that is refused for exceeding a rate limit is sent again for so long at least: limits count minutes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An HTTP response; header names ignore case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class ConnectionBroken(Exception):
+    """The connection broke before the reply was whole."""
+
+
+class NoConnection(ConnectionBroken):
+    """Nobody answers at the address."""
+
+
+class Wire(Protocol):
+    """Carries requests to one server."""
+
+    @property
+    def where(self) -> str:
+        """Base URL, without a slash at its end."""
+        ...
+
+    async def send(self, method: str, url: str, body: bytes | None) -> Reply:
+        """Send one request and read the reply.
+
+        Raises:
+            NoConnection: nobody answers.
+            ConnectionBroken: the reply is not whole.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Close the connections."""
+        ...
+
+
+class HTTPWire:
+    """HTTP by the `openai` client's connections.
+
+    Args:
+        base_url: of the endpoint; None for OpenAI itself.
+        api_key: sent as bearer token.
+        max_connections: most connections at a time.
+    """
+
+    def __init__(self, base_url: str | None, api_key: str, max_connections: int) -> None:
+        limits = httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
+        # Timeouts are set around whole requests, by asyncio.
+        self._http = DefaultAioHttpClient(limits=limits, timeout=None)
+        self._client = AsyncOpenAI(
+            base_url=base_url, api_key=api_key, max_retries=0, timeout=None, http_client=self._http
+        )
+        headers = {**self._client.default_headers, **self._client.auth_headers}
+        self._headers = {name: value for name, value in headers.items() if isinstance(value, str)}
+
+    @property
+    def where(self) -> str:
+        """Base URL, without a slash at its end."""
+        return str(self._client.base_url).rstrip("/")
+
+    async def send(self, method: str, url: str, body: bytes | None) -> Reply:
+        """See `Wire.send`."""
+        try:
+            response = await self._http.request(method, url, content=body, headers=self._headers)
+        except httpx2.TransportError as err:
+            # The transport has one class for a connection refused and one that broke; its cause tells them apart.
+            unreached = isinstance(err.__cause__, aiohttp.ClientConnectorError)
+            raise (NoConnection if unreached else ConnectionBroken)(str(err) or type(err).__name__) from err
+        return Reply(response.status_code, response.headers, response.content)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+
+class Refused(RequestFailed):
+    """The endpoint does not accept this request.
+
+    Attributes:
+        status: HTTP status, 4xx.
+        detail: what the endpoint said, in one line.
+        param: the field at fault, where the endpoint names it.
+    """
+
+    def __init__(self, status: int, detail: str, param: str) -> None:
+        super().__init__(f"the endpoint answered {status}: {detail}")
+        self.status, self.detail, self.param = status, detail, param
+
+
+@dataclass(slots=True)
+class Endpoint:
+    """One server of the model."""
+
+    wire: Wire
+    gate: Gate
+    lost: bool = field(default=False, init=False)
+    lost_until: float = field(default=0.0, init=False)
+
+
+class Endpoints:
+    """The servers of one model. A server that is gone is left out while others answer, and tried again later.
+
+    Args:
+        wires: one per server.
+        model: named in errors.
+        options: limits (per server), time-out and retries.
+    """
+
+    def __init__(self, wires: Sequence[Wire], model: str, options: LLMOptions) -> None:
+        self._model = model
+        self._options = options
+        self._chance = random.Random()
+        self._order = itertools.count()
+        self.all = [
+            Endpoint(
+                wire,
+                Gate(
+                    options.max_in_flight,
+                    adaptive=options.adaptive,
+                    requests_per_minute=options.requests_per_minute,
+                    tokens_per_minute=options.tokens_per_minute,
+                ),
+            )
+            for wire in wires
+        ]
+
+    @property
+    def where(self) -> str:
+        """The base URLs."""
+        return ", ".join(e.wire.where for e in self.all)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for endpoint in self.all:
+            await endpoint.wire.close()
+
+    async def ask(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None,
+        *,
+        urgent: bool = False,
+        tokens: float = 0.0,
+        affinity: str = "",
+        only: Endpoint | None = None,
+    ) -> Any:
+        """Send a request, again after a transient failure, and return the JSON value of the reply.
+
+        Args:
+            path: after the base URL; from the server's root if it begins with `//`.
+            body: JSON; None for a GET.
+            urgent: goes before those that are not.
+            tokens: an estimate of prompt and completion tokens.
+            affinity: requests with equal affinity go to the same server if it is not much busier than others, so that
+                its prefix cache is of use.
+            only: ask this server alone.
+
+        Raises:
+            Refused: the server does not accept the request.
+            RequestFailed: it failed again and again.
+            ModelError: the server does not know the model.
+            EndpointError: no server can be reached, or the key is refused, or the quota used up.
+        """
+        content = None if body is None else to_json(body)
+        rank = (0 if urgent else 1, next(self._order))
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        attempt = 0
+        while True:
+            endpoint = only or self._pick(affinity, clock())
+            passed = await endpoint.gate.enter(rank, tokens)
+            if passed is None:  # the server was lost while this waited for it
+                continue
+            try:
+                return await self._attempt(endpoint, passed, path, content)
+            except _Transient as err:
+                failure = err
+            attempt += 1
+            retries = self._options.max_retries
+            if (
+                failure.lost
+                and only is None
+                and attempt <= retries + len(self.all)
+                and self._reachable(clock())
+            ):
+                continue
+            if attempt > retries and not (failure.busy and retries and clock() - began < _PATIENCE_S):
+                if isinstance(failure.error, EndpointError):
+                    raise EndpointError(
+                        f"no connection to {self.where if only is None else only.wire.where} after {attempt} attempts: "
+                        "is the server running? Answers so far are kept; run the same command again to go on"
+                    ) from failure
+                raise failure.error from failure
+            backoff = min(_LONGEST_BACKOFF_S, self._options.backoff_s * 2.0 ** min(attempt - 1, 20))
+            await asyncio.sleep(self._chance.uniform(0.0, backoff) if failure.wait is None else failure.wait)
+
+    async def _attempt(self, endpoint: Endpoint, passed: Pass, path: str, content: bytes | None) -> Any:
+        """One request. Tells the gate how it went, and leaves it."""
+        gate, used = endpoint.gate, None
+        root = endpoint.wire.where
+        url = root.removesuffix("/v1") + path[1:] if path.startswith("//") else root + path
+        try:
+            try:
+                async with asyncio.timeout(self._options.timeout_s):
+                    reply = await endpoint.wire.send("GET" if content is None else "POST", url, content)
+            except TimeoutError as err:
+                gate.failed()
+                raise _Transient(RequestFailed(f"no answer within {self._options.timeout_s:g} s")) from err
+            except NoConnection as err:
+                self._lose(endpoint)
+                raise _Transient(EndpointError(f"no connection to {root}"), lost=True) from err
+            except ConnectionBroken as err:
+                gate.failed()
+                raise _Transient(RequestFailed(f"the connection broke: {_line(str(err))}")) from err
+            endpoint.lost, endpoint.lost_until = False, 0.0
+            if reply.status != 200:
+                self._refuse(endpoint, passed, path, reply)
+            try:
+                value = from_json(reply.body)
+            except ValueError as err:
+                gate.failed()
+                raise _Transient(
+                    RequestFailed(f"the endpoint's answer cannot be read: {_line(str(err))}")
+                ) from err
+            gate.answered(reply.headers)
+            used = _tokens(value)
+            return value
+        finally:
+            gate.leave(passed, tokens=used)
+
+    def _refuse(self, endpoint: Endpoint, passed: Pass, path: str, reply: Reply) -> None:
+        """Raise what a status other than 200 means."""
+        status, where = reply.status, endpoint.wire.where
+        detail, param, code = _error(reply.body)
+        if status == 401 or (status == 403 and "logprobs" not in detail):
+            raise EndpointError(f"{where} refuses the key ({status}): set OPENAI_API_KEY")
+        if status == 404 and "model" in detail.lower() and not path.endswith("/models"):
+            raise ModelError(f"{where} does not know {self._model!r}: {detail}")
+        failed = RequestFailed(f"the endpoint answered {status}: {detail}")
+        wait = retry_after_s(reply.headers, time.time())
+        if wait is not None and wait > _LONGEST_WAIT_S:
+            raise failed
+        if status == 429:
+            if code == "insufficient_quota":
+                raise EndpointError(f"the quota at {where} is used up: {detail}")
+            endpoint.gate.refused(passed, reply.headers, wait)
+            raise _Transient(failed, wait=wait, busy=True)
+        if status >= 500 or status in (408, 409):
+            endpoint.gate.failed()
+            raise _Transient(failed, wait=wait)
+        raise Refused(status, detail, param)
+
+    # ---- whom to ask ----
+
+    def _pick(self, affinity: str, now: float) -> Endpoint:
+        """The server that has the prompt in its cache, unless another has much less to do."""
+        if len(self.all) == 1:
+            return self.all[0]
+        there = [e for e in self.all if e.lost_until <= now]
+        for endpoint in there:
+            if endpoint.lost:  # a single request finds out whether it is back
+                endpoint.lost_until = now + self._options.timeout_s
+                return endpoint
+        if not there:
+            return min(self.all, key=lambda e: e.lost_until)
+        least = min(there, key=lambda e: e.gate.load)
+        usual = max(
+            there, key=lambda e: blake2b(f"{e.wire.where} {affinity}".encode(), digest_size=8).digest()
+        )
+        return usual if usual.gate.load <= 1.25 * least.gate.load + 4 else least
+
+    def _reachable(self, now: float) -> bool:
+        return any(e.lost_until <= now for e in self.all)
+
+    def _lose(self, endpoint: Endpoint) -> None:
+        """Leave a server out for a while, if there are others."""
+        if len(self.all) > 1:
+            endpoint.lost = True
+            endpoint.lost_until = asyncio.get_running_loop().time() + _LEFT_OUT_S
+            endpoint.gate.turn_away()
+
+
+class _Transient(Exception):
+    """A failure that another attempt may mend.
+
+    Attributes:
+        error: what to raise when no attempt is left.
+        wait: seconds that the server asks to wait.
+        busy: a rate limit was exceeded.
+        lost: nobody answers at the address.
+    """
+
+    def __init__(
+        self, error: RlaifError, *, wait: float | None = None, busy: bool = False, lost: bool = False
+    ) -> None:
+        super().__init__(str(error))
+        self.error, self.wait, self.busy, self.lost = error, wait, busy, lost
+
+
+def _error(body: bytes) -> tuple[str, str, str]:
+    """(message in one line, field at fault, code) of an error reply, in OpenAI's form or another."""
+    try:
+        value = from_json(body)
+    except ValueError:
+        return _line(body.decode(errors="replace")), "", ""
+    error = value.get("error", value) if isinstance(value, dict) else value
+    if not isinstance(error, dict):
+        return _line(str(error)), "", ""
+    message = error.get("message") or error.get("detail") or error
+    return _line(str(message)), str(error.get("param") or ""), str(error.get("code") or "")
+
+
+def _tokens(value: object) -> float | None:
+    """Prompt and completion tokens of a reply, where it tells."""
+    usage = value.get("usage") if isinstance(value, dict) else None
+    total = usage.get("total_tokens") if isinstance(usage, dict) else None
+    return float(total) if isinstance(total, int) else None
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:200]
