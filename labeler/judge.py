@@ -277,11 +277,12 @@ class Judge:
             name: sum(getattr(j, name) for j in said)
             for name in ("prompt_tokens", "completion_tokens", "cached_tokens")
         }
+        whole = {**tokens, "principle": question.principle, "truncated": any(j.truncated for j in said)}
         readings = [j.labels for j in said if j.labels is not None]
         if not readings:
-            return replace(said[0], principle=question.principle, **tokens)
+            return replace(said[0], **whole)
         first = next(j for j in said if j.labels is not None)
-        return replace(first, labels=average(readings), principle=question.principle, **tokens)
+        return replace(first, labels=average(readings), **whole)
 
     async def _ask_once(self, question: Question, number: int) -> Judgment:
         """Rationale, forced ending, label probabilities."""
@@ -381,6 +382,7 @@ def _asking_for_verdict(rubric: Rubric) -> Rubric:
 def _judgment(
     labels: LabelDistribution | None, rationale: str | None, paid: Sequence[Generation], source: str
 ) -> Judgment:
+    """A judgment; where there is a rationale, it came with the first of the replies paid for."""
     return Judgment(
         labels,
         rationale,
@@ -389,6 +391,7 @@ def _judgment(
         sum(g.completion_tokens for g in paid),
         sum(g.cached_tokens for g in paid),
         source,
+        truncated=rationale is not None and paid[0].finish_reason == "length",
     )
 
 

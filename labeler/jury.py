@@ -115,4 +115,5 @@ def _joint(votes: Sequence[Preference], order: Literal["ab", "ba"]) -> Judgment 
         prompt_tokens=sum(j.prompt_tokens for j in said),
         completion_tokens=sum(j.completion_tokens for j in said),
         cached_tokens=sum(j.cached_tokens for j in said),
+        truncated=any(j.truncated for j in said),
     )

@@ -139,6 +139,7 @@ class Judgment:
         source: how the labels were had: `logprobs`, `samples` of the label, or a graded `verdict` in words.
         p_first: for a pair, P(number 1 preferred) under `labels`; None without labels and for scores.
         principle: the principle of a constitution that was put to the judge.
+        truncated: a rationale was cut at its greatest length, so the judge had not finished when the label was read.
     """
 
     labels: LabelDistribution | None
@@ -150,6 +151,7 @@ class Judgment:
     source: str = "logprobs"
     p_first: float | None = None
     principle: str | None = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
