@@ -1,4 +1,4 @@
-"""A real vLLM OpenAI server with a tiny Llama, for every test of this folder.
+"""A tiny Llama, and a real vLLM OpenAI server that serves it, for every test of this folder.
 
 The tests run in the environment that has vLLM (`make test-vllm`); anywhere else they are skipped.
 """
@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import pytest
 
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, for engines in this process
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 START_LIMIT_S = 240
 
@@ -30,28 +32,35 @@ class Served(NamedTuple):
     model_dir: Path
 
 
-@pytest.fixture(scope="session")
-def served(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    if find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed here: make test-vllm")
-    folder = tmp_path_factory.mktemp("vllm")
-    model_dir = folder / "tiny-llama"
-    text = shared_data / "hh_helpful_1000.jsonl"
-    make = [sys.executable, EXAMPLES / "make_tiny_llama.py", "--text", text, "--output_dir", model_dir]
-    subprocess.run(make, check=True, capture_output=True)
+needs_vllm = pytest.mark.skipif(
+    find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm"
+)
 
+
+@pytest.fixture(scope="session")
+def tiny_llama(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of random weights whose tokenizer splits numbers into digits and a digit from the space before it."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    text = shared_data / "hh_helpful_1000.jsonl"
+    make = [sys.executable, EXAMPLES / "make_tiny_llama.py", "--text", text, "--output_dir", folder]
+    subprocess.run(make, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     port = _free_port()
-    log = folder / "vllm.log"
+    log = tmp_path_factory.mktemp("server") / "vllm.log"
     with log.open("w") as output:
         server = subprocess.Popen(
-            [EXAMPLES / "serve_tiny_vllm.sh", model_dir, str(port)],
+            [EXAMPLES / "serve_tiny_vllm.sh", tiny_llama, str(port)],
             env={**os.environ, "PYTHON": sys.executable},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
     try:
         _wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log)
-        yield Served(f"openai:tiny-llama@http://127.0.0.1:{port}/v1", model_dir)
+        yield Served(f"openai:tiny-llama@http://127.0.0.1:{port}/v1", tiny_llama)
     finally:
         server.terminate()
         server.wait(timeout=60)
