@@ -17,44 +17,6 @@ FLOOR = -1e4
 """Log-probability that stands for a label which the model rules out; files hold finite numbers."""
 
 
-def resolve_label(encode: Encode, text: str, label: str, model: str) -> tuple[int, ...]:
-    """Ids of the tokens that spell `label` after `text`, found by tokenising both together.
-
-    The label may follow directly or after a space; which of them is one token depends on the tokenizer.
-
-    Args:
-        encode: text to ids, without adding special tokens.
-        text: everything before the label, as the model sees it.
-        label: e.g. `1` or `10`.
-        model: named in errors.
-
-    Raises:
-        ModelError: the tokenizer splits the label into several tokens, or melts it into the text before.
-    """
-    before = list(encode(text))
-    found, split = [], False
-    for spelling in (label, " " + label):
-        both = list(encode(text + spelling))
-        if both[: len(before)] != before:
-            continue
-        rest = both[len(before) :]
-        if len(rest) == 1:
-            found.append(rest[0])
-        else:
-            split = True
-    if found:
-        return tuple(dict.fromkeys(found))
-    if split:
-        raise ModelError(
-            f"the tokenizer of {model} splits the label {label!r} into several tokens, so the first would "
-            "absorb other labels: use a rubric with one-token labels (such as 1 to 9, or A to J)"
-        )
-    raise ModelError(
-        f"label {label!r} melts into the text before it with the tokenizer of {model}: "
-        f"end the rubric's `ending` {text[-12:]!r} differently (without a trailing space)"
-    )
-
-
 def find_spellings(encode: Encode, text: str, label: str, model: str) -> tuple[Tokens, ...]:
     """The token sequences that spell `label` after `text`, found by tokenising both together.
 
