@@ -30,8 +30,8 @@ ROLES: dict[str, Role] = {
     "gpt": "assistant",
 }
 PROMPT_SHAPES = (
-    "prompt (text or messages), messages, conversations (ShareGPT), instruction [+ input], question, turns, "
-    "or text with Human:/Assistant: turns"
+    "prompt (text or messages), messages, conversations (ShareGPT), instruction [+ input], question, turns, input "
+    "alone, or text with Human:/Assistant: turns"
 )
 CONVERSATION_SHAPES = (
     "messages or conversations ending with an assistant turn, a prompt with response, completion or output, "
@@ -43,7 +43,7 @@ PAIR_SHAPES = (
 )
 CANDIDATE_SHAPES = "a prompt with completions [{response, model, ...}] or responses [text, ...]"
 
-_PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction", "question", "turns", "text")
+_PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction", "question", "turns", "text", "input")
 _PAIR_KEYS = (("chosen", "rejected"), ("response_a", "response_b"), ("output_1", "output_2"))
 _RESPONSE_KEYS = ("response", "completion", "output")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]*")
@@ -383,7 +383,7 @@ _CONSUMED = frozenset(
         "human_p_a",
         "completions",
     }
-    | {"responses", "rewards", "input"}
+    | {"responses", "rewards"}
 )
 
 

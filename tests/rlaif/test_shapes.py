@@ -155,6 +155,11 @@ def test_labels_become_the_probability_that_a_is_preferred(label: object, p_a: f
     assert shapes.parse_pair(row).human_p_a == p_a
 
 
+def test_llmbar_rows_read_as_published() -> None:
+    pair = shapes.parse_pair({"input": "Sort these.", "output_1": "1 2", "output_2": "2 1", "label": 1})
+    assert (pair.prompt, pair.a, pair.human_p_a) == (user_prompt("Sort these."), "1 2", 1.0)
+
+
 def test_a_pair_without_a_label_has_none_and_not_a_tie() -> None:
     assert shapes.parse_pair({"prompt": "q", "response_a": "x", "response_b": "y"}).human_p_a is None
 
