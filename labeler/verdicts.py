@@ -67,14 +67,15 @@ def read_label(text: str, labels: Sequence[str]) -> int | None:
     menu = {_plain(label): index for index, label in enumerate(labels)}
     lines = [_plain(line) for line in text.splitlines()]
     for line in reversed(lines):
-        for value in _values(line):
+        values = tuple(_values(line))
+        for value in values:
             if value in menu:
                 return menu[value]
-            out_of, slash, scale = value.partition("/")
-            if slash and scale.strip() == _plain(labels[-1]) and out_of.strip() in menu:
-                return menu[out_of.strip()]
-            if " " not in value and any(c.isalnum() for c in value):
-                return None
+            part, slash, whole = value.partition("/")
+            if slash and whole.strip() == _plain(labels[-1]) and part.strip() in menu:
+                return menu[part.strip()]
+        if any(" " not in value and any(map(str.isalnum, value)) for value in values):
+            return None
     return None
 
 
