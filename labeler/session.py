@@ -63,7 +63,6 @@ class Session:
         self.folder = folder
         self.journal = journal
         self.heartbeat = heartbeat
-        heartbeat.stats = self._stats
         self.quarantine = Quarantine(folder / "quarantine.jsonl")
         self.price = config.price()
         self.stopped: BudgetReached | None = None
@@ -77,6 +76,7 @@ class Session:
             if self.price is None or config.max_cost is None
             else Budget(self.price, config.max_cost, self._paid)
         )
+        heartbeat.stats = self._stats  # last: another thread calls it
 
     def open_model(self, name: str) -> Recorded:
         """A model by its name, behind the journal.
@@ -175,7 +175,8 @@ class Session:
     def _stats(self) -> dict[str, Any]:
         """What the run has used so far, for other processes to read."""
         used = sum((model.used for model in self._models), Usage())
-        return {**asdict(used), "in_flight": sum(model.in_flight for model in self._models)}
+        in_flight = sum(model.in_flight for model in self._models)
+        return {**asdict(used), "in_flight": in_flight, **self.costs()}
 
     def _shown(self) -> Mapping[str, object]:
         """What stands beside the progress bar."""

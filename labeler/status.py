@@ -195,7 +195,7 @@ def _lines(status: Status, given: str) -> Iterator[str]:
         f"  tokens        {short(status.prompt_tokens)} prompt{cached}, {short(status.completion_tokens)} completion"
     )
     if "cost_usd" in status.used:
-        yield f"  cost          ${status.used['cost_usd']:.4f} since the last start"
+        yield f"  cost          ${status.used['cost_usd']:.4f} for all replies on record"
     if status.state == "running" and "in_flight" in status.used:
         yield f"  in flight     {status.used['in_flight']} requests"
     if status.open_requests:
