@@ -2,7 +2,7 @@
 
 A request is admitted whole or refused at once. A batch is cut whenever the device is free: there is no timer, so
 an idle server answers at once and a busy one fills its batches by itself. After the design of
-text-embeddings-inference (core/src/queue.rs), with length bucketing, deadlines and isolation of bad items.
+text-embeddings-inference (core/src/queue.rs), with length bucketing, priorities, deadlines and isolation of bad items.
 """
 
 from __future__ import annotations
@@ -14,12 +14,33 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import IntEnum
 
-from reward_server.scorers.base import Failure, Outcome, Prepared, Scored, Scorer, Task, TaskError
+from reward_server.scorers.base import (
+    Failure,
+    Outcome,
+    OutOfMemory,
+    Prepared,
+    Scored,
+    Scorer,
+    Task,
+    TaskError,
+)
 
 _LOG = logging.getLogger(__name__)
 
-_WINDOW_BATCHES = 4  # lengths are matched among about this many batches' worth of the oldest items
+_WINDOW_BATCHES = 4
+"""Lengths are matched among about this many batches' worth of the foremost items."""
+
+_BULK_TURN = 8
+"""Every so many batches the oldest bulk item goes first, so that interactive load cannot starve it."""
+
+
+class Priority(IntEnum):
+    """Who goes first: lower numbers."""
+
+    INTERACTIVE = 0
+    BULK = 1
 
 
 class Overloaded(Exception):
@@ -30,14 +51,32 @@ class Overloaded(Exception):
         self.retry_after_s = retry_after_s
 
 
+class TooLate(Exception):
+    """The queue is longer than the time that the caller has left; nothing was computed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The outcomes of a request, in order, and its timing in seconds."""
+    """The outcomes of a request, in order, and what was measured on the way.
+
+    Attributes:
+        queue_s: from admission to the first batch with one of its items, in seconds.
+        tokenize_s: template and tokeniser, in seconds.
+        compute_s: model time of the batches with its items, in seconds.
+        batch_items: items of the largest of them.
+        batch_tokens: tokens of the largest of them.
+        padded_tokens: the same with padding.
+        input_tokens: tokens of this request's items.
+    """
 
     outcomes: list[Outcome]
-    queue_s: float
-    compute_s: float
-    batch_items: int
+    queue_s: float = 0.0
+    tokenize_s: float = 0.0
+    compute_s: float = 0.0
+    batch_items: int = 0
+    batch_tokens: int = 0
+    padded_tokens: int = 0
+    input_tokens: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -47,11 +86,14 @@ class _Request:
     outcomes: list[Outcome | None]
     done: asyncio.Future[None]
     deadline: float
-    admitted: float
+    priority: Priority
+    alone: bool
     pending: int
     first_cut: float | None = None
     compute_s: float = 0.0
     batch_items: int = 0
+    batch_tokens: int = 0
+    padded_tokens: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -63,13 +105,17 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Rate:
-    """Tokens per second over recent batches, for the retry estimate."""
+    """Tokens per second over recent batches, for estimates."""
 
     tokens_per_s: float = 0.0
 
     def update(self, tokens: int, seconds: float) -> None:
         current = tokens / max(seconds, 1e-6)
         self.tokens_per_s = current if self.tokens_per_s == 0 else 0.8 * self.tokens_per_s + 0.2 * current
+
+    def seconds(self, tokens: int) -> float:
+        """How long so many tokens take; 0 as long as nothing was measured."""
+        return tokens / self.tokens_per_s if self.tokens_per_s else 0.0
 
 
 class Batcher:
@@ -82,10 +128,13 @@ class Batcher:
         self._max_batch_tokens = max_batch_tokens
         self._max_queue_tokens = max_queue_tokens
         self._max_queue_items = max_queue_items
-        self._queue: list[_Entry] = []  # oldest first
+        self._queues: dict[Priority, list[_Entry]] = {priority: [] for priority in Priority}  # oldest first
         self._queued_tokens = 0
+        self._queued_items = 0
         self._preparing_items = 0
+        self._since_bulk = 0
         self._arrived = asyncio.Event()
+        self._room = asyncio.Condition()
         self._tokenizer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-tokenize")
         self._lanes: list[asyncio.Task[None]] = []
         self._rate = _Rate()
@@ -94,6 +143,11 @@ class Batcher:
     def queued_tokens(self) -> int:
         """Tokens that wait to be computed."""
         return self._queued_tokens
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Padded tokens of a batch; falls when the device runs out of memory."""
+        return self._max_batch_tokens
 
     def start(self) -> asyncio.Future[None]:
         """Start computing. The returned future ends only if computing itself breaks, with the exception."""
@@ -108,48 +162,61 @@ class Batcher:
         self._tokenizer.shutdown(wait=False, cancel_futures=True)
         await self.scorer.close()
 
-    async def submit(self, tasks: Sequence[Task], time_left_s: float | None = None) -> Report:
+    async def submit(
+        self,
+        tasks: Sequence[Task],
+        time_left_s: float | None = None,
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        alone: bool = False,
+        wait: bool = False,
+    ) -> Report:
         """One outcome per task, in order. Cancelling this call removes its items from the queue.
 
         Args:
             tasks: what to score.
             time_left_s: until the caller's deadline; items whose turn comes later are not computed.
+            priority: interactive items go first.
+            alone: compute every item in a batch of its own, so that its score does not depend on neighbours.
+            wait: wait for room in a full queue instead of being refused.
 
         Raises:
             Overloaded: the queue has no room for all of them; none was admitted.
+            TooLate: the queue is longer than the time left; none was admitted.
         """
         arrived = time.monotonic()
         deadline = math.inf if time_left_s is None else arrived + time_left_s
-        if not self._has_room(len(tasks), 0):
+        if not wait and not self._has_room(len(tasks), 0):
             raise Overloaded(self._retry_after())
         self._preparing_items += len(tasks)
         try:
             prepared = await asyncio.get_running_loop().run_in_executor(self._tokenizer, self._prepare, tasks)
         finally:
             self._preparing_items -= len(tasks)
+        tokenized = time.monotonic()
 
         outcomes: list[Outcome | None] = [p if isinstance(p, Failure) else None for p in prepared]
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        request = _Request(outcomes, done, deadline, arrived, pending=outcomes.count(None))
+        request = _Request(outcomes, done, deadline, priority, alone, pending=outcomes.count(None))
         entries = [_Entry(request, i, p) for i, p in enumerate(prepared) if isinstance(p, Prepared)]
+        cost = sum(e.item.tokens for e in entries)
         if entries:
-            cost = sum(e.item.tokens for e in entries)
-            if not self._has_room(len(entries), cost):
-                raise Overloaded(self._retry_after())
-            self._queue += entries
-            self._queued_tokens += cost
-            self._arrived.set()
+            await self._admit(entries, cost, deadline, wait)
             try:
                 await done
             except asyncio.CancelledError:
-                self._drop(request)
+                await self._drop(request)
                 raise
         first_cut = request.first_cut if request.first_cut is not None else time.monotonic()
         return Report(
             [o for o in request.outcomes if o is not None],
-            queue_s=first_cut - arrived,
+            queue_s=first_cut - tokenized,
+            tokenize_s=tokenized - arrived,
             compute_s=request.compute_s,
             batch_items=request.batch_items,
+            batch_tokens=request.batch_tokens,
+            padded_tokens=request.padded_tokens,
+            input_tokens=cost,
         )
 
     def _prepare(self, tasks: Sequence[Task]) -> list[Prepared | Failure]:
@@ -160,29 +227,59 @@ class Batcher:
             except TaskError as err:
                 prepared.append(err.failure)
             except Exception as err:
-                _LOG.warning("an item could not be prepared: %r", err)
+                _LOG.warning("an item could not be prepared: %s", type(err).__name__)
                 prepared.append(
                     Failure("model_failed", "the item could not be prepared; the server's log says how")
                 )
         return prepared
 
+    # ---- the queue ----
+
+    async def _admit(self, entries: list[_Entry], cost: int, deadline: float, wait: bool) -> None:
+        while not self._has_room(len(entries), cost):
+            if not wait:
+                raise Overloaded(self._retry_after())
+            async with self._room:
+                await self._room.wait()
+        request = entries[0].request
+        ahead = cost + sum(e.item.tokens for p in Priority if p <= request.priority for e in self._queues[p])
+        if time.monotonic() + self._rate.seconds(ahead) > deadline:
+            raise TooLate
+        self._queues[request.priority] += entries
+        self._queued_items += len(entries)
+        self._queued_tokens += cost
+        self._arrived.set()
+
     def _has_room(self, items: int, tokens: int) -> bool:
         """Whether a request fits. An empty queue takes any, since waiting would not make it fit better."""
-        if not self._queue and not self._preparing_items:
+        if not self._queued_items and not self._preparing_items:
             return True
         return (
-            len(self._queue) + self._preparing_items + items <= self._max_queue_items
+            self._queued_items + self._preparing_items + items <= self._max_queue_items
             and self._queued_tokens + tokens <= self._max_queue_tokens
         )
 
     def _retry_after(self) -> float:
         if self._rate.tokens_per_s == 0:
             return 1.0
-        return min(max(0.5 * self._queued_tokens / self._rate.tokens_per_s, 0.05), 30.0)
+        return min(max(self._rate.seconds(self._queued_tokens) / 2, 0.05), 30.0)
 
-    def _drop(self, request: _Request) -> None:
-        self._queue = [e for e in self._queue if e.request is not request]
-        self._queued_tokens = sum(e.item.tokens for e in self._queue)
+    async def _drop(self, request: _Request) -> None:
+        await self._remove({id(e) for e in self._queues[request.priority] if e.request is request})
+
+    async def _remove(self, entries: set[int]) -> None:
+        """Take entries out of the queues, by identity, and let waiting requests in."""
+        if not entries:
+            return
+        for priority, queue in self._queues.items():
+            self._queues[priority] = [e for e in queue if id(e) not in entries]
+        waiting = [e for queue in self._queues.values() for e in queue]
+        self._queued_items = len(waiting)
+        self._queued_tokens = sum(e.item.tokens for e in waiting)
+        async with self._room:
+            self._room.notify_all()
+
+    # ---- computing ----
 
     async def _first_failure(self) -> None:
         done, _ = await asyncio.wait(self._lanes, return_when=asyncio.FIRST_COMPLETED)
@@ -192,38 +289,49 @@ class Batcher:
 
     async def _lane(self) -> None:
         while True:
-            batch = self._cut()
+            batch = await self._cut()
             if batch:
                 await self._compute(batch)
             else:
                 self._arrived.clear()
                 await self._arrived.wait()
 
-    def _cut(self) -> list[_Entry]:
-        """Take the next batch: the oldest item, and those nearest to it in length among the next oldest.
+    async def _cut(self) -> list[_Entry]:
+        """Take the next batch: the foremost item, and those nearest to it in length among the next.
 
-        The oldest item is always in the batch, so nothing starves; the batch is padded to its longest item, so
+        The foremost item is always in the batch, so nothing starves; the batch is padded to its longest item, so
         its cost is rows times width and neighbours in length waste least.
         """
         now = time.monotonic()
-        expired = [e for e in self._queue if e.request.deadline <= now]
+        expired = [e for queue in self._queues.values() for e in queue if e.request.deadline <= now]
         for entry in expired:
             self._deliver(entry, Failure("expired", "the deadline passed before this item's turn"))
-        if expired:
-            self._queue = [e for e in self._queue if e.request.deadline > now]
-        if not self._queue:
-            self._queued_tokens = 0
+        await self._remove({id(e) for e in expired})
+        batch = self._choose()
+        for entry in batch:
+            if entry.request.first_cut is None:
+                entry.request.first_cut = now
+        await self._remove({id(e) for e in batch})
+        return batch
+
+    def _choose(self) -> list[_Entry]:
+        line = self._line()
+        if not line:
             return []
         window: list[_Entry] = []
         tokens = 0
-        for entry in self._queue:
+        for entry in line:
             window.append(entry)
             tokens += entry.item.tokens
             if tokens > _WINDOW_BATCHES * self._max_batch_tokens:
                 break
-        oldest = window[0]
-        others = sorted(window[1:], key=lambda e: abs(e.item.width - oldest.item.width))
-        batch, rows, width = [oldest], oldest.item.rows, oldest.item.width
+        first = window[0]
+        if first.request.alone:
+            return [first]
+        others = sorted(
+            (e for e in window[1:] if not e.request.alone), key=lambda e: abs(e.item.width - first.item.width)
+        )
+        batch, rows, width = [first], first.item.rows, first.item.width
         limit = self.scorer.max_batch_items or len(window)
         for entry in others:
             if len(batch) == limit:
@@ -232,22 +340,32 @@ class Batcher:
             if (rows + entry.item.rows) * wider <= self._max_batch_tokens:
                 batch.append(entry)
                 rows, width = rows + entry.item.rows, wider
-        taken = set(map(id, batch))
-        self._queue = [e for e in self._queue if id(e) not in taken]
-        self._queued_tokens = sum(e.item.tokens for e in self._queue)
-        for entry in batch:
-            if entry.request.first_cut is None:
-                entry.request.first_cut = now
         return batch
+
+    def _line(self) -> list[_Entry]:
+        """All that wait, in the order of their turn."""
+        interactive, bulk = self._queues[Priority.INTERACTIVE], self._queues[Priority.BULK]
+        if not bulk or not interactive:
+            self._since_bulk = 0
+            return interactive or bulk
+        self._since_bulk += 1
+        if self._since_bulk < _BULK_TURN:
+            return interactive + bulk
+        self._since_bulk = 0
+        return [bulk[0], *interactive, *bulk[1:]]
 
     async def _compute(self, batch: list[_Entry]) -> None:
         started = time.monotonic()
         outcomes = await self._score([e.item for e in batch])
         seconds = time.monotonic() - started
-        self._rate.update(sum(e.item.tokens for e in batch), seconds)
+        tokens = sum(e.item.tokens for e in batch)
+        padded = sum(e.item.rows for e in batch) * max(e.item.width for e in batch)
+        self._rate.update(tokens, seconds)
         for request in {id(e.request): e.request for e in batch}.values():
             request.compute_s += seconds
             request.batch_items = max(request.batch_items, len(batch))
+            if tokens > request.batch_tokens:
+                request.batch_tokens, request.padded_tokens = tokens, padded
         for entry, outcome in zip(batch, outcomes, strict=True):
             self._deliver(entry, outcome)
 
@@ -258,6 +376,10 @@ class Batcher:
             if len(outcomes) != len(items):
                 raise RuntimeError(f"{self.scorer.name} gave {len(outcomes)} outcomes for {len(items)} items")
         except Exception as err:
+            size = sum(item.rows for item in items) * max(item.width for item in items)
+            if isinstance(err, OutOfMemory) and len(items) > 1:
+                self._max_batch_tokens = max(1, min(self._max_batch_tokens, size // 2))
+                _LOG.warning("out of memory at %d tokens; batches hold %d now", size, self._max_batch_tokens)
             if len(items) == 1:
                 _LOG.warning("an item of %d tokens failed in the model: %r", items[0].tokens, err)
                 return [Failure("model_failed", "the model failed on this item; the server's log says how")]

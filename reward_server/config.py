@@ -116,6 +116,10 @@ class ServeConfig:
     """Items that may wait."""
     max_request_bytes: int = 8 << 20
     """Largest request message."""
+    max_stream_requests: int = 64
+    """Unanswered requests that one `ScoreStream` may have."""
+    max_models: int = 2
+    """Models held at the same time, so that one can be swapped for another without a refused call."""
     max_in_flight: int = 64
     """Items that a judge works on at the same time; rows of a batch for a local one."""
     drain_timeout_s: float = 60.0
@@ -138,6 +142,8 @@ class ServeConfig:
             "max_queue_tokens",
             "max_queue_items",
             "max_request_bytes",
+            "max_stream_requests",
+            "max_models",
             "max_in_flight",
         ):
             if getattr(self, name) < 1:

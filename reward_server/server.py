@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -15,12 +16,13 @@ from grpc_reflection.v1alpha import reflection
 
 from reward_server.batcher import Batcher
 from reward_server.config import ServeConfig
+from reward_server.registry import ModelRegistry
 from reward_server.scorers.base import Scorer
-from reward_server.service import SERVICE, RewardService
+from reward_server.service import ADMIN_SERVICE, SERVICE, RewardService
 from rlaif.errors import ConfigError
 from rlaif.storage import write_atomic
 
-_HEALTH_SERVICES = ("", SERVICE)
+_HEALTH_SERVICES = ("", SERVICE, ADMIN_SERVICE)
 
 
 class RewardServer:
@@ -31,9 +33,14 @@ class RewardServer:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        self._service = RewardService(max_items=config.max_items, max_request_bytes=config.max_request_bytes)
+        self._service = RewardService(
+            max_items=config.max_items,
+            max_request_bytes=config.max_request_bytes,
+            max_stream_requests=config.max_stream_requests,
+            load=self._load,
+        )
         self._health = HealthServicer()
-        self._batcher: Batcher | None = None
+        self._registry: ModelRegistry | None = None
         self._server = grpc.aio.server(
             options=(
                 ("grpc.so_reuseport", 0),  # else a second server shares the port in silence
@@ -55,9 +62,14 @@ class RewardServer:
         for name in _HEALTH_SERVICES:
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._server.add_generic_rpc_handlers((self._service.handlers(),))
+        self._server.add_generic_rpc_handlers(self._service.handlers())
         reflection.enable_server_reflection(
-            (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
+            (
+                SERVICE,
+                ADMIN_SERVICE,
+                health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+                reflection.SERVICE_NAME,
+            ),
             self._server,
         )
         host = f"[{config.host}]" if ":" in config.host else config.host
@@ -72,28 +84,38 @@ class RewardServer:
 
     async def open(self, scorer: Scorer) -> asyncio.Future[None]:
         """Warm up and serve; the returned future ends only if computing breaks, with the exception."""
-        await scorer.warm_up()
-        config = self._config
-        self._batcher = Batcher(
-            scorer,
-            max_batch_tokens=config.max_batch_tokens,
-            max_queue_tokens=config.max_queue_tokens,
-            max_queue_items=config.max_queue_items,
-        )
-        broken = self._batcher.start()
-        self._service.open(self._batcher)
+
+        async def at_hand() -> Scorer:
+            return scorer
+
+        self._registry = ModelRegistry(self._queue, max_models=self._config.max_models)
+        await self._registry.load(at_hand, activate=True)
+        self._service.open(self._registry)
         for name in _HEALTH_SERVICES:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        return broken
+        return self._registry.broken
 
     async def drain(self) -> bool:
         """Say NOT_SERVING, finish what is in flight, stop; returns whether all of it finished in time."""
         await self._health.enter_graceful_shutdown()
         finished = await self._service.drain(self._config.drain_timeout_s)
         await self._server.stop(grace=1.0)  # health answers until here, and idle connections close
-        if self._batcher is not None:
-            await self._batcher.stop()
+        if self._registry is not None:
+            await self._registry.close()
         return finished
+
+    def _queue(self, scorer: Scorer) -> Batcher:
+        return Batcher(
+            scorer,
+            max_batch_tokens=self._config.max_batch_tokens,
+            max_queue_tokens=self._config.max_queue_tokens,
+            max_queue_items=self._config.max_queue_items,
+        )
+
+    async def _load(self, model: str) -> Scorer:
+        """A reward model of another name with this server's settings, for the admin calls."""
+        config = replace(self._config, model=model, judge=None)
+        return await asyncio.to_thread(load_scorer, config)
 
 
 def load_scorer(config: ServeConfig) -> Scorer:

@@ -1,11 +1,11 @@
-"""The gRPC servicer: the one place that knows protobuf and status codes."""
+"""The gRPC servicer: the one place that knows calls and their status codes."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from typing import Any, NoReturn, TypeVar
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -14,63 +14,65 @@ from google.rpc import code_pb2, status_pb2
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 
 from protos.rlaif.reward.v1 import reward_pb2 as pb
-from reward_server.batcher import Batcher, Overloaded, Report
-from reward_server.scorers.base import (
-    Compared,
-    CompareTask,
-    Failure,
-    Normalization,
-    Outcome,
-    Problem,
-    Scored,
-    ScoreTask,
-    Task,
-    Truncation,
-)
-from rlaif import types
+from reward_server import wire
+from reward_server.batcher import Overloaded, Priority, Report, TooLate
+from reward_server.registry import Model, ModelRegistry, NoSuchModel, TooManyModels
+from reward_server.scorers.base import Failure, Outcome, Scorer, Task
+from rlaif.errors import RlaifError
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RewardService"].full_name
-_DOMAIN = "rlaif.reward.v1"
+ADMIN_SERVICE = pb.DESCRIPTOR.services_by_name["ModelAdminService"].full_name
 
-_TRUNCATION: dict[int, Truncation] = {
-    pb.TRUNCATION_UNSPECIFIED: "reject",
-    pb.TRUNCATION_REJECT: "reject",
-    pb.TRUNCATION_LEFT: "left",
-}
-_CODES: dict[Problem, int] = {
-    "invalid": code_pb2.INVALID_ARGUMENT,
-    "too_long": code_pb2.OUT_OF_RANGE,
-    "no_score": code_pb2.INTERNAL,
-    "not_finite": code_pb2.INTERNAL,
-    "model_failed": code_pb2.INTERNAL,
-    "unavailable": code_pb2.UNAVAILABLE,
-    "expired": code_pb2.DEADLINE_EXCEEDED,
-    "unsupported": code_pb2.UNIMPLEMENTED,
-}
+_LOG = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
+Load = Callable[[str], Awaitable[Scorer]]
+
+
+class Refusal(Exception):
+    """A whole call that gets no answer but a status.
+
+    Attributes:
+        status: code, message for the caller, and typed details.
+    """
+
+    def __init__(self, code: int, message: str, *details: Message) -> None:
+        super().__init__(message)
+        self.status = status_pb2.Status(code=code, message=message)
+        for detail in details:
+            self.status.details.add().Pack(detail)
 
 
 class RewardService:
-    """`rlaif.reward.v1.RewardService` over one batcher.
+    """`rlaif.reward.v1.RewardService` and `ModelAdminService` over the models of a registry.
 
-    Without a batcher the server is warming up, and after `drain` it is going away: both answer UNAVAILABLE.
+    Without an active model the server is warming up, and after `drain` it is going away: both answer UNAVAILABLE.
+
+    Args:
+        max_items: most items in one request.
+        max_request_bytes: as the server was told, for callers to know.
+        max_stream_requests: unanswered requests of one stream.
+        load: loads a model by its name, for the admin calls.
     """
 
-    def __init__(self, *, max_items: int, max_request_bytes: int) -> None:
+    def __init__(
+        self, *, max_items: int, max_request_bytes: int, max_stream_requests: int, load: Load
+    ) -> None:
         self._max_items = max_items
         self._max_request_bytes = max_request_bytes
-        self._batcher: Batcher | None = None
+        self._max_stream_requests = max_stream_requests
+        self._load = load
+        self._registry: ModelRegistry | None = None
         self._draining = False
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def open(self, batcher: Batcher) -> None:
+    def open(self, registry: ModelRegistry) -> None:
         """Start answering."""
-        self._batcher = batcher
+        self._registry = registry
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new calls and wait for those in flight; returns whether all of them finished."""
@@ -81,249 +83,320 @@ class RewardService:
             return False
         return True
 
-    def handlers(self) -> grpc.GenericRpcHandler[bytes, bytes]:
+    def handlers(self) -> tuple[grpc.GenericRpcHandler[bytes, bytes], ...]:
         """The methods for `add_generic_rpc_handlers`.
 
         They take bytes and parse here: a message that cannot be parsed is the caller's mistake and gets
         INVALID_ARGUMENT, where grpc's own parsing step would answer UNKNOWN with a Python class name.
         """
-        methods = {
-            "Score": _method(self.Score, pb.ScoreRequest),
-            "Compare": _method(self.Compare, pb.CompareRequest),
-            "GetInfo": _method(self.GetInfo, pb.GetInfoRequest),
+        reward = {
+            "Score": _unary(self.score, pb.ScoreRequest),
+            "ScoreStream": grpc.stream_stream_rpc_method_handler(
+                self._stream, request_deserializer=None, response_serializer=_serialize
+            ),
+            "Compare": _unary(self.compare, pb.CompareRequest),
+            "GetInfo": _unary(self.info, pb.GetInfoRequest),
         }
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
+        admin = {
+            "LoadModel": _unary(self.load_model, pb.LoadModelRequest),
+            "ActivateModel": _unary(self.activate_model, pb.ActivateModelRequest),
+            "UnloadModel": _unary(self.unload_model, pb.UnloadModelRequest),
+        }
+        return (
+            grpc.method_handlers_generic_handler(SERVICE, reward),
+            grpc.method_handlers_generic_handler(ADMIN_SERVICE, admin),
+        )
 
-    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
-        """Score conversations."""
-        async with self._serving(request, context) as batcher:
-            truncation = _TRUNCATION[request.truncation]
-            tasks: list[Task | Failure] = []
-            for item in request.items:
-                conversation = _conversation(item.conversation)
-                if isinstance(conversation, Failure):
-                    tasks.append(conversation)
-                elif conversation[-1].role != "assistant":
-                    tasks.append(
-                        Failure("invalid", "the conversation must end with the assistant turn to score")
-                    )
-                elif len(conversation) == 1:
-                    tasks.append(
-                        Failure("invalid", "the conversation has no prompt before the assistant turn")
-                    )
-                else:
-                    tasks.append(ScoreTask(conversation, truncation, request.with_rationale))
-            outcomes, timing = await self._submit(batcher, tasks, context)
-            scale = batcher.scorer.normalization
-            return pb.ScoreResponse(
-                outcomes=[
-                    _score_outcome(i.id, o, scale) for i, o in zip(request.items, outcomes, strict=True)
-                ],
-                model=_model(batcher),
-                timing=timing,
+    # ---- scoring ----
+
+    async def score(self, request: pb.ScoreRequest, time_left_s: float | None) -> pb.ScoreResponse:
+        """Score conversations.
+
+        Raises:
+            Refusal: the call as a whole cannot be answered.
+        """
+        return await self._score(request, time_left_s, Priority.INTERACTIVE, wait=False)
+
+    async def compare(self, request: pb.CompareRequest, time_left_s: float | None) -> pb.CompareResponse:
+        """Compare two responses to each prompt.
+
+        Raises:
+            Refusal: the call as a whole cannot be answered.
+        """
+        model = self._admit(request)
+        with self._counted(), self._models.hold(model):
+            tasks = wire.compare_tasks(request)
+            outcomes, report = await self._compute(
+                model, tasks, request, time_left_s, Priority.INTERACTIVE, wait=False
             )
+            return wire.compare_response(request, outcomes, report, model)
 
-    async def Compare(self, request: pb.CompareRequest, context: Context) -> pb.CompareResponse:
-        """Compare two responses to each prompt."""
-        async with self._serving(request, context) as batcher:
-            truncation = _TRUNCATION[request.truncation]
-            tasks: list[Task | Failure] = []
-            for item in request.items:
-                prompt = _conversation(item.prompt)
-                if isinstance(prompt, Failure):
-                    tasks.append(prompt)
-                elif prompt[-1].role != "user":
-                    tasks.append(Failure("invalid", "the prompt must end with a user turn"))
-                else:
-                    tasks.append(
-                        CompareTask(types.Pair(prompt, item.response_a, item.response_b), truncation)
-                    )
-            outcomes, timing = await self._submit(batcher, tasks, context)
-            return pb.CompareResponse(
-                outcomes=[_compare_outcome(i.id, o) for i, o in zip(request.items, outcomes, strict=True)],
-                model=_model(batcher),
-                timing=timing,
-            )
+    async def info(self, request: pb.GetInfoRequest, time_left_s: float | None) -> pb.GetInfoResponse:
+        """Who is serving.
 
-    async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse:
-        """Who is serving."""
-        if self._batcher is None or self._draining:
-            await self._unavailable(context)
-        scorer = self._batcher.scorer
-        kinds = {"reward_model": pb.SCORER_KIND_REWARD_MODEL, "judge": pb.SCORER_KIND_JUDGE}
+        Raises:
+            Refusal: nobody is.
+        """
+        active = self._active()
+        scorer = active.scorer
         scale = scorer.normalization
         return pb.GetInfoResponse(
-            model=_model(self._batcher),
-            kind=kinds[scorer.kind],
+            model=wire.version_of(scorer),
+            kind=wire.KINDS[scorer.kind],
             limits=pb.Limits(
                 max_items=self._max_items,
                 max_tokens_per_item=scorer.max_tokens_per_item,
                 max_request_bytes=self._max_request_bytes,
+                max_stream_requests=self._max_stream_requests,
             ),
             normalization=pb.Normalization(center=scale.center, scale=scale.scale, source=scale.source),
+            models=[wire.loaded(model) for model in self._models.models],
         )
 
-    @contextlib.asynccontextmanager
-    async def _serving(
-        self, request: pb.ScoreRequest | pb.CompareRequest, context: Context
-    ) -> AsyncIterator[Batcher]:
-        """Everything that is checked before any item is looked at."""
-        if self._batcher is None or self._draining:
-            await self._unavailable(context)
-        self._in_flight += 1
-        self._idle.clear()
-        try:
-            version = self._batcher.scorer.version
-            if request.HasField("expected_version") and request.expected_version != version:
-                await _abort(
-                    context,
-                    code_pb2.FAILED_PRECONDITION,
-                    f"version {version} is served, not {request.expected_version}; nothing was computed",
-                    ErrorInfo(reason="VERSION_MISMATCH", domain=_DOMAIN, metadata={"served": version}),
-                )
-            violations = list(self._violations(request))
-            if violations:
-                first = violations[0]
-                await _abort(
-                    context,
-                    code_pb2.INVALID_ARGUMENT,
-                    f"{first.field}: {first.description}",
-                    BadRequest(field_violations=violations),
-                )
-            yield self._batcher
-        finally:
-            self._in_flight -= 1
-            if self._in_flight == 0:
-                self._idle.set()
+    async def _score(
+        self, request: pb.ScoreRequest, time_left_s: float | None, priority: Priority, *, wait: bool
+    ) -> pb.ScoreResponse:
+        model = self._admit(request)
+        with self._counted(), self._models.hold(model):
+            tasks = wire.score_tasks(request)
+            outcomes, report = await self._compute(model, tasks, request, time_left_s, priority, wait=wait)
+            return wire.score_response(request, outcomes, report, model)
 
-    def _violations(
-        self, request: pb.ScoreRequest | pb.CompareRequest
-    ) -> Iterable[BadRequest.FieldViolation]:
-        ids = [item.id for item in request.items]
-        if not 1 <= len(ids) <= self._max_items:
-            text = f"must hold 1 to {self._max_items} items, not {len(ids)}"
-            yield BadRequest.FieldViolation(field="items", description=text)
-        seen: set[int] = set()
-        for index, item_id in enumerate(ids):
-            if item_id in seen:
-                text = f"{item_id} is the id of an earlier item; ids must be unique within a request"
-                yield BadRequest.FieldViolation(field=f"items[{index}].id", description=text)
-            seen.add(item_id)
-        if request.truncation not in _TRUNCATION:
-            text = f"{request.truncation} is no Truncation"
-            yield BadRequest.FieldViolation(field="truncation", description=text)
-
-    async def _submit(
-        self, batcher: Batcher, tasks: Sequence[Task | Failure], context: Context
-    ) -> tuple[list[Outcome], pb.Timing]:
+    async def _compute(
+        self,
+        model: Model,
+        tasks: Sequence[Task | Failure],
+        request: wire.Request,
+        time_left_s: float | None,
+        default: Priority,
+        *,
+        wait: bool,
+    ) -> tuple[list[Outcome], Report]:
         """Outcomes in the order of `tasks`, failures among them as they are."""
         valid = [t for t in tasks if not isinstance(t, Failure)]
-        report = Report([], 0.0, 0.0, 0)
+        report = Report([])
         if valid:
             try:
-                report = await batcher.submit(valid, context.time_remaining())
+                report = await model.batcher.submit(
+                    valid,
+                    time_left_s,
+                    priority=wire.PRIORITY.get(request.priority, default),
+                    alone=request.deterministic,
+                    wait=wait,
+                )
             except Overloaded as err:
                 delay = Duration()
                 delay.FromMilliseconds(round(err.retry_after_s * 1000))
-                await _abort(
-                    context,
-                    code_pb2.RESOURCE_EXHAUSTED,
-                    str(err),
-                    ErrorInfo(reason="QUEUE_FULL", domain=_DOMAIN),
-                    RetryInfo(retry_delay=delay),
-                )
+                info = ErrorInfo(reason="QUEUE_FULL", domain=wire.DOMAIN)
+                raise Refusal(
+                    code_pb2.RESOURCE_EXHAUSTED, str(err), info, RetryInfo(retry_delay=delay)
+                ) from err
+            except TooLate as err:
+                raise Refusal(
+                    code_pb2.DEADLINE_EXCEEDED,
+                    "the queue is longer than the time left; nothing was computed",
+                    ErrorInfo(reason="DEADLINE_TOO_SHORT", domain=wire.DOMAIN),
+                ) from err
         computed = iter(report.outcomes)
-        outcomes = [t if isinstance(t, Failure) else next(computed) for t in tasks]
-        timing = pb.Timing(
-            queue_us=round(report.queue_s * 1e6),
-            compute_us=round(report.compute_s * 1e6),
-            batch_items=report.batch_items,
-        )
-        return outcomes, timing
+        return [t if isinstance(t, Failure) else next(computed) for t in tasks], report
 
-    async def _unavailable(self, context: Context) -> NoReturn:
-        doing = "draining" if self._draining else "warming up"
-        await _abort(context, code_pb2.UNAVAILABLE, f"the server is {doing}")
+    # ---- streams ----
 
+    async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Message]:
+        """Answer requests as they are done; read on only while few enough are unanswered."""
+        answers: asyncio.Queue[pb.ScoreStreamResponse | None] = asyncio.Queue()
+        room = asyncio.Semaphore(self._max_stream_requests)
+        open_tasks: set[asyncio.Task[None]] = set()
 
-def _method(
-    behaviour: Callable[[Request, Context], Awaitable[Response]], request_class: type[Request]
-) -> grpc.RpcMethodHandler[bytes, bytes]:
-    async def parse_and_call(data: bytes, context: Context) -> Response:
+        async def answer(envelope: pb.ScoreStreamRequest) -> None:
+            response = pb.ScoreStreamResponse(request_id=envelope.request_id)
+            try:
+                scored = await self._score(
+                    envelope.request, context.time_remaining(), Priority.BULK, wait=True
+                )
+                response.response.CopyFrom(scored)
+            except Refusal as err:
+                response.error.CopyFrom(err.status)
+            except Exception:
+                _LOG.exception("a request of a stream failed")
+                response.error.CopyFrom(status_pb2.Status(code=code_pb2.INTERNAL, message="internal error"))
+            await answers.put(response)
+
+        async def read() -> None:
+            async for data in requests:
+                await room.acquire()
+                task = asyncio.create_task(answer(_parse(pb.ScoreStreamRequest, data)))
+                open_tasks.add(task)
+                task.add_done_callback(open_tasks.discard)
+            await asyncio.gather(*open_tasks)
+
+        async def end() -> None:
+            try:
+                await reader
+            finally:
+                await answers.put(None)
+
+        reader = asyncio.create_task(read())
+        ender = asyncio.create_task(end())
         try:
-            request = request_class.FromString(data)
-        except DecodeError:
-            name = request_class.DESCRIPTOR.full_name
-            await _abort(context, code_pb2.INVALID_ARGUMENT, f"the message is no valid {name}")
-        return await behaviour(request, context)
+            while (response := await answers.get()) is not None:
+                yield response
+                room.release()
+            await ender
+        except Refusal as err:
+            await _abort(context, err.status)
+        finally:
+            for task in (reader, ender, *open_tasks):
+                task.cancel()
+            await asyncio.gather(reader, ender, *open_tasks, return_exceptions=True)
+
+    # ---- models ----
+
+    async def load_model(
+        self, request: pb.LoadModelRequest, time_left_s: float | None
+    ) -> pb.LoadModelResponse:
+        """Load a model beside the active one.
+
+        Raises:
+            Refusal: there is no such model, or no room for it.
+        """
+        self._active()
+        if not request.model:
+            raise _invalid([BadRequest.FieldViolation(field="model", description="must name a model")])
+        try:
+            model = await self._models.load(lambda: self._load(request.model), activate=request.activate)
+        except TooManyModels as err:
+            raise Refusal(
+                code_pb2.RESOURCE_EXHAUSTED, str(err), ErrorInfo(reason="TOO_MANY_MODELS", domain=wire.DOMAIN)
+            ) from err
+        except RlaifError as err:
+            raise _invalid([BadRequest.FieldViolation(field="model", description=str(err))]) from err
+        return pb.LoadModelResponse(model=wire.loaded(model))
+
+    async def activate_model(
+        self, request: pb.ActivateModelRequest, time_left_s: float | None
+    ) -> pb.ActivateModelResponse:
+        """Let a loaded model answer from now on.
+
+        Raises:
+            Refusal: it is not loaded.
+        """
+        self._active()
+        try:
+            before = self._models.activate(request.version)
+        except NoSuchModel as err:
+            raise Refusal(code_pb2.NOT_FOUND, str(err)) from err
+        previous = None if before is None else wire.version_of(before.scorer)
+        return pb.ActivateModelResponse(model=wire.loaded(self._active()), previous=previous)
+
+    async def unload_model(
+        self, request: pb.UnloadModelRequest, time_left_s: float | None
+    ) -> pb.UnloadModelResponse:
+        """Free a model that is not active.
+
+        Raises:
+            Refusal: it is not loaded, or it is active.
+        """
+        active = self._active()
+        if active.version == request.version:
+            raise Refusal(
+                code_pb2.FAILED_PRECONDITION,
+                f"version {request.version} is active: activate another one first",
+            )
+        try:
+            await self._models.unload(request.version)
+        except NoSuchModel as err:
+            raise Refusal(code_pb2.NOT_FOUND, str(err)) from err
+        return pb.UnloadModelResponse()
+
+    # ---- admission ----
+
+    @property
+    def _models(self) -> ModelRegistry:
+        assert self._registry is not None  # callers went through _active
+        return self._registry
+
+    def _active(self) -> Model:
+        active = None if self._registry is None else self._registry.active
+        if active is None or self._draining:
+            doing = "draining" if self._draining else "warming up"
+            raise Refusal(code_pb2.UNAVAILABLE, f"the server is {doing}")
+        return active
+
+    def _admit(self, request: wire.Request) -> Model:
+        """Everything that is checked before any item is looked at; gives the model that answers."""
+        model = self._active()
+        if request.HasField("expected_version") and request.expected_version != model.version:
+            pinned = self._models.find(request.expected_version)
+            if pinned is None:
+                raise Refusal(
+                    code_pb2.FAILED_PRECONDITION,
+                    f"version {model.version} is served, not {request.expected_version}; nothing was computed",
+                    ErrorInfo(
+                        reason="VERSION_MISMATCH", domain=wire.DOMAIN, metadata={"served": model.version}
+                    ),
+                )
+            model = pinned
+        found = list(wire.violations(request, self._max_items))
+        if found:
+            raise _invalid(found)
+        return model
+
+    def _counted(self) -> _InFlight:
+        return _InFlight(self)
+
+
+class _InFlight:
+    """Counts a call, so that a drain waits for it."""
+
+    def __init__(self, service: RewardService) -> None:
+        self._service = service
+
+    def __enter__(self) -> None:
+        self._service._in_flight += 1
+        self._service._idle.clear()
+
+    def __exit__(self, *error: object) -> None:
+        self._service._in_flight -= 1
+        if self._service._in_flight == 0:
+            self._service._idle.set()
+
+
+def _invalid(found: Sequence[BadRequest.FieldViolation]) -> Refusal:
+    first = found[0]
+    text = f"{first.field}: {first.description}"
+    return Refusal(code_pb2.INVALID_ARGUMENT, text, BadRequest(field_violations=found))
+
+
+def _parse(request_class: type[Request], data: bytes) -> Request:
+    try:
+        return request_class.FromString(data)
+    except DecodeError as err:
+        name = request_class.DESCRIPTOR.full_name
+        raise Refusal(code_pb2.INVALID_ARGUMENT, f"the message is no valid {name}") from err
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _unary(
+    behaviour: Callable[[Request, float | None], Awaitable[Response]], request_class: type[Request]
+) -> grpc.RpcMethodHandler[bytes, bytes]:
+    async def call(data: bytes, context: Context) -> Response:
+        try:
+            return await behaviour(_parse(request_class, data), context.time_remaining())
+        except Refusal as err:
+            await _abort(context, err.status)
+            raise
 
     return grpc.unary_unary_rpc_method_handler(
-        parse_and_call, request_deserializer=None, response_serializer=lambda m: m.SerializeToString()
+        cast("Any", call), request_deserializer=None, response_serializer=_serialize
     )
 
 
-async def _abort(context: Context, code: int, message: str, *details: Message) -> NoReturn:
+async def _abort(context: Context, status: status_pb2.Status) -> None:
     """End the call with a rich status (google.rpc.Status in the trailer, as grpcio-status reads it)."""
-    status = status_pb2.Status(code=code, message=message)
-    for detail in details:
-        status.details.add().Pack(detail)
-    number = {c.value[0]: c for c in grpc.StatusCode}[code]
+    number = {c.value[0]: c for c in grpc.StatusCode}[status.code]
     trailer = (("grpc-status-details-bin", status.SerializeToString()),)
-    await context.abort(number, message, trailing_metadata=trailer)
-    raise AssertionError("abort raises")
-
-
-def _conversation(message: pb.Conversation) -> types.Conversation | Failure:
-    if not message.messages:
-        return Failure("invalid", "the conversation has no messages")
-    turns = []
-    for index, turn in enumerate(message.messages):
-        if turn.role not in ("system", "user", "assistant"):
-            return Failure("invalid", f"messages[{index}].role must be system, user or assistant")
-        turns.append(types.Message(turn.role, turn.content))  # type: ignore[arg-type]
-    return tuple(turns)
-
-
-def _score_outcome(item_id: int, outcome: Outcome, scale: Normalization) -> pb.ScoreOutcome:
-    if isinstance(outcome, Failure):
-        return pb.ScoreOutcome(id=item_id, error=_status(outcome))
-    assert isinstance(outcome, Scored)
-    score = pb.Score(
-        raw=outcome.raw,
-        normalized=(outcome.raw - scale.center) / scale.scale,
-        tokens=outcome.tokens,
-        truncated=outcome.truncated,
-        rationale=outcome.rationale,
-    )
-    if outcome.distribution is not None:
-        reading = outcome.distribution
-        score.distribution.CopyFrom(
-            pb.LevelDistribution(probability=reading.probability, level=reading.level, mass=reading.mass)
-        )
-    return pb.ScoreOutcome(id=item_id, score=score)
-
-
-def _compare_outcome(item_id: int, outcome: Outcome) -> pb.CompareOutcome:
-    if isinstance(outcome, Failure):
-        return pb.CompareOutcome(id=item_id, error=_status(outcome))
-    assert isinstance(outcome, Compared)
-    return pb.CompareOutcome(
-        id=item_id,
-        comparison=pb.Comparison(
-            p_a=outcome.p_a,
-            p_a_first=outcome.p_a_first,
-            p_a_second=outcome.p_a_second,
-            tokens=outcome.tokens,
-            truncated=outcome.truncated,
-        ),
-    )
-
-
-def _status(failure: Failure) -> status_pb2.Status:
-    status = status_pb2.Status(code=_CODES[failure.problem], message=failure.message)
-    status.details.add().Pack(ErrorInfo(reason=failure.problem.upper(), domain=_DOMAIN))
-    return status
-
-
-def _model(batcher: Batcher) -> pb.ModelVersion:
-    return pb.ModelVersion(name=batcher.scorer.name, version=batcher.scorer.version)
+    await context.abort(number, status.message, trailing_metadata=trailer)

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from rlaif.types import Conversation, Pair
 
-Kind = Literal["reward_model", "judge"]
+Kind = Literal["reward_model", "judge", "composite"]
 Truncation = Literal["reject", "left"]
 Problem = Literal[
     "invalid", "too_long", "no_score", "not_finite", "model_failed", "unavailable", "expired", "unsupported"
@@ -49,6 +49,7 @@ class Prepared:
         tokens: cost of the item in tokens (an estimate where the back end tokenises).
         width: length of its longest sequence in tokens, which decides the padding of a batch.
         truncated: whether the prompt was shortened.
+        fingerprint: first 8 bytes of the SHA-256 over the ids, each as 4 bytes little endian; empty without ids.
     """
 
     task: Task
@@ -56,6 +57,7 @@ class Prepared:
     tokens: int
     width: int
     truncated: bool = False
+    fingerprint: bytes = b""
 
     @property
     def rows(self) -> int:
@@ -74,11 +76,13 @@ class LevelReading:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """The score of one conversation, before normalisation."""
+    """The score of one conversation, before normalisation. `cached` of its tokens were not computed."""
 
     raw: float
     tokens: int
     truncated: bool = False
+    cached: int = 0
+    fingerprint: bytes = b""
     distribution: LevelReading | None = None
     rationale: str | None = None
 
@@ -90,6 +94,7 @@ class Compared:
     p_a: float
     tokens: int
     truncated: bool = False
+    cached: int = 0
     p_a_first: float | None = None
     p_a_second: float | None = None
 
@@ -103,6 +108,10 @@ class Failure:
 
 
 Outcome = Scored | Compared | Failure
+
+
+class OutOfMemory(RuntimeError):
+    """The device has no room for this batch; a smaller one may fit."""
 
 
 class TaskError(ValueError):
@@ -126,7 +135,7 @@ class Scorer(Protocol):
     """Something that scores batches.
 
     Attributes:
-        kind: a learned reward model, or a judge.
+        kind: a learned reward model, a judge, or several scorers reduced to one number.
         name: the model as the server was told.
         version: hash over everything a score depends on.
         normalization: how raw scores become rewards.
@@ -154,7 +163,8 @@ class Scorer(Protocol):
     async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
         """Outcomes in the order of `batch`. Must not block the event loop.
 
-        An exception fails the batch; the batcher then halves it to find the item to blame.
+        An exception fails the batch; the batcher then halves it to find the item to blame. `OutOfMemory` makes it
+        halve the batch too, and keep to the size that fits.
         """
         ...
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from reward_server.model import RewardModel, scores
@@ -14,6 +16,7 @@ from reward_server.scorers.base import (
     CompareTask,
     Kind,
     Outcome,
+    OutOfMemory,
     Prepared,
     Scored,
     ScoreTask,
@@ -69,7 +72,14 @@ class LearnedScorer:
             sequences.append(tuple(encoded.ids))
             truncated = truncated or encoded.truncated
         lengths = [len(s) for s in sequences]
-        return Prepared(task, tuple(sequences), tokens=sum(lengths), width=max(lengths), truncated=truncated)
+        return Prepared(
+            task,
+            tuple(sequences),
+            tokens=sum(lengths),
+            width=max(lengths),
+            truncated=truncated,
+            fingerprint=fingerprint(sequences[0]),
+        )
 
     async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
         """One padded forward pass over all sequences of the batch."""
@@ -84,8 +94,12 @@ class LearnedScorer:
         self._device_thread.shutdown(wait=False, cancel_futures=True)
 
     def _forward(self, batch: Sequence[Prepared]) -> list[Outcome]:
-        with torch.inference_mode():
-            raw = scores(self._model, [s for item in batch for s in item.sequences]).double().cpu()
+        try:
+            with torch.inference_mode():
+                raw = scores(self._model, [s for item in batch for s in item.sequences]).double().cpu()
+        except torch.OutOfMemoryError as err:
+            torch.cuda.empty_cache()
+            raise OutOfMemory(str(err)) from err
         outcomes: list[Outcome] = []
         row = 0
         for item in batch:
@@ -95,5 +109,17 @@ class LearnedScorer:
                 p_a = torch.sigmoid(own[0] - own[1]).item()
                 outcomes.append(Compared(p_a, tokens=item.tokens, truncated=item.truncated))
             else:
-                outcomes.append(Scored(own[0].item(), tokens=item.tokens, truncated=item.truncated))
+                outcomes.append(
+                    Scored(
+                        own[0].item(),
+                        tokens=item.tokens,
+                        truncated=item.truncated,
+                        fingerprint=item.fingerprint,
+                    )
+                )
         return outcomes
+
+
+def fingerprint(ids: Sequence[int]) -> bytes:
+    """First 8 bytes of the SHA-256 over token ids, each as 4 bytes little endian."""
+    return hashlib.sha256(np.asarray(ids, dtype="<u4").tobytes()).digest()[:8]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward_server.batcher import Batcher, Overloaded
-from reward_server.scorers.base import Failure, Scored, ScoreTask, Task
+from reward_server.batcher import Batcher, Overloaded, Priority, TooLate
+from reward_server.scorers.base import Failure, Outcome, OutOfMemory, Prepared, Scored, ScoreTask, Task
 from rlaif.types import Message, user_prompt
 from tests.reward_server.fakes import LengthScorer
 
@@ -87,16 +88,132 @@ def test_an_idle_queue_takes_a_request_larger_than_its_bounds() -> None:
     asyncio.run(scenario())
 
 
-def test_an_item_whose_time_is_up_fails_without_being_computed() -> None:
+def test_an_item_whose_time_is_up_when_its_turn_comes_is_not_computed() -> None:
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        scorer.gate.clear()
+        queue = batcher(scorer)
+        queue.start()
+        running = asyncio.ensure_future(queue.submit([task(1)]))
+        await scorer.started.wait()
+        late = asyncio.ensure_future(queue.submit([task(5)], time_left_s=0.05))
+        while queue.queued_tokens != 5:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.06)
+        scorer.gate.set()
+        await running
+        outcome = (await late).outcomes[0]
+        await queue.stop()
+        assert isinstance(outcome, Failure) and outcome.problem == "expired"
+        assert scorer.computed == ["x"]
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_cannot_be_done_in_time_is_refused_before_it_is_queued() -> None:
     async def scenario() -> None:
         scorer = LengthScorer()
         queue = batcher(scorer)
         queue.start()
-        report = await queue.submit([task(5)], time_left_s=0.0)
+        await queue.submit([task(10)])  # from now on the rate is known
+        before = len(scorer.computed)
+        with pytest.raises(TooLate):
+            await queue.submit([task(5)], time_left_s=0.0)
         await queue.stop()
-        outcome = report.outcomes[0]
-        assert isinstance(outcome, Failure) and outcome.problem == "expired"
-        assert scorer.batches == []
+        assert len(scorer.computed) == before and queue.queued_tokens == 0
+
+    asyncio.run(scenario())
+
+
+def test_interactive_items_go_first_and_bulk_is_not_starved() -> None:
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        scorer.gate.clear()
+        queue = batcher(scorer, max_batch_tokens=1)  # one item a batch
+        queue.start()
+        first = asyncio.ensure_future(queue.submit([task(1)]))
+        await scorer.started.wait()
+        bulk = asyncio.ensure_future(queue.submit([task(2)] * 2, priority=Priority.BULK))
+        while queue.queued_tokens != 4:
+            await asyncio.sleep(0.001)
+        quick = asyncio.ensure_future(queue.submit([task(3)] * 20))
+        while queue.queued_tokens != 64:
+            await asyncio.sleep(0.001)
+        scorer.gate.set()
+        await asyncio.gather(first, bulk, quick)
+        await queue.stop()
+        order = [len(text) for text in scorer.computed][1:]
+        assert order[:7] == [3] * 7, "interactive first"
+        assert order.index(2) == 7, "the eighth batch is the bulk's turn"
+        assert order[-1] == 3
+
+    asyncio.run(scenario())
+
+
+def test_items_that_must_not_depend_on_neighbours_have_a_batch_of_their_own() -> None:
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        scorer.gate.clear()
+        queue = batcher(scorer)
+        queue.start()
+        first = asyncio.ensure_future(queue.submit([task(1)]))
+        await scorer.started.wait()
+        together = asyncio.ensure_future(queue.submit([task(4)] * 3))
+        apart = asyncio.ensure_future(queue.submit([task(5)] * 2, alone=True))
+        while queue.queued_tokens != 22:
+            await asyncio.sleep(0.001)
+        scorer.gate.set()
+        await asyncio.gather(first, together, apart)
+        await queue.stop()
+        assert [[len(text) for text in batch] for batch in scorer.batches] == [[1], [4, 4, 4], [5], [5]]
+
+    asyncio.run(scenario())
+
+
+def test_a_waiting_request_is_let_in_when_there_is_room() -> None:
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        scorer.gate.clear()
+        queue = batcher(scorer, max_queue_items=2)
+        queue.start()
+        first = asyncio.ensure_future(queue.submit([task(1)]))
+        await scorer.started.wait()
+        full = asyncio.ensure_future(queue.submit([task(2)] * 2))
+        while queue.queued_tokens != 4:
+            await asyncio.sleep(0.001)
+        with pytest.raises(Overloaded):
+            await queue.submit([task(3)])
+        patient = asyncio.ensure_future(queue.submit([task(3)], wait=True))
+        scorer.gate.set()
+        report = (await asyncio.gather(first, full, patient))[2]
+        await queue.stop()
+        assert [o.raw for o in report.outcomes if isinstance(o, Scored)] == [3.0]
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_too_large_for_the_device_is_split_and_the_budget_learned() -> None:
+    class Small(LengthScorer):
+        """A device with room for 16 padded tokens."""
+
+        async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
+            if len(batch) * max(item.width for item in batch) > 16:
+                raise OutOfMemory("no room")
+            return await super().score(batch)
+
+    async def scenario() -> None:
+        scorer = Small()
+        queue = batcher(scorer)
+        queue.start()
+        report = await queue.submit([task(4)] * 12)
+        assert [o.raw for o in report.outcomes if isinstance(o, Scored)] == [4.0] * 12
+        assert queue.max_batch_tokens <= 16
+        scorer.batches.clear()
+        await queue.submit([task(4)] * 12)
+        await queue.stop()
+        assert [len(batch) for batch in scorer.batches] == [
+            len(b) for b in scorer.batches if len(b) * 4 <= 16
+        ]
 
     asyncio.run(scenario())
 

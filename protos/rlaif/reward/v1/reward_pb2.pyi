@@ -46,6 +46,29 @@ TRUNCATION_LEFT: Truncation.ValueType  # 2
 """The oldest tokens of the prompt are dropped; the outcome says so."""
 Global___Truncation: typing_extensions.TypeAlias = Truncation
 
+class _Priority:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PriorityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """Same as PRIORITY_INTERACTIVE for unary calls and PRIORITY_BULK on a stream."""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    """Goes first."""
+    PRIORITY_BULK: _Priority.ValueType  # 2
+    """Fills what interactive calls leave over; never starves."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper): ...
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""Same as PRIORITY_INTERACTIVE for unary calls and PRIORITY_BULK on a stream."""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+"""Goes first."""
+PRIORITY_BULK: Priority.ValueType  # 2
+"""Fills what interactive calls leave over; never starves."""
+Global___Priority: typing_extensions.TypeAlias = Priority
+
 class _ScorerKind:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -57,6 +80,8 @@ class _ScorerKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     """A learned scalar head."""
     SCORER_KIND_JUDGE: _ScorerKind.ValueType  # 2
     """An LLM that scores on an ordered scale."""
+    SCORER_KIND_COMPOSITE: _ScorerKind.ValueType  # 3
+    """Several of them, reduced to one number."""
 
 class ScorerKind(_ScorerKind, metaclass=_ScorerKindEnumTypeWrapper): ...
 
@@ -65,7 +90,38 @@ SCORER_KIND_REWARD_MODEL: ScorerKind.ValueType  # 1
 """A learned scalar head."""
 SCORER_KIND_JUDGE: ScorerKind.ValueType  # 2
 """An LLM that scores on an ordered scale."""
+SCORER_KIND_COMPOSITE: ScorerKind.ValueType  # 3
+"""Several of them, reduced to one number."""
 Global___ScorerKind: typing_extensions.TypeAlias = ScorerKind
+
+class _ModelState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ModelStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ModelState.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
+    MODEL_STATE_LOADING: _ModelState.ValueType  # 1
+    """Reading weights."""
+    MODEL_STATE_READY: _ModelState.ValueType  # 2
+    """Ready to score for callers that expect its version."""
+    MODEL_STATE_ACTIVE: _ModelState.ValueType  # 3
+    """Scores for everybody."""
+    MODEL_STATE_DRAINING: _ModelState.ValueType  # 4
+    """Finishes what it was asked and is then freed."""
+
+class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper): ...
+
+MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
+MODEL_STATE_LOADING: ModelState.ValueType  # 1
+"""Reading weights."""
+MODEL_STATE_READY: ModelState.ValueType  # 2
+"""Ready to score for callers that expect its version."""
+MODEL_STATE_ACTIVE: ModelState.ValueType  # 3
+"""Scores for everybody."""
+MODEL_STATE_DRAINING: ModelState.ValueType  # 4
+"""Finishes what it was asked and is then freed."""
+Global___ModelState: typing_extensions.TypeAlias = ModelState
 
 @typing.final
 class Message(google.protobuf.message.Message):
@@ -133,11 +189,18 @@ class ScoreRequest(google.protobuf.message.Message):
     EXPECTED_VERSION_FIELD_NUMBER: builtins.int
     TRUNCATION_FIELD_NUMBER: builtins.int
     WITH_RATIONALE_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    DETERMINISTIC_FIELD_NUMBER: builtins.int
     expected_version: builtins.str
-    """If set, the version that must be serving (ModelVersion.version)."""
+    """If set, the version that must score (ModelVersion.version): the active one, or another one that is still loaded."""
     truncation: Global___Truncation.ValueType
     with_rationale: builtins.bool
     """Whether a judge's rationale is to be returned with its score."""
+    priority: Global___Priority.ValueType
+    deterministic: builtins.bool
+    """Whether every item must be computed by itself, so that its score is the same to the last bit whatever else is
+    in the queue. Slower.
+    """
     @property
     def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ScoreItem]: ...
     def __init__(
@@ -147,12 +210,62 @@ class ScoreRequest(google.protobuf.message.Message):
         expected_version: builtins.str | None = ...,
         truncation: Global___Truncation.ValueType = ...,
         with_rationale: builtins.bool = ...,
+        priority: Global___Priority.ValueType = ...,
+        deterministic: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version", "items", b"items", "truncation", b"truncation", "with_rationale", b"with_rationale"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_expected_version", b"_expected_version", "deterministic", b"deterministic", "expected_version", b"expected_version", "items", b"items", "priority", b"priority", "truncation", b"truncation", "with_rationale", b"with_rationale"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_expected_version", b"_expected_version"]) -> typing.Literal["expected_version"] | None: ...
 
 Global___ScoreRequest: typing_extensions.TypeAlias = ScoreRequest
+
+@typing.final
+class ScoreStreamRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
+    request_id: builtins.int
+    """Unique among the unanswered requests of the stream; echoed in the response."""
+    @property
+    def request(self) -> Global___ScoreRequest: ...
+    def __init__(
+        self,
+        *,
+        request_id: builtins.int = ...,
+        request: Global___ScoreRequest | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["request", b"request", "request_id", b"request_id"]) -> None: ...
+
+Global___ScoreStreamRequest: typing_extensions.TypeAlias = ScoreStreamRequest
+
+@typing.final
+class ScoreStreamResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    RESPONSE_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    request_id: builtins.int
+    @property
+    def response(self) -> Global___ScoreResponse: ...
+    @property
+    def error(self) -> google.rpc.status_pb2.Status:
+        """What the same request would have got from Score as a failed call."""
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.int = ...,
+        response: Global___ScoreResponse | None = ...,
+        error: google.rpc.status_pb2.Status | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["error", b"error", "response", b"response", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "request_id", b"request_id", "response", b"response", "result", b"result"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["result", b"result"]) -> typing.Literal["response", "error"] | None: ...
+
+Global___ScoreStreamResponse: typing_extensions.TypeAlias = ScoreStreamResponse
 
 @typing.final
 class LevelDistribution(google.protobuf.message.Message):
@@ -194,6 +307,7 @@ class Score(google.protobuf.message.Message):
     TRUNCATED_FIELD_NUMBER: builtins.int
     DISTRIBUTION_FIELD_NUMBER: builtins.int
     RATIONALE_FIELD_NUMBER: builtins.int
+    TOKENS_SHA256_FIELD_NUMBER: builtins.int
     raw: builtins.float
     """Reward model: the head's output. Judge: the expectation over its levels. Always finite."""
     normalized: builtins.float
@@ -202,6 +316,10 @@ class Score(google.protobuf.message.Message):
     """Tokens that the model read for this item."""
     truncated: builtins.bool
     rationale: builtins.str
+    tokens_sha256: builtins.bytes
+    """First 8 bytes of the SHA-256 of the token ids that were read, each as 4 bytes little endian: proof that both
+    sides tokenise alike. Empty where an LLM's back end tokenises.
+    """
     @property
     def distribution(self) -> Global___LevelDistribution:
         """Set when a judge scored the item."""
@@ -215,9 +333,10 @@ class Score(google.protobuf.message.Message):
         truncated: builtins.bool = ...,
         distribution: Global___LevelDistribution | None = ...,
         rationale: builtins.str | None = ...,
+        tokens_sha256: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_distribution", b"_distribution", "_rationale", b"_rationale", "distribution", b"distribution", "rationale", b"rationale"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_distribution", b"_distribution", "_rationale", b"_rationale", "distribution", b"distribution", "normalized", b"normalized", "rationale", b"rationale", "raw", b"raw", "tokens", b"tokens", "truncated", b"truncated"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_distribution", b"_distribution", "_rationale", b"_rationale", "distribution", b"distribution", "normalized", b"normalized", "rationale", b"rationale", "raw", b"raw", "tokens", b"tokens", "tokens_sha256", b"tokens_sha256", "truncated", b"truncated"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_distribution", b"_distribution"]) -> typing.Literal["distribution"] | None: ...
     @typing.overload
@@ -279,22 +398,53 @@ class Timing(google.protobuf.message.Message):
     QUEUE_US_FIELD_NUMBER: builtins.int
     COMPUTE_US_FIELD_NUMBER: builtins.int
     BATCH_ITEMS_FIELD_NUMBER: builtins.int
+    TOKENIZE_US_FIELD_NUMBER: builtins.int
+    BATCH_TOKENS_FIELD_NUMBER: builtins.int
+    PADDED_TOKENS_FIELD_NUMBER: builtins.int
     queue_us: builtins.int
     """From admission until the first batch that held an item of this request was cut."""
     compute_us: builtins.int
     """Model time of the batches that held this request's items."""
     batch_items: builtins.int
     """Largest number of items in one of those batches."""
+    tokenize_us: builtins.int
+    """Applying the template and tokenising this request."""
+    batch_tokens: builtins.int
+    """Tokens of the largest of those batches, without and with padding."""
+    padded_tokens: builtins.int
     def __init__(
         self,
         *,
         queue_us: builtins.int = ...,
         compute_us: builtins.int = ...,
         batch_items: builtins.int = ...,
+        tokenize_us: builtins.int = ...,
+        batch_tokens: builtins.int = ...,
+        padded_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["batch_items", b"batch_items", "compute_us", b"compute_us", "queue_us", b"queue_us"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batch_items", b"batch_items", "batch_tokens", b"batch_tokens", "compute_us", b"compute_us", "padded_tokens", b"padded_tokens", "queue_us", b"queue_us", "tokenize_us", b"tokenize_us"]) -> None: ...
 
 Global___Timing: typing_extensions.TypeAlias = Timing
+
+@typing.final
+class Usage(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INPUT_TOKENS_FIELD_NUMBER: builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    input_tokens: builtins.int
+    """Tokens of this request's items."""
+    cached_tokens: builtins.int
+    """Those among them that were not computed, because a prompt was shared or cached."""
+    def __init__(
+        self,
+        *,
+        input_tokens: builtins.int = ...,
+        cached_tokens: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cached_tokens", b"cached_tokens", "input_tokens", b"input_tokens"]) -> None: ...
+
+Global___Usage: typing_extensions.TypeAlias = Usage
 
 @typing.final
 class ScoreResponse(google.protobuf.message.Message):
@@ -303,21 +453,25 @@ class ScoreResponse(google.protobuf.message.Message):
     OUTCOMES_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
     TIMING_FIELD_NUMBER: builtins.int
+    USAGE_FIELD_NUMBER: builtins.int
     @property
     def outcomes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ScoreOutcome]: ...
     @property
     def model(self) -> Global___ModelVersion: ...
     @property
     def timing(self) -> Global___Timing: ...
+    @property
+    def usage(self) -> Global___Usage: ...
     def __init__(
         self,
         *,
         outcomes: collections.abc.Iterable[Global___ScoreOutcome] | None = ...,
         model: Global___ModelVersion | None = ...,
         timing: Global___Timing | None = ...,
+        usage: Global___Usage | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["model", b"model", "timing", b"timing"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["model", b"model", "outcomes", b"outcomes", "timing", b"timing"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["model", b"model", "timing", b"timing", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "outcomes", b"outcomes", "timing", b"timing", "usage", b"usage"]) -> None: ...
 
 Global___ScoreResponse: typing_extensions.TypeAlias = ScoreResponse
 
@@ -356,8 +510,12 @@ class CompareRequest(google.protobuf.message.Message):
     ITEMS_FIELD_NUMBER: builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: builtins.int
     TRUNCATION_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    DETERMINISTIC_FIELD_NUMBER: builtins.int
     expected_version: builtins.str
     truncation: Global___Truncation.ValueType
+    priority: Global___Priority.ValueType
+    deterministic: builtins.bool
     @property
     def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CompareItem]: ...
     def __init__(
@@ -366,9 +524,11 @@ class CompareRequest(google.protobuf.message.Message):
         items: collections.abc.Iterable[Global___CompareItem] | None = ...,
         expected_version: builtins.str | None = ...,
         truncation: Global___Truncation.ValueType = ...,
+        priority: Global___Priority.ValueType = ...,
+        deterministic: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version", "items", b"items", "truncation", b"truncation"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_expected_version", b"_expected_version", "deterministic", b"deterministic", "expected_version", b"expected_version", "items", b"items", "priority", b"priority", "truncation", b"truncation"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_expected_version", b"_expected_version"]) -> typing.Literal["expected_version"] | None: ...
 
 Global___CompareRequest: typing_extensions.TypeAlias = CompareRequest
@@ -441,21 +601,25 @@ class CompareResponse(google.protobuf.message.Message):
     OUTCOMES_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
     TIMING_FIELD_NUMBER: builtins.int
+    USAGE_FIELD_NUMBER: builtins.int
     @property
     def outcomes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CompareOutcome]: ...
     @property
     def model(self) -> Global___ModelVersion: ...
     @property
     def timing(self) -> Global___Timing: ...
+    @property
+    def usage(self) -> Global___Usage: ...
     def __init__(
         self,
         *,
         outcomes: collections.abc.Iterable[Global___CompareOutcome] | None = ...,
         model: Global___ModelVersion | None = ...,
         timing: Global___Timing | None = ...,
+        usage: Global___Usage | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["model", b"model", "timing", b"timing"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["model", b"model", "outcomes", b"outcomes", "timing", b"timing"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["model", b"model", "timing", b"timing", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "outcomes", b"outcomes", "timing", b"timing", "usage", b"usage"]) -> None: ...
 
 Global___CompareResponse: typing_extensions.TypeAlias = CompareResponse
 
@@ -476,20 +640,44 @@ class Limits(google.protobuf.message.Message):
     MAX_ITEMS_FIELD_NUMBER: builtins.int
     MAX_TOKENS_PER_ITEM_FIELD_NUMBER: builtins.int
     MAX_REQUEST_BYTES_FIELD_NUMBER: builtins.int
+    MAX_STREAM_REQUESTS_FIELD_NUMBER: builtins.int
     max_items: builtins.int
     max_tokens_per_item: builtins.int
     """Of one item after the chat template; 0 means the judge's context decides."""
     max_request_bytes: builtins.int
+    max_stream_requests: builtins.int
+    """Unanswered requests that a stream may have."""
     def __init__(
         self,
         *,
         max_items: builtins.int = ...,
         max_tokens_per_item: builtins.int = ...,
         max_request_bytes: builtins.int = ...,
+        max_stream_requests: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_items", b"max_items", "max_request_bytes", b"max_request_bytes", "max_tokens_per_item", b"max_tokens_per_item"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_items", b"max_items", "max_request_bytes", b"max_request_bytes", "max_stream_requests", b"max_stream_requests", "max_tokens_per_item", b"max_tokens_per_item"]) -> None: ...
 
 Global___Limits: typing_extensions.TypeAlias = Limits
+
+@typing.final
+class LoadedModel(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    state: Global___ModelState.ValueType
+    @property
+    def model(self) -> Global___ModelVersion: ...
+    def __init__(
+        self,
+        *,
+        model: Global___ModelVersion | None = ...,
+        state: Global___ModelState.ValueType = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["model", b"model"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "state", b"state"]) -> None: ...
+
+Global___LoadedModel: typing_extensions.TypeAlias = LoadedModel
 
 @typing.final
 class Normalization(google.protobuf.message.Message):
@@ -524,13 +712,20 @@ class GetInfoResponse(google.protobuf.message.Message):
     KIND_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
     NORMALIZATION_FIELD_NUMBER: builtins.int
+    MODELS_FIELD_NUMBER: builtins.int
     kind: Global___ScorerKind.ValueType
     @property
-    def model(self) -> Global___ModelVersion: ...
+    def model(self) -> Global___ModelVersion:
+        """The active model."""
+
     @property
     def limits(self) -> Global___Limits: ...
     @property
     def normalization(self) -> Global___Normalization: ...
+    @property
+    def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LoadedModel]:
+        """All that are loaded, the active one among them."""
+
     def __init__(
         self,
         *,
@@ -538,8 +733,110 @@ class GetInfoResponse(google.protobuf.message.Message):
         kind: Global___ScorerKind.ValueType = ...,
         limits: Global___Limits | None = ...,
         normalization: Global___Normalization | None = ...,
+        models: collections.abc.Iterable[Global___LoadedModel] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits", "model", b"model", "normalization", b"normalization"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["kind", b"kind", "limits", b"limits", "model", b"model", "normalization", b"normalization"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kind", b"kind", "limits", b"limits", "model", b"model", "models", b"models", "normalization", b"normalization"]) -> None: ...
 
 Global___GetInfoResponse: typing_extensions.TypeAlias = GetInfoResponse
+
+@typing.final
+class LoadModelRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    ACTIVATE_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """hf:NAME_OR_PATH of a reward model, as `rlaif serve --model` takes it."""
+    activate: builtins.bool
+    """Whether to activate it as well."""
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        activate: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["activate", b"activate", "model", b"model"]) -> None: ...
+
+Global___LoadModelRequest: typing_extensions.TypeAlias = LoadModelRequest
+
+@typing.final
+class LoadModelResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    @property
+    def model(self) -> Global___LoadedModel: ...
+    def __init__(
+        self,
+        *,
+        model: Global___LoadedModel | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["model", b"model"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model"]) -> None: ...
+
+Global___LoadModelResponse: typing_extensions.TypeAlias = LoadModelResponse
+
+@typing.final
+class ActivateModelRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: builtins.int
+    version: builtins.str
+    """ModelVersion.version."""
+    def __init__(
+        self,
+        *,
+        version: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["version", b"version"]) -> None: ...
+
+Global___ActivateModelRequest: typing_extensions.TypeAlias = ActivateModelRequest
+
+@typing.final
+class ActivateModelResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    PREVIOUS_FIELD_NUMBER: builtins.int
+    @property
+    def model(self) -> Global___LoadedModel: ...
+    @property
+    def previous(self) -> Global___ModelVersion:
+        """The one that was active before."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___LoadedModel | None = ...,
+        previous: Global___ModelVersion | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["model", b"model", "previous", b"previous"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "previous", b"previous"]) -> None: ...
+
+Global___ActivateModelResponse: typing_extensions.TypeAlias = ActivateModelResponse
+
+@typing.final
+class UnloadModelRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: builtins.int
+    version: builtins.str
+    def __init__(
+        self,
+        *,
+        version: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["version", b"version"]) -> None: ...
+
+Global___UnloadModelRequest: typing_extensions.TypeAlias = UnloadModelRequest
+
+@typing.final
+class UnloadModelResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___UnloadModelResponse: typing_extensions.TypeAlias = UnloadModelResponse

@@ -31,7 +31,8 @@ class RewardServiceStub(object):
 
     Errors of a whole call: INVALID_ARGUMENT (BadRequest names the field), FAILED_PRECONDITION (the served model is
     not the expected version; nothing was computed), RESOURCE_EXHAUSTED with RetryInfo (the queue is full; come
-    back later), UNAVAILABLE (warming up or draining), DEADLINE_EXCEEDED.
+    back later), UNAVAILABLE (warming up or draining), DEADLINE_EXCEEDED (at once, when the queue is longer than the
+    time left), UNAUTHENTICATED and PERMISSION_DENIED (before the message is read).
     A single bad item never fails its siblings: it carries its own google.rpc.Status.
     """
 
@@ -45,6 +46,11 @@ class RewardServiceStub(object):
                 '/rlaif.reward.v1.RewardService/Score',
                 request_serializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.ScoreStream = channel.stream_stream(
+                '/rlaif.reward.v1.RewardService/ScoreStream',
+                request_serializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ScoreStreamRequest.SerializeToString,
+                response_deserializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ScoreStreamResponse.FromString,
                 _registered_method=True)
         self.Compare = channel.unary_unary(
                 '/rlaif.reward.v1.RewardService/Compare',
@@ -63,12 +69,22 @@ class RewardServiceServicer(object):
 
     Errors of a whole call: INVALID_ARGUMENT (BadRequest names the field), FAILED_PRECONDITION (the served model is
     not the expected version; nothing was computed), RESOURCE_EXHAUSTED with RetryInfo (the queue is full; come
-    back later), UNAVAILABLE (warming up or draining), DEADLINE_EXCEEDED.
+    back later), UNAVAILABLE (warming up or draining), DEADLINE_EXCEEDED (at once, when the queue is longer than the
+    time left), UNAUTHENTICATED and PERMISSION_DENIED (before the message is read).
     A single bad item never fails its siblings: it carries its own google.rpc.Status.
     """
 
     def Score(self, request, context):
         """Up to `Limits.max_items` conversations; one outcome per item, same order and length.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScoreStream(self, request_iterator, context):
+        """Bulk scoring: many requests in flight on one stream, each answered when it is done, matched by id. The server
+        reads no further than `Limits.max_stream_requests` unanswered requests, so HTTP/2 flow control holds the caller.
+        Nothing is refused for a full queue here: a stream waits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +112,11 @@ def add_RewardServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ScoreRequest.FromString,
                     response_serializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ScoreResponse.SerializeToString,
             ),
+            'ScoreStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ScoreStream,
+                    request_deserializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ScoreStreamRequest.FromString,
+                    response_serializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ScoreStreamResponse.SerializeToString,
+            ),
             'Compare': grpc.unary_unary_rpc_method_handler(
                     servicer.Compare,
                     request_deserializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.CompareRequest.FromString,
@@ -119,7 +140,8 @@ class RewardService(object):
 
     Errors of a whole call: INVALID_ARGUMENT (BadRequest names the field), FAILED_PRECONDITION (the served model is
     not the expected version; nothing was computed), RESOURCE_EXHAUSTED with RetryInfo (the queue is full; come
-    back later), UNAVAILABLE (warming up or draining), DEADLINE_EXCEEDED.
+    back later), UNAVAILABLE (warming up or draining), DEADLINE_EXCEEDED (at once, when the queue is longer than the
+    time left), UNAUTHENTICATED and PERMISSION_DENIED (before the message is read).
     A single bad item never fails its siblings: it carries its own google.rpc.Status.
     """
 
@@ -140,6 +162,33 @@ class RewardService(object):
             '/rlaif.reward.v1.RewardService/Score',
             protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ScoreRequest.SerializeToString,
             protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScoreStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/rlaif.reward.v1.RewardService/ScoreStream',
+            protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ScoreStreamRequest.SerializeToString,
+            protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ScoreStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -194,6 +243,175 @@ class RewardService(object):
             '/rlaif.reward.v1.RewardService/GetInfo',
             protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.GetInfoRequest.SerializeToString,
             protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.GetInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class ModelAdminServiceStub(object):
+    """Changes the model of a running server without a refused call; callers need the role `admin`.
+    Load B while A serves, activate B in one step, and A finishes what it has begun. A call is answered by one model.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.LoadModel = channel.unary_unary(
+                '/rlaif.reward.v1.ModelAdminService/LoadModel',
+                request_serializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.LoadModelResponse.FromString,
+                _registered_method=True)
+        self.ActivateModel = channel.unary_unary(
+                '/rlaif.reward.v1.ModelAdminService/ActivateModel',
+                request_serializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ActivateModelRequest.SerializeToString,
+                response_deserializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ActivateModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/rlaif.reward.v1.ModelAdminService/UnloadModel',
+                request_serializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
+
+
+class ModelAdminServiceServicer(object):
+    """Changes the model of a running server without a refused call; callers need the role `admin`.
+    Load B while A serves, activate B in one step, and A finishes what it has begun. A call is answered by one model.
+    """
+
+    def LoadModel(self, request, context):
+        """Loads, warms up and checks a model; it then answers callers that expect its version. Takes as long as loading does.
+        INVALID_ARGUMENT: no such model, or it fails its own golden set; the active model is not touched.
+        RESOURCE_EXHAUSTED: as many models are loaded as the server holds; unload one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ActivateModel(self, request, context):
+        """From now on, calls that expect no version go to this one. NOT_FOUND if it is not loaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Frees a model that is not active, once the calls it has begun are answered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ModelAdminServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.LoadModelRequest.FromString,
+                    response_serializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'ActivateModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.ActivateModel,
+                    request_deserializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ActivateModelRequest.FromString,
+                    response_serializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ActivateModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.UnloadModelRequest.FromString,
+                    response_serializer=protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.UnloadModelResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'rlaif.reward.v1.ModelAdminService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('rlaif.reward.v1.ModelAdminService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ModelAdminService(object):
+    """Changes the model of a running server without a refused call; callers need the role `admin`.
+    Load B while A serves, activate B in one step, and A finishes what it has begun. A call is answered by one model.
+    """
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rlaif.reward.v1.ModelAdminService/LoadModel',
+            protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.LoadModelRequest.SerializeToString,
+            protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ActivateModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rlaif.reward.v1.ModelAdminService/ActivateModel',
+            protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ActivateModelRequest.SerializeToString,
+            protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.ActivateModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rlaif.reward.v1.ModelAdminService/UnloadModel',
+            protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.UnloadModelRequest.SerializeToString,
+            protos_dot_rlaif_dot_reward_dot_v1_dot_reward__pb2.UnloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

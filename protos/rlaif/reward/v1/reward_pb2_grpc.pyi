@@ -44,6 +44,22 @@ _RewardServiceScoreType = typing_extensions.TypeVar(
     ],
 )
 
+_RewardServiceScoreStreamType = typing_extensions.TypeVar(
+    '_RewardServiceScoreStreamType',
+    grpc.StreamStreamMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.ScoreStreamRequest,
+        protos.rlaif.reward.v1.reward_pb2.ScoreStreamResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.ScoreStreamRequest,
+        protos.rlaif.reward.v1.reward_pb2.ScoreStreamResponse,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.ScoreStreamRequest,
+        protos.rlaif.reward.v1.reward_pb2.ScoreStreamResponse,
+    ],
+)
+
 _RewardServiceCompareType = typing_extensions.TypeVar(
     '_RewardServiceCompareType',
     grpc.UnaryUnaryMultiCallable[
@@ -76,12 +92,13 @@ _RewardServiceGetInfoType = typing_extensions.TypeVar(
     ],
 )
 
-class RewardServiceStub(typing.Generic[_RewardServiceScoreType, _RewardServiceCompareType, _RewardServiceGetInfoType]):
+class RewardServiceStub(typing.Generic[_RewardServiceScoreType, _RewardServiceScoreStreamType, _RewardServiceCompareType, _RewardServiceGetInfoType]):
     """Scores conversations. Standard grpc.health.v1 and reflection are served beside it.
 
     Errors of a whole call: INVALID_ARGUMENT (BadRequest names the field), FAILED_PRECONDITION (the served model is
     not the expected version; nothing was computed), RESOURCE_EXHAUSTED with RetryInfo (the queue is full; come
-    back later), UNAVAILABLE (warming up or draining), DEADLINE_EXCEEDED.
+    back later), UNAVAILABLE (warming up or draining), DEADLINE_EXCEEDED (at once, when the queue is longer than the
+    time left), UNAUTHENTICATED and PERMISSION_DENIED (before the message is read).
     A single bad item never fails its siblings: it carries its own google.rpc.Status.
     """
 
@@ -90,6 +107,10 @@ class RewardServiceStub(typing.Generic[_RewardServiceScoreType, _RewardServiceCo
         grpc.UnaryUnaryMultiCallable[
             protos.rlaif.reward.v1.reward_pb2.ScoreRequest,
             protos.rlaif.reward.v1.reward_pb2.ScoreResponse,
+        ],
+        grpc.StreamStreamMultiCallable[
+            protos.rlaif.reward.v1.reward_pb2.ScoreStreamRequest,
+            protos.rlaif.reward.v1.reward_pb2.ScoreStreamResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             protos.rlaif.reward.v1.reward_pb2.CompareRequest,
@@ -107,6 +128,10 @@ class RewardServiceStub(typing.Generic[_RewardServiceScoreType, _RewardServiceCo
             protos.rlaif.reward.v1.reward_pb2.ScoreRequest,
             protos.rlaif.reward.v1.reward_pb2.ScoreResponse,
         ],
+        grpc.aio.StreamStreamMultiCallable[
+            protos.rlaif.reward.v1.reward_pb2.ScoreStreamRequest,
+            protos.rlaif.reward.v1.reward_pb2.ScoreStreamResponse,
+        ],
         grpc.aio.UnaryUnaryMultiCallable[
             protos.rlaif.reward.v1.reward_pb2.CompareRequest,
             protos.rlaif.reward.v1.reward_pb2.CompareResponse,
@@ -120,6 +145,12 @@ class RewardServiceStub(typing.Generic[_RewardServiceScoreType, _RewardServiceCo
     Score: _RewardServiceScoreType
     """Up to `Limits.max_items` conversations; one outcome per item, same order and length."""
 
+    ScoreStream: _RewardServiceScoreStreamType
+    """Bulk scoring: many requests in flight on one stream, each answered when it is done, matched by id. The server
+    reads no further than `Limits.max_stream_requests` unanswered requests, so HTTP/2 flow control holds the caller.
+    Nothing is refused for a full queue here: a stream waits.
+    """
+
     Compare: _RewardServiceCompareType
     """Which of two responses is preferred: both orders of a judge, or the sigmoid of a reward model's difference."""
 
@@ -130,6 +161,10 @@ RewardServiceAsyncStub: typing_extensions.TypeAlias = RewardServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         protos.rlaif.reward.v1.reward_pb2.ScoreRequest,
         protos.rlaif.reward.v1.reward_pb2.ScoreResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.ScoreStreamRequest,
+        protos.rlaif.reward.v1.reward_pb2.ScoreStreamResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         protos.rlaif.reward.v1.reward_pb2.CompareRequest,
@@ -146,7 +181,8 @@ class RewardServiceServicer(metaclass=abc.ABCMeta):
 
     Errors of a whole call: INVALID_ARGUMENT (BadRequest names the field), FAILED_PRECONDITION (the served model is
     not the expected version; nothing was computed), RESOURCE_EXHAUSTED with RetryInfo (the queue is full; come
-    back later), UNAVAILABLE (warming up or draining), DEADLINE_EXCEEDED.
+    back later), UNAVAILABLE (warming up or draining), DEADLINE_EXCEEDED (at once, when the queue is longer than the
+    time left), UNAUTHENTICATED and PERMISSION_DENIED (before the message is read).
     A single bad item never fails its siblings: it carries its own google.rpc.Status.
     """
 
@@ -157,6 +193,17 @@ class RewardServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[protos.rlaif.reward.v1.reward_pb2.ScoreResponse, collections.abc.Awaitable[protos.rlaif.reward.v1.reward_pb2.ScoreResponse]]:
         """Up to `Limits.max_items` conversations; one outcome per item, same order and length."""
+
+    @abc.abstractmethod
+    def ScoreStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[protos.rlaif.reward.v1.reward_pb2.ScoreStreamRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[protos.rlaif.reward.v1.reward_pb2.ScoreStreamResponse], collections.abc.AsyncIterator[protos.rlaif.reward.v1.reward_pb2.ScoreStreamResponse]]:
+        """Bulk scoring: many requests in flight on one stream, each answered when it is done, matched by id. The server
+        reads no further than `Limits.max_stream_requests` unanswered requests, so HTTP/2 flow control holds the caller.
+        Nothing is refused for a full queue here: a stream waits.
+        """
 
     @abc.abstractmethod
     def Compare(
@@ -175,3 +222,149 @@ class RewardServiceServicer(metaclass=abc.ABCMeta):
         """Who is serving, how its scores are scaled, and the limits that a client must respect."""
 
 def add_RewardServiceServicer_to_server(servicer: RewardServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
+
+_ModelAdminServiceLoadModelType = typing_extensions.TypeVar(
+    '_ModelAdminServiceLoadModelType',
+    grpc.UnaryUnaryMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.LoadModelRequest,
+        protos.rlaif.reward.v1.reward_pb2.LoadModelResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.LoadModelRequest,
+        protos.rlaif.reward.v1.reward_pb2.LoadModelResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.LoadModelRequest,
+        protos.rlaif.reward.v1.reward_pb2.LoadModelResponse,
+    ],
+)
+
+_ModelAdminServiceActivateModelType = typing_extensions.TypeVar(
+    '_ModelAdminServiceActivateModelType',
+    grpc.UnaryUnaryMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.ActivateModelRequest,
+        protos.rlaif.reward.v1.reward_pb2.ActivateModelResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.ActivateModelRequest,
+        protos.rlaif.reward.v1.reward_pb2.ActivateModelResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.ActivateModelRequest,
+        protos.rlaif.reward.v1.reward_pb2.ActivateModelResponse,
+    ],
+)
+
+_ModelAdminServiceUnloadModelType = typing_extensions.TypeVar(
+    '_ModelAdminServiceUnloadModelType',
+    grpc.UnaryUnaryMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.UnloadModelRequest,
+        protos.rlaif.reward.v1.reward_pb2.UnloadModelResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.UnloadModelRequest,
+        protos.rlaif.reward.v1.reward_pb2.UnloadModelResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.UnloadModelRequest,
+        protos.rlaif.reward.v1.reward_pb2.UnloadModelResponse,
+    ],
+)
+
+class ModelAdminServiceStub(typing.Generic[_ModelAdminServiceLoadModelType, _ModelAdminServiceActivateModelType, _ModelAdminServiceUnloadModelType]):
+    """Changes the model of a running server without a refused call; callers need the role `admin`.
+    Load B while A serves, activate B in one step, and A finishes what it has begun. A call is answered by one model.
+    """
+
+    @typing.overload
+    def __init__(self: ModelAdminServiceStub[
+        grpc.UnaryUnaryMultiCallable[
+            protos.rlaif.reward.v1.reward_pb2.LoadModelRequest,
+            protos.rlaif.reward.v1.reward_pb2.LoadModelResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            protos.rlaif.reward.v1.reward_pb2.ActivateModelRequest,
+            protos.rlaif.reward.v1.reward_pb2.ActivateModelResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            protos.rlaif.reward.v1.reward_pb2.UnloadModelRequest,
+            protos.rlaif.reward.v1.reward_pb2.UnloadModelResponse,
+        ],
+    ], channel: grpc.Channel) -> None: ...
+
+    @typing.overload
+    def __init__(self: ModelAdminServiceStub[
+        grpc.aio.UnaryUnaryMultiCallable[
+            protos.rlaif.reward.v1.reward_pb2.LoadModelRequest,
+            protos.rlaif.reward.v1.reward_pb2.LoadModelResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            protos.rlaif.reward.v1.reward_pb2.ActivateModelRequest,
+            protos.rlaif.reward.v1.reward_pb2.ActivateModelResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            protos.rlaif.reward.v1.reward_pb2.UnloadModelRequest,
+            protos.rlaif.reward.v1.reward_pb2.UnloadModelResponse,
+        ],
+    ], channel: grpc.aio.Channel) -> None: ...
+
+    LoadModel: _ModelAdminServiceLoadModelType
+    """Loads, warms up and checks a model; it then answers callers that expect its version. Takes as long as loading does.
+    INVALID_ARGUMENT: no such model, or it fails its own golden set; the active model is not touched.
+    RESOURCE_EXHAUSTED: as many models are loaded as the server holds; unload one.
+    """
+
+    ActivateModel: _ModelAdminServiceActivateModelType
+    """From now on, calls that expect no version go to this one. NOT_FOUND if it is not loaded."""
+
+    UnloadModel: _ModelAdminServiceUnloadModelType
+    """Frees a model that is not active, once the calls it has begun are answered."""
+
+ModelAdminServiceAsyncStub: typing_extensions.TypeAlias = ModelAdminServiceStub[
+    grpc.aio.UnaryUnaryMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.LoadModelRequest,
+        protos.rlaif.reward.v1.reward_pb2.LoadModelResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.ActivateModelRequest,
+        protos.rlaif.reward.v1.reward_pb2.ActivateModelResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        protos.rlaif.reward.v1.reward_pb2.UnloadModelRequest,
+        protos.rlaif.reward.v1.reward_pb2.UnloadModelResponse,
+    ],
+]
+
+class ModelAdminServiceServicer(metaclass=abc.ABCMeta):
+    """Changes the model of a running server without a refused call; callers need the role `admin`.
+    Load B while A serves, activate B in one step, and A finishes what it has begun. A call is answered by one model.
+    """
+
+    @abc.abstractmethod
+    def LoadModel(
+        self,
+        request: protos.rlaif.reward.v1.reward_pb2.LoadModelRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.rlaif.reward.v1.reward_pb2.LoadModelResponse, collections.abc.Awaitable[protos.rlaif.reward.v1.reward_pb2.LoadModelResponse]]:
+        """Loads, warms up and checks a model; it then answers callers that expect its version. Takes as long as loading does.
+        INVALID_ARGUMENT: no such model, or it fails its own golden set; the active model is not touched.
+        RESOURCE_EXHAUSTED: as many models are loaded as the server holds; unload one.
+        """
+
+    @abc.abstractmethod
+    def ActivateModel(
+        self,
+        request: protos.rlaif.reward.v1.reward_pb2.ActivateModelRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.rlaif.reward.v1.reward_pb2.ActivateModelResponse, collections.abc.Awaitable[protos.rlaif.reward.v1.reward_pb2.ActivateModelResponse]]:
+        """From now on, calls that expect no version go to this one. NOT_FOUND if it is not loaded."""
+
+    @abc.abstractmethod
+    def UnloadModel(
+        self,
+        request: protos.rlaif.reward.v1.reward_pb2.UnloadModelRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[protos.rlaif.reward.v1.reward_pb2.UnloadModelResponse, collections.abc.Awaitable[protos.rlaif.reward.v1.reward_pb2.UnloadModelResponse]]:
+        """Frees a model that is not active, once the calls it has begun are answered."""
+
+def add_ModelAdminServiceServicer_to_server(servicer: ModelAdminServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
