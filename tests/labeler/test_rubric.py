@@ -136,7 +136,7 @@ def test_values_make_the_expectation_the_answer(tmp_path: Path) -> None:
     assert list(graded.margins or ()) == [3, 1, 1, 3]
     assert load(tmp_path, SCORE_FILE).values == (1, 2, 3)
     from_zero = load(tmp_path, SCORE_FILE, levels=[0, 1, 2])
-    assert from_zero.values == from_zero.levels == (0, 1, 2)
+    assert list(from_zero.values) == list(from_zero.levels) == [0, 1, 2]
     assert from_zero.margins is None
 
 
