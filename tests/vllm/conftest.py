@@ -26,8 +26,9 @@ START_LIMIT_S = 240
 
 
 class Served(NamedTuple):
-    """A running server: the judge's name for `--judge`, and the folder of the model it serves."""
+    """A running server: its URL, the judge's name for `--judge`, and the folder of the model it serves."""
 
+    url: str
     judge: str
     model_dir: Path
 
@@ -59,8 +60,9 @@ def served(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             stderr=subprocess.STDOUT,
         )
     try:
-        _wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log)
-        yield Served(f"openai:tiny-llama@http://127.0.0.1:{port}/v1", tiny_llama)
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_healthy(server, f"{url}/health", log)
+        yield Served(url, f"openai:tiny-llama@{url}/v1", tiny_llama)
     finally:
         server.terminate()
         server.wait(timeout=60)
