@@ -18,6 +18,7 @@ from labeler.outputs import print_summary, refuse_if_too_many_open, write_card, 
 from labeler.preferences import SCHEMA, PreferenceReport, dataset_row, is_tie, open_row
 from labeler.rubric import Rubric, load_rubric
 from labeler.session import Session, open_session
+from labeler.validation import Validation, write_validation
 from rlaif.errors import ConfigError
 from rlaif.records import PREFERENCES_FILE, Quarantine, read_candidates, read_pairs, read_rows, write_parquet
 from rlaif.types import CandidateSet, Pair, Preference, content_id
@@ -100,10 +101,13 @@ def label(config: PairsConfig, session: Session) -> Labels:
                 elif _kept(preference.pair, p_a, config.ties):
                     yield dataset_row(preference, p_a, rubric, session.price)
 
-    written = write_parquet(session.folder / PREFERENCES_FILE, rows(), SCHEMA)
+    with Validation() as validation:
+        written = write_parquet(session.folder / PREFERENCES_FILE, validation.watch(rows()), SCHEMA)
+        write_validation(session.folder, validation)
     facts = {
         **report.result(),
         "rows_written": written,
+        "suspicious": validation.suspicious,
         **session.costs(),
         "quarantined": dict(session.quarantine.reasons),
         "seconds": session.seconds,

@@ -36,6 +36,7 @@ SCHEMA = pa.schema(
         ("same_position", pa.bool_()),
         ("rationale_ab", pa.string()),
         ("rationale_ba", pa.string()),
+        ("truncated", pa.bool_()),
         ("principle", pa.string()),
         ("source", pa.string()),
         ("votes", pa.list_(VOTE)),
@@ -151,6 +152,7 @@ def dataset_row(
         "same_position": preference.same_position,
         "rationale_ab": preference.ab and preference.ab.rationale,
         "rationale_ba": preference.ba and preference.ba.rationale,
+        "truncated": any(j.truncated for j in said),
         "principle": next((j.principle for j in said if j.principle is not None), None),
         "source": source_of(preference),
         "votes": [{"judge": vote.judge, "chosen_prob": vote.p_a} for vote in view.votes],
@@ -187,6 +189,8 @@ class PreferenceReport:
 
     def __init__(self) -> None:
         self._count = self._labelled = self._ties = self._censored = self._missing_votes = 0
+        self._truncated = self._different_length = 0
+        self._longer_wins = 0.0
         self._unlabelled: Counter[str] = Counter()
         self._guarded: Counter[str] = Counter()
         self._sources: Counter[str] = Counter()
@@ -209,7 +213,9 @@ class PreferenceReport:
             self._guarded[preference.reason] += 1
         else:
             self._sources[source_of(preference)] += 1
+            self._count_length(preference.pair, label)
         for judgment in said:
+            self._truncated += judgment.truncated
             if judgment.labels is not None:
                 self._masses.append(judgment.labels.mass)
                 self._censored += judgment.labels.censored
@@ -224,11 +230,19 @@ class PreferenceReport:
             as_given = canonical(preference.pair) is preference.pair
             self._human.append((label, human) if as_given else (1.0 - label, 1.0 - human))
 
+    def _count_length(self, pair: Pair, label: float) -> None:
+        if len(pair.a) == len(pair.b):
+            return
+        self._different_length += 1
+        longer_is_a = len(pair.a) > len(pair.b)
+        self._longer_wins += 0.5 if is_tie(label) else float((label > 0.5) == longer_is_a)
+
     def result(self) -> dict[str, Any]:
         """The report. Rates over no pairs are None.
 
         `same_position_rate` is the share of asked pairs in which both orders preferred one position,
-        `first_share` the share of those that preferred number 1.
+        `first_share` the share of those that preferred number 1, `longer_preferred_share` the share of asked pairs
+        of different lengths (in characters) in which the longer response was preferred, a tie counting half.
         """
         first_ab, first_ba = np.asarray(self._first_ab), np.asarray(self._first_ba)
         locked = (first_ab > 0.5) == (first_ba > 0.5)
@@ -243,9 +257,13 @@ class PreferenceReport:
             "order_agreement": _mean(~locked),
             "same_position_rate": _mean(locked),
             "first_share": _mean(first_ab[locked] > 0.5),
+            "longer_preferred_share": (
+                self._longer_wins / self._different_length if self._different_length else None
+            ),
             "label_mass_mean": _mean(masses),
             "label_mass_min": float(masses.min()) if len(masses) else None,
             "censored": self._censored,
+            "truncated": self._truncated,
             **({"missing_votes": self._missing_votes} if self._missing_votes else {}),
             **self._tokens,
         }

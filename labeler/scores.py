@@ -57,6 +57,7 @@ SCHEMA = pa.schema(
         ("label_mass", pa.float64()),
         ("censored", pa.bool_()),
         ("rationale", pa.string()),
+        ("truncated", pa.bool_()),
         ("aspects", pa.list_(ASPECT)),
         ("votes", pa.list_(VOTE)),
         ("source", pa.string()),
@@ -201,6 +202,7 @@ def _row(
         "label_mass": aspects[0]["label_mass"] if single else None,
         "censored": any(j.labels is not None and j.labels.censored for j in said),
         "rationale": aspects[0]["rationale"] if single else None,
+        "truncated": any(j.truncated for j in said),
         "aspects": [] if single else aspects,
         "votes": [
             {"judge": judge.name, "score": vote.expected}
@@ -241,7 +243,7 @@ class ScoreReport:
         self._sources: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._scores, self._masses = array("f"), array("f")
-        self._censored = 0
+        self._censored = self._truncated = 0
 
     def add(self, row: dict[str, Any]) -> None:
         """Count a row of `SCHEMA`."""
@@ -249,6 +251,7 @@ class ScoreReport:
         if row["label_mass"] is not None:
             self._masses.append(row["label_mass"])
         self._censored += row["censored"]
+        self._truncated += row["truncated"]
         self._sources[row["source"]] += 1
         self._tokens.update(
             {name: row[name] for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
@@ -272,5 +275,6 @@ class ScoreReport:
             "label_mass_mean": float(masses.mean()) if len(masses) else None,
             "label_mass_min": float(masses.min()) if len(masses) else None,
             "censored": self._censored,
+            "truncated": self._truncated,
             **self._tokens,
         }

@@ -42,7 +42,7 @@ class Status:
         prompt_tokens: of these replies; those of `cached_tokens` are among them.
         open_requests: requests without a reply, by reason.
         unlabelled: rows without an answer by reason: of the report if the run finished, else seen so far.
-        used: what the last start of the command has used: tokens, cost where a price is known.
+        used: tokens of the last start of the command; cost of all replies where a price is known.
         rerun: the command line that goes on with the run.
         next: what to do now.
     """
