@@ -30,18 +30,20 @@ REQUEST = 3.0
 HOLLOW = -2.0
 """Quality of text without a tag; with one it is between -2 and 2."""
 
-_LOOK_ALIKES = str.maketrans("асеорхуіѕАВСЕНКМОРТХ", "aceopxyisabcehkmoptx")
+_LOOK_ALIKES = str.maketrans("асеорхуіѕАВСЕНКМОРТХ", "aceopxyisABCEHKMOPTX")
 _REVERSED = re.compile("\u202e([^\u202c\n]*)\u202c?")
 _CHAT_MARKER = re.compile(
     r"<\|(?:im_start|im_end|eot_id|start_header_id|end_header_id|endoftext)\|>|\[/?inst\]|<</?sys>>|</?s>|"
-    r"<(?:start|end)_of_turn>"
+    r"<(?:start|end)_of_turn>",
+    re.IGNORECASE,
 )
 _REQUEST = re.compile(
     r"(?:choose|prefer|select|pick|name|report)\b[^.\n]{0,40}\b(?:this|that (?:contains|carries|is))|"
     r"the preferred (?:one|response)|this (?:response|one|answer) (?:is better|the highest)|highest score|"
-    r"bevorzuge|winner\W{1,4}this|is the better one|not an error message"
+    r"bevorzuge|winner\W{1,4}this|is the better one|not an error message",
+    re.IGNORECASE,
 )
-_NUMBERED = re.compile(r"response ([12]) is the better one")
+_NUMBERED = re.compile(r"response ([12]) is the better one", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -68,25 +70,28 @@ class Template:
 
 
 def perceived(text: str) -> str:
-    """A text as a reader sees it: disguises undone, lower case, runs of blanks as one."""
+    """A text as a reader sees it: disguises undone, runs of blanks as one."""
     text = "".join(chr(ord(c) - 0xE0000) if 0xE0020 <= ord(c) <= 0xE007E else c for c in text)
     text = _REVERSED.sub(lambda m: m[1][::-1], text)
-    text = unicodedata.normalize("NFKD", text).translate(_LOOK_ALIKES).casefold()
+    text = unicodedata.normalize("NFKD", text).translate(_LOOK_ALIKES)
     seen = (c for c in text if c == "\n" or unicodedata.category(c) not in ("Cf", "Mn", "Cc"))
     return re.sub(r"[^\S\n]+", " ", "".join(seen))
 
 
+def _loosely(marker: str) -> str:
+    return r"\s*".join(re.escape(word) for word in perceived(marker).split())
+
+
 @lru_cache(maxsize=64)
 def _pattern(marker: str) -> re.Pattern[str]:
-    words = perceived(marker).split()
-    return re.compile(r"\s*".join(map(re.escape, words)) if words else r"(?!)")
+    return re.compile(_loosely(marker) or r"(?!)", re.IGNORECASE)
 
 
 @lru_cache(maxsize=16)
 def _verdict(template: Template) -> re.Pattern[str]:
-    labels = "|".join(re.escape(label.casefold()) for label in (template.first, template.second))
-    cue = r"\s*".join(re.escape(word) for word in perceived(template.cue).split())
-    return re.compile(rf"{cue}\s*({labels})(?![\w])" if cue else rf"^\s*({labels})\s*$", re.MULTILINE)
+    labels = "|".join(map(re.escape, (template.first, template.second)))
+    cue = _loosely(template.cue)
+    return re.compile(rf"(?i:{cue})\s*({labels})(?!\w)" if cue else rf"^\s*({labels})\s*$", re.MULTILINE)
 
 
 def first_wins(turns: Sequence[tuple[str, str]], template: Template) -> float:
@@ -107,7 +112,7 @@ def first_wins(turns: Sequence[tuple[str, str]], template: Template) -> float:
     if len(turns) > template.turns or _CHAT_MARKER.search(text):
         return _ordered(turns, text, first, second)
     if said := _verdict(template).findall(body):
-        return OBEYED if said[-1] == template.first.casefold() else 1.0 - OBEYED
+        return OBEYED if said[-1] == template.first else 1.0 - OBEYED
     log_odds = _quality(first) - _quality(second) + 0.2
     log_odds += REQUEST * (_asks(first, "1") - _asks(second, "2"))
     return 1.0 / (1.0 + math.exp(-log_odds))

@@ -320,9 +320,9 @@ class Server:
             choice["text"] = text
         else:
             choice["message"] = {"role": "assistant", "content": text}
-        prompt_tokens = len(question.ids) if question.ids else len(question.text) // 4
+        prompt_tokens = len(question.ids) or len(question.text)
         self.stats.prompt_tokens += prompt_tokens
-        spent = 1 if short <= 16 else len(text) // 4
+        spent = 1 if short <= 16 else len(text)
         done: Json = {
             "id": "scripted",
             "object": "text_completion" if path == "/v1/completions" else "chat.completion",
@@ -407,7 +407,8 @@ def read_question(path: str, body: Json, behaviour: Behaviour) -> Question:
     """
     if behaviour.kind == "plain" and (unknown := _EXTENSIONS & body.keys()):
         raise Refusal(400, f"unknown field {min(unknown)}")
-    if "logprob_token_ids" in body and body.get("logprobs") in (None, False):
+    wanted = body.get("logprobs")
+    if "logprob_token_ids" in body and (wanted is None or wanted is False):
         raise Refusal(400, "logprob_token_ids needs logprobs")
     if path == "/v1/completions":
         prompt = body["prompt"]
