@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import signal
 import sys
 import threading
@@ -292,6 +293,9 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
             _load(command.run)(config)
     except RlaifError as err:
         return _failed(str(err), err.exit_code, debug)
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `rlaif ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as err:
         if err.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
