@@ -52,6 +52,21 @@ def cohen_kappa(p: ArrayLike, human: ArrayLike) -> float:
     return float("nan") if chance == 1.0 else (observed - chance) / (1.0 - chance)
 
 
+def preference_kappa(p: ArrayLike, human: ArrayLike) -> float:
+    """Cohen's kappa of preferences between two responses of which either could have been called A.
+
+    Files put the preferred response first, or the texts decide, and kappa would correct for that order: raters who
+    always say "A" agree by chance alone. So every pair enters both ways round, chance agreement is one half, and kappa
+    is 2 agreement - 1: 0 for a coin, 1 for complete agreement.
+
+    Args:
+        p: (N,) P(A preferred) by the judge.
+        human: (N,) P(A preferred) by people; leave out pairs that people tie.
+    """
+    ours, theirs = np.asarray(p, dtype=np.float64), np.asarray(human, dtype=np.float64)
+    return cohen_kappa(np.concatenate([ours, 1 - ours]), np.concatenate([theirs, 1 - theirs]))
+
+
 def bootstrap_interval(
     values: ArrayLike,
     statistic: Callable[[Floats], float],

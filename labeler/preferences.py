@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from labeler.agreement import agreement, bootstrap_interval, cohen_kappa
+from labeler.agreement import agreement, bootstrap_interval, preference_kappa
 from labeler.budget import Price
 from labeler.journal import Usage
 from labeler.outputs import MESSAGES
@@ -223,12 +223,9 @@ class PreferenceReport:
         if ab is not None and ba is not None and ab.p_first is not None and ba.p_first is not None:
             self._first_ab.append(ab.p_first)
             self._first_ba.append(ba.p_first)
-        # Files of human labels put the preferred response first, and a rater who always says "A" leaves kappa nothing
-        # to correct for. So each pair is turned to an order that its texts alone decide.
         human = preference.pair.human_p_a
         if human is not None and human != 0.5:
-            as_given = canonical(preference.pair) is preference.pair
-            self._human.append((label, human) if as_given else (1.0 - label, 1.0 - human))
+            self._human.append((label, human))
 
     def _count_length(self, pair: Pair, label: float) -> None:
         if len(pair.a) == len(pair.b):
@@ -276,10 +273,10 @@ def human_agreement(table: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, A
     """Agreement and Cohen's kappa with 95 % bootstrap intervals.
 
     Args:
-        table: (N, 2) P(A preferred) by the judge and by people; pairs in an order that does not depend on either.
+        table: (N, 2) P(A preferred) by the judge and by people.
     """
     found: dict[str, Any] = {"human_pairs": len(table)}
-    for name, statistic in (("human_agreement", agreement), ("human_kappa", cohen_kappa)):
+    for name, statistic in (("human_agreement", agreement), ("human_kappa", preference_kappa)):
         low, high = bootstrap_interval(table, lambda t, f=statistic: f(t[:, 0], t[:, 1]))  # type: ignore[misc]
         found[name] = _finite(statistic(table[:, 0], table[:, 1]))
         found[f"{name}_95"] = [_finite(low), _finite(high)]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labeler.agreement import agreement, agreements, bootstrap_interval, cohen_kappa, same_position
+from labeler.agreement import agreement, agreements, bootstrap_interval, preference_kappa, same_position
 from labeler.audit.biases import lean
 from labeler.audit.measures import ECE_BINS, brier, expected_calibration_error, log_loss, reliability
 from labeler.audit.observations import Observation
@@ -68,7 +68,7 @@ def agreement_with_people(labelled: Sequence[Observation], resamples: int = 1000
         "human_pairs": len(decided),
         "human_ties": len(judged) - len(decided),
         "agreement": _estimate(table, _by_columns(agreement), decided, resamples),
-        "kappa": _estimate(table, _by_columns(cohen_kappa), decided, resamples),
+        "kappa": _estimate(table, _by_columns(preference_kappa), decided, resamples),
         "longer_wins_agreement": _finite(agreement(longer, table[:, 1])),
     }
 

@@ -22,8 +22,7 @@ WRITER_COLUMNS = ("model", "model_a", "model_b", "chosen_model", "rejected_model
 class Observation:
     """A pair, what the judge said of it, and what people said.
 
-    A and B are in an order that the texts alone decide: files put the response that people prefer first, and a rater
-    who always says "A" would leave kappa nothing to correct for.
+    A and B are in an order that the texts alone decide, not the file, which may put the preferred response first.
 
     Attributes:
         prompt: content id of the prompt.

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from labeler.agreement import agreement, bootstrap_interval, cohen_kappa, same_position
+from labeler.agreement import agreement, bootstrap_interval, cohen_kappa, preference_kappa, same_position
 
 
 def mean(values: np.ndarray) -> float:
@@ -34,6 +34,20 @@ def test_kappa_is_that_of_scikit_learn() -> None:
 
 def test_kappa_of_raters_who_always_say_the_same_is_undefined() -> None:
     assert math.isnan(cohen_kappa([0.9, 0.8], [1, 1]))
+
+
+def test_kappa_of_preferences_does_not_depend_on_which_response_is_called_a() -> None:
+    # Three of four right: 2 * 0.75 - 1. In the file's order people always say A, and plain kappa would be 0.
+    p, human = np.array([0.9, 0.8, 0.7, 0.1]), np.ones(4)
+    turn = np.array([True, False, True, False])
+    assert cohen_kappa(p, human) == 0.0
+    assert preference_kappa(p, human) == pytest.approx(0.5)
+    turned = preference_kappa(np.where(turn, 1 - p, p), np.where(turn, 1 - human, human))
+    assert turned == pytest.approx(0.5)
+
+
+def test_kappa_of_preferences_counts_a_tied_label_as_half() -> None:
+    assert preference_kappa([0.9, 0.5], [1, 1]) == pytest.approx(2 * 0.75 - 1)
 
 
 def test_interval_of_a_mean_is_about_two_standard_errors_wide() -> None:

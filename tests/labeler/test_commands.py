@@ -151,8 +151,7 @@ def test_candidates_are_paired_with_each_other(tmp_path: Path) -> None:
 
 
 def test_kappa_means_something_although_the_file_always_names_the_preferred_response_first() -> None:
-    # The judge errs on the last pair. In the order of the texts the people say A A B B, the judge says A A B A:
-    # observed agreement 3/4, by chance 1/2 * 3/4 + 1/2 * 1/4 = 1/2, so kappa is 1/2 (Cohen 1960).
+    # The judge errs on the last of four pairs. Taken both ways round, chance agrees on one half: (3/4 - 1/2) / (1/2).
     texts = [("a", "z"), ("b", "y"), ("z", "a"), ("y", "b")]
     prompt = user_prompt("which?")
     judged = [

@@ -32,6 +32,7 @@ def test_findings_of_a_judge_with_known_answers(tmp_path: Path, capsys: pytest.C
     found = report(tmp_path / "out")
     assert found["agreement"]["value"] == pytest.approx(0.8)
     assert found["agreement"]["low"] < 0.8 < found["agreement"]["high"]
+    assert found["kappa"]["value"] == pytest.approx(0.6)
     # Labels are 7/9 for the good one: right eight times, wrong twice.
     assert found["calibration"]["brier"] == pytest.approx((8 * (2 / 9) ** 2 + 2 * (7 / 9) ** 2) / 10)
     assert found["calibration"]["ece"] == pytest.approx(abs(0.8 - 7 / 9))
