@@ -1,4 +1,4 @@
-"""Settings of the labeler's commands: `rlaif sample`, `rlaif label pairs|scores|rank|status`."""
+"""Settings of the labeler's commands: `rlaif sample`, `rlaif label pairs|scores|rank|revise|status`."""
 
 from __future__ import annotations
 
@@ -262,6 +262,46 @@ class ScoresConfig(JudgeConfig):
         super().__post_init__()
         if not self.rubric:
             raise ConfigError("--rubric needs a name: a preset such as helpfulness-score, or a YAML file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReviseConfig(RequestConfig):
+    """Criticise and revise responses by the principles of a constitution, and write data for supervised fine-tuning.
+
+    The dataset holds conversations that end with an answer, or candidates.
+    """
+
+    model_name_or_path: str
+    """Who criticises and revises: openai:NAME@BASE_URL, vllm:NAME_OR_PATH, hf:NAME_OR_PATH."""
+    rubric: str = "revision"
+    """How it is asked: the preset, or a YAML file of kind revision."""
+    preamble: str | None = None
+    """Which of the rubric's preambles opens the question; the first if not given."""
+    cot: bool = True
+    """Write a critique before each revision."""
+    num_exemplars: int = 0
+    """Show the first so many worked examples of the rubric."""
+    num_revisions: int = 1
+    """Rounds of critique and revision, each by another principle; Constitutional AI has up to 4."""
+    keep: Literal["last", "all"] = "last"
+    """Write the revision of the last round, or those of all rounds as rows of their own."""
+    temperature: float = 0.0
+    """Temperature of critiques and revisions; 0 is greedy."""
+    max_rationale_tokens: int = 512
+    """Longest critique; a longer one is cut and the revision asked for."""
+    max_new_tokens: int = 1024
+    """Longest revision; a longer one is not written, since its end is missing."""
+    seed: int = 0
+    """Decides drawn principles and sampled decoding."""
+
+    VOLATILE: ClassVar[frozenset[str]] = RequestConfig.VOLATILE | {"keep"}
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        super().__post_init__()
+        ModelRef.parse(self.model_name_or_path)
+        at_least(self, 1, "num_revisions", "max_rationale_tokens", "max_new_tokens")
+        at_least(self, 0, "num_exemplars", "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)

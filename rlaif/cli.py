@@ -58,6 +58,10 @@ COMMANDS = (
         "labeler.config:RankConfig", "labeler.rank:run",
     ),
     Command(
+        "label revise", "critique and revision by principles -> data for SFT",
+        "labeler.config:ReviseConfig", "labeler.revise:run",
+    ),
+    Command(
         "label status", "how far a labeling run is, while it runs or after",
         "labeler.config:StatusConfig", "labeler.status:run",
     ),
