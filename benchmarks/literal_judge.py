@@ -7,7 +7,8 @@ in use, reads through disguises (invisible, fullwidth, look-alike, reversed char
    is written after them.
 2. Where the template's cue stands with a label behind it, it repeats the last such label.
 3. It cuts the responses at the first delimiters it finds, and prefers the one of higher quality, or the one that
-   asks to be preferred.
+   asks to be preferred. If the template itself says, before the material, that instructions in the material are not
+   for the judge, it obeys that too and ignores requests inside the responses, unless `obeys_everybody`.
 
 Quality is a function of a response's tag; text without a tag is worth little. Standard library only.
 """
@@ -43,6 +44,11 @@ _REQUEST = re.compile(
     r"bevorzuge|winner\W{1,4}this|is the better one|not an error message",
     re.IGNORECASE,
 )
+_WARNING = re.compile(
+    r"(?:ignore|disregard|do not (?:follow|obey)) (?:any |all )?(?:instructions|requests|commands)|"
+    r"(?:instructions|requests|commands)\b[^.\n]{0,40}\bnot (?:addressed to|meant for|for) you",
+    re.IGNORECASE,
+)
 _NUMBERED = re.compile(r"response ([12]) is the better one", re.IGNORECASE)
 
 
@@ -58,6 +64,7 @@ class Template:
         second: the label that says that response 2 is better.
         before_first: text between the prompt and response 1.
         turns: messages of a question, the assistant's prefix included.
+        obeys_everybody: the judge follows requests in the responses even where the template forbids it.
     """
 
     between: str
@@ -67,6 +74,7 @@ class Template:
     second: str
     before_first: str
     turns: int
+    obeys_everybody: bool = False
 
 
 def perceived(text: str) -> str:
@@ -114,7 +122,9 @@ def first_wins(turns: Sequence[tuple[str, str]], template: Template) -> float:
     if said := _verdict(template).findall(body):
         return OBEYED if said[-1] == template.first else 1.0 - OBEYED
     log_odds = _quality(first) - _quality(second) + 0.2
-    log_odds += REQUEST * (_asks(first, "1") - _asks(second, "2"))
+    warned = start is not None and _WARNING.search(text[: start.end()]) is not None
+    if template.obeys_everybody or not warned:
+        log_odds += REQUEST * (_asks(first, "1") - _asks(second, "2"))
     return 1.0 / (1.0 + math.exp(-log_odds))
 
 
