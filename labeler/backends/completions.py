@@ -176,7 +176,9 @@ def _read_choice(reply: Any) -> Choice:
         content = logprobs.get("content") or ()
         pieces = [_piece(entry) for entry in content]
         first = (
-            [(_text(t), float(t["logprob"])) for t in content[0].get("top_logprobs") or ()] if content else []
+            [(str(t["token"]), float(t["logprob"])) for t in content[0].get("top_logprobs") or ()]
+            if content
+            else []
         )
     else:
         tokens = logprobs.get("tokens") or ()
@@ -202,16 +204,6 @@ def _read_choice(reply: Any) -> Choice:
 
 def _piece(entry: Mapping[str, Any]) -> bytes:
     return bytes(entry["bytes"]) if entry.get("bytes") is not None else str(entry["token"]).encode()
-
-
-def _text(entry: Mapping[str, Any]) -> str:
-    """A token's text: by its bytes where they are whole characters, since `token` may be an escape of them."""
-    if entry.get("bytes") and not entry["token"].startswith("token_id:"):
-        try:
-            return bytes(entry["bytes"]).decode()
-        except UnicodeDecodeError:
-            pass
-    return str(entry["token"])
 
 
 def read_recorded(reply: object, labels: Sequence[str]) -> LabelReading:

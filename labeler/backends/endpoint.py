@@ -93,7 +93,15 @@ class HTTPWire:
             base_url=base_url, api_key=api_key, max_retries=0, timeout=None, http_client=self._http
         )
         headers = {**self._client.default_headers, **self._client.auth_headers}
-        self._headers = {name: value for name, value in headers.items() if isinstance(value, str)}
+        # Less those that describe this machine: every header costs time at every request.
+        self._headers = httpx2.Headers(
+            {
+                name: value
+                for name, value in headers.items()
+                if isinstance(value, str) and not name.lower().startswith("x-stainless")
+            }
+        )
+        self._urls: dict[str, httpx2.URL] = {}
 
     @property
     def where(self) -> str:
@@ -102,8 +110,11 @@ class HTTPWire:
 
     async def send(self, method: str, url: str, body: bytes | None) -> Reply:
         """See `Wire.send`."""
+        if url not in self._urls:
+            self._urls[url] = httpx2.URL(url)
+        request = httpx2.Request(method, self._urls[url], headers=self._headers, content=body)
         try:
-            response = await self._http.request(method, url, content=body, headers=self._headers)
+            response = await self._http.send(request)
         except httpx2.TransportError as err:
             # The transport has one class for a connection refused and one that broke; its cause tells them apart.
             unreached = isinstance(err.__cause__, aiohttp.ClientConnectorError)
@@ -223,7 +234,7 @@ class Endpoints:
                 failure.lost
                 and only is None
                 and attempt <= retries + len(self.all)
-                and self._reachable(clock())
+                and self._another_is_there(clock())
             ):
                 continue
             if attempt > retries and not (failure.busy and retries and clock() - began < _PATIENCE_S):
@@ -311,8 +322,8 @@ class Endpoints:
         )
         return usual if usual.gate.load <= 1.25 * least.gate.load + 4 else least
 
-    def _reachable(self, now: float) -> bool:
-        return any(e.lost_until <= now for e in self.all)
+    def _another_is_there(self, now: float) -> bool:
+        return len(self.all) > 1 and any(e.lost_until <= now for e in self.all)
 
     def _lose(self, endpoint: Endpoint) -> None:
         """Leave a server out for a while, if there are others."""

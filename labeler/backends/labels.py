@@ -137,7 +137,10 @@ def read_top_tokens(top: Sequence[tuple[str, float]], labels: Sequence[str]) -> 
     Raises:
         RequestFailed: no label is in the list, so nothing is known of their order.
     """
-    readings = [logsumexp([lp for text, lp in top if text.strip() == label]) for label in labels]
+    aliases: dict[str, list[float]] = {}
+    for text, lp in top:
+        aliases.setdefault(text.strip(), []).append(lp)
+    readings = [logsumexp(aliases.get(label, ())) for label in labels]
     if all(reading == -math.inf for reading in readings):
         raise RequestFailed(f"none of the labels {', '.join(labels)} is among the top {len(top)} tokens")
     mass = math.fsum(math.exp(r) for r in readings)

@@ -78,8 +78,8 @@ class ScriptedServer:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if self.path == "/tokenize" and outer.vllm:
-                    self.send({"tokens": [ord(c) for c in body["prompt"]]})
+                if self.path == "/tokenize" and outer.vllm and ("prompt" in body or outer.template):
+                    self.send({"tokens": [ord(c) for c in outer.read(body)[0]]})
                 elif self.path in ("/v1/chat/completions", "/v1/completions"):
                     self.send(*outer.answer(body))
                 else:

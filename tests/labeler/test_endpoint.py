@@ -1,0 +1,280 @@
+"""Retries and the choice among several servers, on a virtual clock and without sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+import pytest
+
+from labeler.backends.endpoint import ConnectionBroken, Endpoints, NoConnection, Refused, Reply
+from labeler.llm import LLMOptions, RequestFailed
+from rlaif.errors import EndpointError, ModelError
+from tests.labeler.virtual import run_virtual
+
+T = TypeVar("T")
+Answer = Reply | Exception
+OPTIONS = LLMOptions(timeout_s=30.0, max_retries=3, backoff_s=1.0)
+
+
+def ok(value: object = 1) -> Reply:
+    return Reply(200, {}, json.dumps({"value": value}).encode())
+
+
+def status(number: int, headers: Mapping[str, str] | None = None, **error: str) -> Reply:
+    return Reply(number, headers or {}, json.dumps({"error": {"message": "scripted", **error}}).encode())
+
+
+class ScriptedWire:
+    """A server that answers by a function of (time, body), after some time."""
+
+    def __init__(
+        self, answer: Callable[[float, Any], Answer], where: str = "http://a/v1", latency: float = 0.1
+    ) -> None:
+        self.where, self.answer, self.latency = where, answer, latency
+        self.asked: list[tuple[float, str, Any]] = []
+
+    async def send(self, method: str, url: str, body: bytes | None) -> Reply:
+        loop = asyncio.get_running_loop()
+        value = None if body is None else json.loads(body)
+        self.asked.append((loop.time(), f"{method} {url}", value))
+        answer = self.answer(loop.time(), value)
+        await asyncio.sleep(self.latency)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def close(self) -> None:
+        pass
+
+
+def in_turn(*answers: Answer) -> Callable[[float, Any], Answer]:
+    """These answers, the last of them again and again."""
+    left = list(answers)
+    return lambda now, body: left.pop(0) if len(left) > 1 else left[0]
+
+
+def run(use: Callable[[Endpoints], Awaitable[T]], *wires: ScriptedWire, options: LLMOptions = OPTIONS) -> T:
+    async def main() -> T:
+        return await use(Endpoints(wires, "judge", options))
+
+    return run_virtual(main())
+
+
+def ask(wire: ScriptedWire, options: LLMOptions = OPTIONS) -> Any:
+    return run(lambda pool: pool.ask("/x", {"q": 1}), wire, options=options)
+
+
+def gaps(wire: ScriptedWire) -> list[float]:
+    """Seconds from one answer to the next request."""
+    times = [t for t, _, _ in wire.asked]
+    return [b - a - wire.latency for a, b in itertools.pairwise(times)]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        status(500),
+        status(503),
+        status(408),
+        ConnectionBroken("reset"),
+        NoConnection("refused"),
+        Reply(200, {}, b'{"value": '),
+    ],
+    ids=["500", "503", "408", "broken", "unreached", "truncated"],
+)
+def test_a_transient_failure_is_tried_again_with_full_jitter(failure: Answer) -> None:
+    wire = ScriptedWire(in_turn(failure, failure, ok()))
+    assert ask(wire) == {"value": 1}
+    first, second = gaps(wire)
+    assert 0.0 < first < 1.0 and 0.0 < second < 2.0
+
+
+def test_the_waits_differ_from_one_request_to_the_next() -> None:
+    wires = [ScriptedWire(in_turn(status(500), ok())) for _ in range(8)]
+    for wire in wires:
+        ask(wire)
+    waits = [gaps(wire)[0] for wire in wires]
+    assert len(set(waits)) == len(waits) and min(waits) < 0.5 * max(waits)
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "text"),
+    [
+        (status(500), RequestFailed, "answered 500: scripted"),
+        (ConnectionBroken("reset"), RequestFailed, "the connection broke: reset"),
+        (Reply(200, {}, b"{"), RequestFailed, "cannot be read"),
+        (NoConnection("no"), EndpointError, "no connection to http://a/v1 after 4 attempts"),
+    ],
+    ids=["500", "broken", "truncated", "unreached"],
+)
+def test_retries_end(failure: Answer, error: type[Exception], text: str) -> None:
+    wire = ScriptedWire(lambda now, body: failure)
+    with pytest.raises(error, match=text):
+        ask(wire)
+    assert len(wire.asked) == 4
+
+
+@pytest.mark.parametrize("code", [429, 503])
+@pytest.mark.parametrize(
+    ("headers", "seconds"), [({"retry-after": "7"}, 7.0), ({"retry-after-ms": "50"}, 0.05)]
+)
+def test_retry_after_is_kept_to_the_instant(code: int, headers: dict[str, str], seconds: float) -> None:
+    wire = ScriptedWire(in_turn(status(code, headers), ok()))
+    ask(wire)
+    assert gaps(wire) == [pytest.approx(seconds)]
+
+
+def test_a_rate_limit_is_waited_for_longer_than_a_failing_server() -> None:
+    wire = ScriptedWire(lambda now, body: ok() if now > 90.0 else status(429))
+    assert ask(wire) == {"value": 1}
+    assert len(wire.asked) > 5
+
+
+def test_a_rate_limit_that_never_opens_ends_after_two_minutes() -> None:
+    wire = ScriptedWire(lambda now, body: status(429))
+    with pytest.raises(RequestFailed, match="answered 429"):
+        ask(wire)
+    assert 120.0 < wire.asked[-1][0] < 300.0
+
+
+def test_no_retries_are_none_for_a_rate_limit_too() -> None:
+    wire = ScriptedWire(lambda now, body: status(429))
+    with pytest.raises(RequestFailed, match="429"):
+        ask(wire, LLMOptions(max_retries=0))
+    assert len(wire.asked) == 1
+
+
+def test_a_wait_of_hours_is_not_waited() -> None:
+    wire = ScriptedWire(lambda now, body: status(429, {"retry-after": "7200"}))
+    with pytest.raises(RequestFailed, match="429"):
+        ask(wire)
+    assert len(wire.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "text"),
+    [
+        (status(429, code="insufficient_quota"), EndpointError, "quota at http://a/v1 is used up"),
+        (status(401), EndpointError, "set OPENAI_API_KEY"),
+        (status(404, message="The model `judge` does not exist."), ModelError, "does not know 'judge'"),
+        (status(400, message="too long", param="input_tokens"), Refused, "answered 400: too long"),
+    ],
+    ids=["quota", "key", "model", "bad-request"],
+)
+def test_what_cannot_get_better_is_not_repeated(answer: Reply, error: type[Exception], text: str) -> None:
+    wire = ScriptedWire(lambda now, body: answer)
+    with pytest.raises(error, match=text):
+        ask(wire)
+    assert len(wire.asked) == 1
+
+
+def test_a_hanging_request_is_given_up_at_its_time() -> None:
+    wire = ScriptedWire(lambda now, body: ok(), latency=1e6)
+    with pytest.raises(RequestFailed, match="no answer within 30 s"):
+        ask(wire, LLMOptions(timeout_s=30.0, max_retries=0))
+
+
+def test_the_root_of_a_server_is_beside_its_versioned_routes() -> None:
+    wire = ScriptedWire(lambda now, body: ok())
+
+    async def use(pool: Endpoints) -> None:
+        await pool.ask("//tokenize", {})
+        await pool.ask("/models", None)
+
+    run(use, wire)
+    assert [url for _, url, _ in wire.asked] == ["POST http://a/tokenize", "GET http://a/v1/models"]
+
+
+# ---- several servers ----
+
+
+def pair(*answers: Callable[[float, Any], Answer], latency: float = 0.1) -> list[ScriptedWire]:
+    return [
+        ScriptedWire(answer, f"http://{name}/v1", latency) for name, answer in zip("ab", answers, strict=True)
+    ]
+
+
+def serve(now: float, body: Any) -> Answer:
+    return ok()
+
+
+def test_equal_prompts_go_to_one_server_and_all_servers_are_used() -> None:
+    wires = pair(serve, serve)
+
+    async def use(pool: Endpoints) -> None:
+        for n in range(40):
+            await pool.ask("/x", {"n": n % 10}, affinity=str(n % 10))
+
+    run(use, *wires)
+    a, b = ({body["n"] for _, _, body in wire.asked} for wire in wires)
+    assert a and b and not a & b
+
+
+def test_a_busy_server_passes_equal_prompts_on() -> None:
+    wires = pair(serve, serve)
+
+    async def use(pool: Endpoints) -> None:
+        await asyncio.gather(*(pool.ask("/x", {}, affinity="same") for _ in range(100)))
+
+    run(use, *wires)
+    counts = sorted(len(wire.asked) for wire in wires)
+    assert sum(counts) == 100 and counts[0] >= 35
+
+
+def test_a_slow_server_gets_less() -> None:
+    wires = pair(serve, serve)
+    wires[0].latency = 1.0
+
+    async def use(pool: Endpoints) -> None:
+        queue = iter(range(600))
+
+        async def worker() -> None:
+            for n in queue:
+                await pool.ask("/x", {}, affinity=str(n))
+
+        await asyncio.gather(*(worker() for _ in range(20)))
+
+    run(use, *wires)
+    assert len(wires[1].asked) > 3 * len(wires[0].asked)
+
+
+def test_a_server_that_is_gone_is_left_out_and_tried_again_later() -> None:
+    def away(now: float, body: Any) -> Answer:
+        return NoConnection("gone") if now < 35.0 else ok()
+
+    wires = pair(away, serve)
+
+    async def use(pool: Endpoints) -> None:
+        for n in range(600):  # a minute of them, half of which prefer the server that is gone
+            await pool.ask("/x", {}, affinity=str(n))
+
+    run(use, *wires)
+    tried = [t for t, _, _ in wires[0].asked]
+    failed = [t for t in tried if t < 35.0]
+    assert len(failed) <= 5  # one every ten seconds
+    assert len(tried) - len(failed) > 50  # and it is used again
+    assert len(wires[1].asked) + len(tried) - len(failed) == 600
+
+
+def test_those_who_wait_for_a_server_move_on_when_it_is_gone() -> None:
+    wires = pair(lambda now, body: NoConnection("gone"), serve)
+
+    async def use(pool: Endpoints) -> float:
+        await asyncio.gather(*(pool.ask("/x", {}, affinity=str(n)) for n in range(200)))
+        return asyncio.get_running_loop().time()
+
+    assert run(use, *wires, options=LLMOptions(max_in_flight=10)) < 5.0
+    assert len(wires[0].asked) <= 10
+    assert len(wires[1].asked) == 200
+
+
+def test_when_all_servers_are_gone_the_run_ends() -> None:
+    def gone(now: float, body: Any) -> Answer:
+        return NoConnection("gone")
+
+    with pytest.raises(EndpointError, match="no connection to http://a/v1, http://b/v1 after"):
+        run(lambda pool: pool.ask("/x", {}), *pair(gone, gone))
