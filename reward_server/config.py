@@ -95,9 +95,19 @@ class ServeConfig:
     cot: bool = True
     """Whether the judge writes a rationale before its score."""
     host: str = "127.0.0.1"
-    """Address to listen on; loopback only."""
+    """Address to listen on; other than loopback needs TLS and tokens."""
     port: int = 50051
     """Port to listen on; 0 picks a free one."""
+    tls_cert: Path | None = None
+    """Certificate chain, PEM; with --tls_key. Renewed files are taken up while the server runs."""
+    tls_key: Path | None = None
+    """Private key of the certificate, PEM."""
+    tls_client_ca: Path | None = None
+    """Mutual TLS: only clients with a certificate of these authorities may connect, PEM."""
+    token_file: Path | None = None
+    """Bearer tokens, one `score TOKEN` or `admin TOKEN` a line; read again when it changes."""
+    insecure: bool = False
+    """Listen beyond loopback without TLS or without tokens; whoever reaches the port may score and swap models."""
     ready_file: Path | None = None
     """Written with HOST:PORT once the server answers."""
     device: str = "auto"
@@ -129,10 +139,14 @@ class ServeConfig:
         """Refuse combinations that cannot work."""
         if (self.model is None) == (self.judge is None):
             raise ConfigError("give either --model (a reward model) or --judge (an LLM), and not both")
-        if self.host not in LOOPBACK:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("--tls_cert and --tls_key belong together: give both or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError("--tls_client_ca needs --tls_cert and --tls_key")
+        if self.host not in LOOPBACK and not self.insecure and not (self.tls_cert and self.token_file):
             raise ConfigError(
-                f"--host {self.host} is not loopback: this server has no TLS and no token; use --host 127.0.0.1 "
-                "and reach it through an SSH tunnel or a proxy that authenticates"
+                f"--host {self.host} is not loopback: give --tls_cert, --tls_key and --token_file, or --insecure if "
+                "whoever reaches the port may score and swap models"
             )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be between 0 and 65535, not {self.port}")

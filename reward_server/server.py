@@ -18,6 +18,7 @@ from reward_server.batcher import Batcher
 from reward_server.config import ServeConfig
 from reward_server.registry import ModelRegistry
 from reward_server.scorers.base import Scorer
+from reward_server.security import Role, TokenInterceptor, Tokens, server_credentials
 from reward_server.service import ADMIN_SERVICE, SERVICE, RewardService
 from rlaif.errors import ConfigError
 from rlaif.storage import write_atomic
@@ -42,6 +43,7 @@ class RewardServer:
         self._health = HealthServicer()
         self._registry: ModelRegistry | None = None
         self._server = grpc.aio.server(
+            interceptors=_interceptors(config),
             options=(
                 ("grpc.so_reuseport", 0),  # else a second server shares the port in silence
                 ("grpc.max_receive_message_length", config.max_request_bytes),
@@ -49,7 +51,7 @@ class RewardServer:
                 ("grpc.max_concurrent_streams", 256),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
-            )
+            ),
         )
 
     async def start(self) -> str:
@@ -74,13 +76,20 @@ class RewardServer:
         )
         host = f"[{config.host}]" if ":" in config.host else config.host
         try:
-            port = self._server.add_insecure_port(f"{host}:{config.port}")
+            port = self._bind(f"{host}:{config.port}")
         except RuntimeError as err:
             raise ConfigError(
                 f"cannot listen on {host}:{config.port}: the port is in use or not allowed; give another --port"
             ) from err
         await self._server.start()
         return f"{host}:{port}"
+
+    def _bind(self, address: str) -> int:
+        config = self._config
+        if config.tls_cert is None or config.tls_key is None:
+            return int(self._server.add_insecure_port(address))
+        credentials = server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
+        return int(self._server.add_secure_port(address, credentials))
 
     async def open(self, scorer: Scorer) -> asyncio.Future[None]:
         """Warm up and serve; the returned future ends only if computing breaks, with the exception."""
@@ -116,6 +125,13 @@ class RewardServer:
         """A reward model of another name with this server's settings, for the admin calls."""
         config = replace(self._config, model=model, judge=None)
         return await asyncio.to_thread(load_scorer, config)
+
+
+def _interceptors(config: ServeConfig) -> list[TokenInterceptor]:
+    if config.token_file is None:
+        return []
+    roles = {SERVICE: Role.SCORE, ADMIN_SERVICE: Role.ADMIN, reflection.SERVICE_NAME: Role.SCORE}
+    return [TokenInterceptor(Tokens(config.token_file), roles)]
 
 
 def load_scorer(config: ServeConfig) -> Scorer:

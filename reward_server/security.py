@@ -1,0 +1,194 @@
+"""Who may call: TLS with certificates that are renewed while the server runs, and bearer tokens with roles.
+
+A call without a good token is refused before its message is read. Health checks stay open, since probes of an
+orchestrator carry no token; they tell nothing but SERVING or not.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+
+from rlaif.errors import ConfigError
+
+_LOG = logging.getLogger(__name__)
+
+MAX_TOKEN_BYTES = 4096
+"""Longer tokens are refused without being compared."""
+
+
+class Role(IntEnum):
+    """What a caller may do; a higher role may do all that a lower one may."""
+
+    SCORE = 1
+    ADMIN = 2
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A file that is read again when it has changed."""
+
+    path: Path
+    stamp: tuple[int, int, int] | None = None
+
+    def changed(self) -> bool:
+        """Whether it is another file, or has another content, than at the last call."""
+        status = self.path.stat()
+        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+        changed = stamp != self.stamp
+        self.stamp = stamp
+        return changed
+
+
+class Tokens:
+    """The tokens of a file: lines `score TOKEN` or `admin TOKEN`; empty lines and `#` comments are skipped.
+
+    The file is read again when it changes, so a token is replaced without a restart: add the new one, move the
+    callers, remove the old one. A file that cannot be read leaves the tokens as they were.
+
+    Raises:
+        ConfigError: there is no such file, a line is not understood, or no token is in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = _Watched(path)
+        self._tokens: tuple[tuple[bytes, Role], ...] = ()
+        try:
+            self._file.changed()
+            self._tokens = _read_tokens(path)
+        except OSError as err:
+            raise ConfigError(f"--token_file {path} cannot be read: {err.strerror}") from err
+
+    def role(self, token: bytes) -> Role | None:
+        """The role of a token, or None if it is not one of ours.
+
+        All tokens are compared, each in constant time, so that timing tells nothing.
+        """
+        self._refresh()
+        if len(token) > MAX_TOKEN_BYTES:
+            return None
+        found: Role | None = None
+        for known, role in self._tokens:
+            if hmac.compare_digest(known, token):
+                found = role if found is None else max(found, role)
+        return found
+
+    def _refresh(self) -> None:
+        try:
+            if self._file.changed():
+                self._tokens = _read_tokens(self._file.path)
+                _LOG.info("tokens were read again: %d", len(self._tokens))
+        except (OSError, ConfigError) as err:
+            _LOG.warning("the tokens stay as they are: %s", err)
+
+
+def _read_tokens(path: Path) -> tuple[tuple[bytes, Role], ...]:
+    tokens = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        if len(words) != 2 or words[0].upper() not in Role.__members__:
+            raise ConfigError(f"{path} line {number} must be `score TOKEN` or `admin TOKEN`")
+        tokens.append((words[1].encode(), Role[words[0].upper()]))
+    if not tokens:
+        raise ConfigError(f"{path} holds no token: write lines `score TOKEN` or `admin TOKEN`")
+    return tuple(tokens)
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in the stubs alone
+    """Lets calls of a service through whose token has the role that the service needs.
+
+    Args:
+        tokens: the known tokens.
+        roles: the role that each service needs, by its full name; other services are open.
+    """
+
+    def __init__(self, tokens: Tokens, roles: dict[str, Role]) -> None:
+        self._tokens = tokens
+        self._roles = roles
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Refuse, or go on to the service."""
+        service = handler_call_details.method.lstrip("/").partition("/")[0]
+        needed = self._roles.get(service)
+        if needed is None:
+            return await continuation(handler_call_details)
+        role = self._role(handler_call_details)
+        if role is None:
+            return _refusing(grpc.StatusCode.UNAUTHENTICATED, "no valid bearer token")
+        if role < needed:
+            text = f"this needs a token with the role {needed.name.lower()}"
+            return _refusing(grpc.StatusCode.PERMISSION_DENIED, text)
+        return await continuation(handler_call_details)
+
+    def _role(self, details: grpc.HandlerCallDetails) -> Role | None:
+        for name, value in details.invocation_metadata:
+            if name == "authorization":
+                data = value if isinstance(value, bytes) else value.encode()
+                scheme, _, token = data.partition(b" ")
+                return self._tokens.role(token.strip()) if scheme.lower() == b"bearer" else None
+        return None
+
+
+def _refusing(code: grpc.StatusCode, text: str) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler that ends the call at once; as a stream it does not even wait for the message."""
+
+    async def refuse(requests: object, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
+        await context.abort(code, text)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
+    """TLS, with `client_ca` mutual TLS. Files that change are read again at the next handshake.
+
+    Args:
+        cert: certificate chain, PEM.
+        key: its private key, PEM.
+        client_ca: authorities whose clients may connect, PEM; None asks clients for no certificate.
+
+    Raises:
+        ConfigError: a file cannot be read or holds no PEM block.
+    """
+    paths = [path for path in (cert, key, client_ca) if path is not None]
+    watched = [_Watched(path) for path in paths]
+
+    def read() -> grpc.ServerCertificateConfiguration:
+        texts = [path.read_bytes() for path in paths]
+        for path, text in zip(paths, texts, strict=True):
+            if b"-----BEGIN " not in text:
+                raise ConfigError(f"{path} is no PEM file")
+        authorities = texts[2] if client_ca is not None else None
+        return grpc.ssl_server_certificate_configuration([(texts[1], texts[0])], authorities)
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        """The certificates if they changed, else None. A file caught half written is tried again later."""
+        try:
+            if not any([file.changed() for file in watched]):  # noqa: C419 - every stamp must be taken
+                return None
+            return read()
+        except (OSError, ConfigError) as err:
+            _LOG.warning("the certificates stay as they are: %s", err)
+            return None
+
+    try:
+        first = read()
+        for file in watched:
+            file.changed()
+    except OSError as err:
+        raise ConfigError(f"{os.fspath(err.filename)} cannot be read: {err.strerror}") from err
+    # The documentation lets the fetcher return None for "as before"; the stubs do not.
+    return grpc.dynamic_ssl_server_credentials(first, fetch, client_ca is not None)  # type: ignore[arg-type]
