@@ -13,7 +13,7 @@ from typing import Any
 
 from labeler.audit.assess import assess, difference
 from labeler.audit.baselines import BaselineJudge
-from labeler.audit.calibration import fit
+from labeler.audit.calibration import Method, fit
 from labeler.audit.canaries import Attack, attacks
 from labeler.audit.config import EvaluateConfig
 from labeler.audit.lineage import relatives
@@ -23,7 +23,7 @@ from labeler.audit.resistance import attacked, resistance, weak_against_good
 from labeler.audit.variants import Variant, parse_variants
 from labeler.judge import Judge, PairJudge
 from labeler.jury import Jury
-from labeler.loop import replay
+from labeler.loop import replay, side_by_side
 from labeler.outputs import refuse_if_too_many_open, write_report, write_unlabelled
 from labeler.pairs import gather_judges
 from labeler.preferences import open_row
@@ -53,36 +53,40 @@ def run(config: EvaluateConfig) -> None:
     """
     if config.labels:
         with Run.open(config.output_dir, config, command="eval judge") as opened:
-            folder, report = opened.directory, _read(config)
-            _conclude(config, folder, report)
+            folder, report = opened.directory, _read(config, opened.directory)
     else:
         with open_session(config, "eval judge") as session:
             folder, report = session.folder, _ask(config, session)
-            _conclude(config, folder, report)
     found: list[Report] = report["variants"] if config.variants else [report]
     reasons = sum((Counter(f["unlabelled"]) for f in found), Counter[str]())
     total = sum(f["pairs"] for f in found)
     refuse_if_too_many_open(reasons, total, config.max_unlabelled, folder, "pairs are unlabelled")
 
 
-def _conclude(config: EvaluateConfig, folder: Path, report: Report) -> None:
-    for warning in report["lineage"]:
-        print(f"warning: {warning}", file=sys.stderr)
-    write_report(folder, report)
-    text = render(report)
-    write_atomic(folder / "report.md", text)
-    print(f"{text}\n-> {folder / 'report.md'}, {folder / 'report.json'}")
+def _conclude(
+    config: EvaluateConfig, folder: Path, report: Report, seen: Sequence[Observation], version: str
+) -> Report:
+    """Calibrate where wanted, and write and print the report, whether that succeeds or not."""
+    try:
+        if config.calibrate is not None:
+            report["calibrated"] = _calibrated(config.calibrate, folder, report, seen, version)
+    finally:
+        for warning in report["lineage"]:
+            print(f"warning: {warning}", file=sys.stderr)
+        write_report(folder, report)
+        text = render(report)
+        write_atomic(folder / "report.md", text)
+        print(f"{text}\n-> {folder / 'report.md'}, {folder / 'report.json'}")
+    return report
 
 
-def _calibrate(
-    config: EvaluateConfig, report: Report, folder: Path, seen: Sequence[Observation], version: str
-) -> None:
+def _calibrated(
+    method: Method, folder: Path, report: Report, seen: Sequence[Observation], version: str
+) -> Report:
     """Fit the map on what was asked: a guard's ruling needs none, and is given none by `label pairs`."""
-    if config.calibrate is None:
-        return
     usable = [o for o in seen if o.raw is not None and o.human is not None and o.reason is None]
     calibration = fit(
-        config.calibrate,
+        method,
         [o.raw for o in usable],  # type: ignore[arg-type]
         [o.human for o in usable],  # type: ignore[arg-type]
         judge=report["judge"],
@@ -91,7 +95,7 @@ def _calibrate(
         groups=[o.prompt for o in usable],
     )
     calibration.save(folder / CALIBRATION_FILE)
-    report["calibrated"] = calibration.model_dump(mode="json")
+    return calibration.model_dump(mode="json")
 
 
 # ---- asking ----
@@ -115,7 +119,8 @@ def _ask(config: EvaluateConfig, session: Session) -> Report:
 
     def questions(quarantine: Quarantine) -> Iterator[tuple[PairJudge, Pair]]:
         for number, entry in enumerate(entries):
-            for pair in _pairs(config, Quarantine(None) if number else quarantine):
+            pairs = _pairs(config, Quarantine(None) if number else quarantine)
+            for pair in side_by_side(pairs, lambda pair: pair.prompt):
                 policies.update(writers(pair.extra))
                 yield entry.judge, pair
         for pair in _targets(config):
@@ -153,8 +158,8 @@ def _ask(config: EvaluateConfig, session: Session) -> Report:
         report |= assess(seen[0], resamples=config.resamples)
     if tried:
         report["canaries"] = _resisted(config, judge, tried)
-    _calibrate(config, report, session.folder, seen[0], rubric.version)
-    return report
+    report |= {**session.costs(), "seconds": session.seconds}
+    return _conclude(config, session.folder, report, seen[0], rubric.version)
 
 
 def _rubric(config: EvaluateConfig) -> Rubric:
@@ -256,10 +261,10 @@ def _check_human(config: EvaluateConfig) -> None:
     )
 
 
-def _read(config: EvaluateConfig) -> Report:
+def _read(config: EvaluateConfig, folder: Path) -> Report:
     """The findings about labels that exist already."""
     assert config.labels is not None
-    quarantine = Quarantine(Path(config.output_dir) / "quarantine.jsonl")
+    quarantine = Quarantine(folder / "quarantine.jsonl")
     gold = {pair_key(pair): pair for pair in _pairs(config)} if config.dataset else None
     rows = list(islice(read_preferences(config.labels, quarantine), config.limit))
     seen = [o for row in rows if (o := _matched(row, gold)) is not None]
@@ -283,8 +288,7 @@ def _read(config: EvaluateConfig) -> Report:
         raise DataError(
             f"{config.labels} does not name one judge and one rubric, which a calibration belongs to"
         )
-    _calibrate(config, report, Path(config.output_dir), seen, "")
-    return report
+    return _conclude(config, folder, report, seen, "")
 
 
 def _matched(row: PreferenceRow, gold: dict[str, Pair] | None) -> Observation | None:

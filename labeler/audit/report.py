@@ -110,7 +110,12 @@ def _replies(report: Found) -> str:
             f"{mass['below_half']} of {mass['readings']} readings."
         )
     if report["prompt_tokens"]:
-        lines.append(f"Tokens: {report['prompt_tokens']} read, {report['completion_tokens']} written.")
+        cost = (
+            f"; all replies of this directory cost ${report['cost_usd']:.4g}" if "cost_usd" in report else ""
+        )
+        lines.append(
+            f"Tokens: {report['prompt_tokens']} read, {report['completion_tokens']} written for these labels{cost}."
+        )
     return "## Labels\n\n" + "\n".join(lines)
 
 

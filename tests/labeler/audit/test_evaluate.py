@@ -139,6 +139,29 @@ def test_a_calibration_is_saved_and_then_used_for_the_judge_it_was_fitted_on(tmp
     assert row["chosen_prob_raw"] == pytest.approx(7 / 9)
 
 
+def test_a_judge_that_cannot_be_calibrated_still_gets_its_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write_lines(tmp_path / "pairs.jsonl", pairs(40, wrong=30)), tmp_path / "out"
+    assert asked(scripted(tmp_path), data, out, "--calibrate", "temperature") == 8
+    assert report(out)["agreement"]["value"] == 0.25
+    assert not (out / "calibration.json").exists()
+    assert "no better than a coin" in capsys.readouterr().err
+
+
+def test_a_dry_run_asks_nothing_and_a_price_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write_lines(tmp_path / "pairs.jsonl", pairs(4)), tmp_path / "out"
+    assert asked(scripted(tmp_path), data, out, "--dry_run") == 0
+    assert "dry run" in capsys.readouterr().out
+    assert not out.exists()
+    assert asked(scripted(tmp_path), data, out, "--price_per_million", "1", "2") == 0
+    found = report(out)
+    assert found["cost_usd"] == pytest.approx((found["prompt_tokens"] + 2 * found["completion_tokens"]) / 1e6)
+    assert "cost $" in capsys.readouterr().out
+
+
 def test_a_calibration_for_another_way_of_asking_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
