@@ -88,14 +88,14 @@ def test_a_refused_message_is_not_read(tmp_path: Path) -> None:
     file.write_text("score scoring-token\n")
 
     async def scenario() -> None:
-        async with served(LengthScorer(), token_file=file) as address:
-            async with grpc.aio.insecure_channel(address) as channel:
-                call = channel.unary_unary("/rlaif.reward.v1.RewardService/Score")
-                # Bytes that are no protobuf would give INVALID_ARGUMENT if anyone looked at them.
-                assert await code_of(call(b"\xff\xff")) == "UNAUTHENTICATED"
-                assert (
-                    await code_of(call(b"\xff\xff", metadata=bearer("scoring-token"))) == "INVALID_ARGUMENT"
-                )
+        async with (
+            served(LengthScorer(), token_file=file) as address,
+            grpc.aio.insecure_channel(address) as channel,
+        ):
+            call = channel.unary_unary("/rlaif.reward.v1.RewardService/Score")
+            # Bytes that are no protobuf would give INVALID_ARGUMENT if anyone looked at them.
+            assert await code_of(call(b"\xff\xff")) == "UNAUTHENTICATED"
+            assert await code_of(call(b"\xff\xff", metadata=bearer("scoring-token"))) == "INVALID_ARGUMENT"
 
     asyncio.run(scenario())
 
@@ -201,18 +201,18 @@ def test_mutual_tls_lets_in_only_clients_of_its_authority(files: Files) -> None:
 
 def test_renewed_certificates_are_taken_up_without_dropping_a_connection(files: Files) -> None:
     async def scenario() -> None:
-        async with served(LengthScorer(), **files.flags()) as address:
-            async with grpc.aio.secure_channel(address, trusting(files.ca)) as channel:
-                stub: Any = reward_pb2_grpc.RewardServiceStub(channel)  # type: ignore[no-untyped-call]
-                assert await code_of(stub.Score(score_request("ab"))) == "OK"
-                files.ca = trustme.CA()
-                files.issue()
-                assert await score_through(address, trusting(files.ca)) == "OK", "the new authority is served"
-                assert await code_of(stub.Score(score_request("ab"))) == "OK", "the old connection lives on"
-                files.cert.write_text("half a cer")
-                assert await score_through(address, trusting(files.ca)) == "OK", (
-                    "a broken file changes nothing"
-                )
+        async with (
+            served(LengthScorer(), **files.flags()) as address,
+            grpc.aio.secure_channel(address, trusting(files.ca)) as channel,
+        ):
+            stub: Any = reward_pb2_grpc.RewardServiceStub(channel)  # type: ignore[no-untyped-call]
+            assert await code_of(stub.Score(score_request("ab"))) == "OK"
+            files.ca = trustme.CA()
+            files.issue()
+            assert await score_through(address, trusting(files.ca)) == "OK", "the new authority is served"
+            assert await code_of(stub.Score(score_request("ab"))) == "OK", "the old connection lives on"
+            files.cert.write_text("half a cer")
+            assert await score_through(address, trusting(files.ca)) == "OK", "a broken file changes nothing"
 
     asyncio.run(scenario())
 
