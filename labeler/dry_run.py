@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -290,7 +290,7 @@ class DryRun:
         self._config = config
         self._command = command
         self._on_record = on_record
-        self._counted_by: list[str] = []
+        self._counted_by: list[Callable[[], str]] = []
         self._hosted = False
 
     def open_model(self, ref: ModelRef, options: LLMOptions | None = None) -> LLM:
@@ -299,11 +299,10 @@ class DryRun:
         Raises:
             ModelError: there is no such model.
         """
-        from labeler.backends.unloaded import open_unloaded
+        from labeler.backends.unasked import open_unasked
 
-        model, counted_by = open_unloaded(ref, self._config.tokenizer)
-        if counted_by not in self._counted_by:
-            self._counted_by.append(counted_by)
+        model, counted_by = open_unasked(ref, options or LLMOptions(), self._config.tokenizer)
+        self._counted_by.append(counted_by)
         self._hosted = self._hosted or ref.backend == "openai"
         return Counting(model, self.tally)
 
@@ -319,7 +318,8 @@ class DryRun:
             DryRunEnded: always; the command ends here.
         """
         left = seconds_left(self.tally, self._config, self._on_record.pace, hosted=self._hosted)
-        facts = findings(self.tally, self._on_record, self._config.price(), left, "; ".join(self._counted_by))
+        how = "; ".join(dict.fromkeys(counted_by() for counted_by in self._counted_by))
+        facts = findings(self.tally, self._on_record, self._config.price(), left, how)
         unread = {"quarantined": f"{quarantined:,} rows"} if quarantined else {}
         print_summary(f"{what} with `rlaif {self._command}`: {total:,} questions", {**unread, **facts})
         raise DryRunEnded("this was a dry run: nothing was sent")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
+from labeler.backends.hf import HFModel
+from labeler.backends.unloaded import Unloaded
 from labeler.config import PairsConfig
 from labeler.dry_run import PrefixCache, Tally, seconds_left
 from labeler.journal import ReplyJournal, Totals, Usage
+from labeler.llm import LLM, LLMOptions
 from rlaif.cli import main
+from rlaif.models import ModelRef
+from rlaif.types import user_prompt
 from tests.labeler.commands import label, pair, replies, scripted, write_lines
 from tests.labeler.openai_server import ScriptedServer
-from tests.labeler.tiny import save_tiny
+from tests.labeler.tiny import save_tiny, tiny_tokenizer
 
 POSTS = [
     {"prompt": f"w{i} w2 w3", "response_a": "w1 " * (i + 1), "response_b": "w4 w5 | w6"} for i in range(5)
@@ -71,6 +78,24 @@ def test_the_embedded_judge_is_counted_exactly(tmp_path: Path, capsys: pytest.Ca
     counted = number(facts(capsys)["prompt tokens"])
     assert label("tinyworld:judge", data, tmp_path / "out", *flags) == 0
     assert counted == totals(tmp_path / "out").usage.prompt_tokens > 0
+
+
+def test_labels_of_several_tokens_are_counted_as_each_back_end_reads_them(tmp_path: Path) -> None:
+    tokenizer, folder = tiny_tokenizer(), save_tiny(tmp_path)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    tokenizer.save_pretrained(folder)
+
+    def cost_of(llm: LLM) -> tuple[int, int]:
+        reading = asyncio.run(llm.label_logprobs(user_prompt("w1 w2"), ":", ("1", "2", "12", "3")))
+        return reading.prompt_tokens, reading.completion_tokens
+
+    ref = ModelRef("hf", str(folder))
+    prompt = len(tokenizer("<s> w1 w2 | :", add_special_tokens=False)["input_ids"])
+    assert cost_of(Unloaded.load(ref)) == cost_of(HFModel.load(ref, LLMOptions())) == (prompt + 1, 1)
+    # vLLM is asked once after the prompt, and once after the prompt and the token 1.
+    assert cost_of(Unloaded.load(ModelRef("vllm", str(folder)))) == (2 * prompt + 1, 2)
 
 
 def test_with_rationales_the_first_step_is_exact_and_the_rest_is_bounded(
@@ -135,6 +160,28 @@ def test_nothing_is_asked_of_an_endpoint(tmp_path: Path, capsys: pytest.CaptureF
     assert found["requests"] == "6 (6 label)"
     assert found["time"] == "1:00 by --requests_per_minute"
     assert found["cost, USD"].split()[0] == f"{(number(found['prompt tokens']) + 12) / 1e6:.4g}"
+
+
+def says(user: str, prefix: str, wanted: bool) -> str | dict[str, float]:
+    return {"1": 0.5, "2": 0.5} if wanted else " A thought of some words."
+
+
+@pytest.mark.parametrize("template", [True, False], ids=["chat", "text"])
+@pytest.mark.parametrize("kind", ["pairs", "scores"])
+def test_a_server_that_tokenises_counts_for_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, template: bool
+) -> None:
+    rows = [pair(i) if kind == "pairs" else {"prompt": f"q{i}", "response": "fine"} for i in range(3)]
+    data = write_lines(tmp_path / "data.jsonl", rows)
+    with ScriptedServer(says, vllm=True, template=template) as server:
+        assert label(server.ref, data, tmp_path / "out", "--no-cot", "--dry_run", kind=kind) == 0
+        assert server.asked == []
+        found = facts(capsys)
+        assert label(server.ref, data, tmp_path / "out", "--no-cot", kind=kind) == 0
+        # The server's tokenizer splits 10 and puts spaces apart, so a label is read in several requests.
+        assert len(server.asked) == number(found["completion tokens"]) > number(found["requests"])
+    assert number(found["prompt tokens"]) == totals(tmp_path / "out").usage.prompt_tokens
+    assert "/tokenize" in found["counted"]
 
 
 def test_a_tokenizer_can_be_named_for_an_endpoint(
