@@ -1,4 +1,4 @@
-"""What a labeling run leaves behind beside its data file: report, dataset card, the list of what stays open."""
+"""What a labeling run leaves behind beside its data file: the report, and the list of what stays open."""
 
 from __future__ import annotations
 
@@ -45,29 +45,6 @@ def write_unlabelled(folder: Path) -> Iterator[Callable[[Mapping[str, Any]], Non
         yield write
     if count == 0:
         path.unlink()
-
-
-def write_card(folder: Path, title: str, data_file: str, text: str, report: Mapping[str, Any]) -> None:
-    """Write `README.md`, the dataset card; its header tells `datasets.load_dataset` which file to read."""
-    facts = "\n".join(f"| {name} | {_cell(value)} |" for name, value in report.items())
-    card = f"""---
-configs:
-- config_name: default
-  data_files: {data_file}
-tags:
-- rlaif
-- preference
----
-
-# {title}
-
-{text}
-
-| | |
-| --- | --- |
-{facts}
-"""
-    write_atomic(folder / "README.md", card)
 
 
 def _cell(value: object) -> str:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from labeler.audit.calibration import Calibration
+from labeler.card import keep_rubric, write_card
 from labeler.config import JudgeConfig, PairsConfig
 from labeler.judge import Judge
 from labeler.jury import Jury
 from labeler.loop import replay, side_by_side
-from labeler.outputs import print_summary, refuse_if_too_many_open, write_card, write_report, write_unlabelled
+from labeler.outputs import print_summary, refuse_if_too_many_open, write_report, write_unlabelled
 from labeler.preferences import SCHEMA, PreferenceReport, dataset_row, is_tie, open_row
 from labeler.rubric import Rubric, load_rubric
 from labeler.session import Session, open_session
@@ -22,13 +23,6 @@ from labeler.validation import Validation, write_validation
 from rlaif.errors import ConfigError
 from rlaif.records import PREFERENCES_FILE, Quarantine, read_candidates, read_pairs, read_rows, write_parquet
 from rlaif.types import CandidateSet, Pair, Preference, content_id
-
-CARD = """Preferences of an AI judge, in TRL's conversational preference format.
-
-`chosen_prob` is the soft label, P(chosen preferred), averaged over both orders; `margin` = 2 `chosen_prob` - 1.
-`chosen_prob_first` and `chosen_prob_second` are the label with the chosen response shown first and second.
-TRL's losses read `margin` (reward) or the hard label (DPO); `rlaif train rm` and `rlaif train dpo` read
-`chosen_prob`. `source` says `logprobs`, `samples`, `verdict`, or which guard ruled without asking."""
 
 INCONSISTENT = "both orders prefer the same position"
 
@@ -75,6 +69,7 @@ class Labels:
 def label(config: PairsConfig, session: Session) -> Labels:
     """Ask about all pairs of the dataset and write `preferences.parquet`, report and card."""
     rubric = _rubric(config)
+    keep_rubric(session.folder, config.rubric, rubric)
     judge = open_judge(config, session, rubric)
     settle = Settlement(config, judge.name, rubric)
 
@@ -111,9 +106,11 @@ def label(config: PairsConfig, session: Session) -> Labels:
         **session.costs(),
         "quarantined": dict(session.quarantine.reasons),
         "seconds": session.seconds,
+        "judge": judge.name,
+        "rubrics": {rubric.name: rubric.hash},
     }
     write_report(session.folder, facts)
-    write_card(session.folder, f"Preferences by {judge.name}", PREFERENCES_FILE, CARD, facts)
+    write_card(session.folder)
     return Labels(judge, settle, session.folder, facts)
 
 

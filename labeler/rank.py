@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from labeler.card import write_card
 from labeler.config import RankConfig
 from labeler.loop import replay
 from labeler.outputs import MESSAGES, write_report
@@ -54,6 +55,7 @@ def run(config: RankConfig) -> None:
         labels.facts["rankings_written"] = written
         standings = models.standings(config.resamples, config.seed)
         write_report(session.folder, {**labels.facts, "leaderboard": standings})
+        write_card(session.folder)
     labels.conclude(config)
     for place, standing in enumerate(standings, 1):
         low, high = standing["elo_95"]

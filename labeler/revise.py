@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from labeler.card import keep_rubric, write_card
 from labeler.config import ReviseConfig
 from labeler.guard import is_content_free, neutralise
 from labeler.llm import LLM, Generation, RequestFailed
@@ -22,7 +23,6 @@ from labeler.outputs import (
     MESSAGES,
     print_summary,
     refuse_if_too_many_open,
-    write_card,
     write_report,
     write_unlabelled,
 )
@@ -52,11 +52,6 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of `revisions.parquet`; `completion` is the revision of the last of `rounds`. Tokens are of these rounds."""
-
-CARD = """Responses revised by an AI model, in TRL's conversational prompt-completion format for supervised fine-tuning.
-
-`completion` is the revised response, `initial` the one that it began from. `rounds` has, in order, the principle that
-was drawn, the critique by it and the revision (Constitutional AI, arXiv 2212.08073, section 3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +179,7 @@ def run(config: ReviseConfig) -> None:
         cot=config.cot, num_exemplars=config.num_exemplars, preamble=config.preamble
     )
     with open_session(config, "label revise") as session:
+        keep_rubric(session.folder, config.rubric, rubric)
         reviser = Reviser(
             session.open_model(config.model_name_or_path),
             rubric,
@@ -236,10 +232,11 @@ def run(config: ReviseConfig) -> None:
             **session.costs(),
             "quarantined": dict(session.quarantine.reasons),
             "seconds": session.seconds,
+            "rubrics": {rubric.name: rubric.hash},
         }
         write_report(session.folder, report)
         name = reviser.llm.name
-        write_card(session.folder, f"Revisions by {name}", "revisions.parquet", CARD, report)
+        write_card(session.folder)
     print_summary(f"{total} responses revised by {name} -> {data_file}", report)
     refuse_if_too_many_open(
         report["unlabelled"], total, config.max_unlabelled, session.folder, "responses could not be revised"

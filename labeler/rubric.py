@@ -407,11 +407,11 @@ def _undeclared(name: str, template: str) -> set[str]:
         raise ValueError(f"{name} is no Jinja template: {err}") from err
 
 
-def load_rubric(name_or_path: str) -> Rubric:
-    """Load a rubric: a preset name (a file in `labeler/rubrics/`), `tinyworld:pair|score`, or a path.
+def rubric_path(name_or_path: str) -> Path:
+    """The file of a rubric: a preset name (a file in `labeler/rubrics/`), `tinyworld:pair|score`, or a path.
 
     Raises:
-        ConfigError: there is no such file, it is not YAML, a required slot is missing, or a value cannot be.
+        ConfigError: there is no such file.
     """
     package, colon, name = name_or_path.partition(":")
     path = Path(name_or_path)
@@ -426,6 +426,16 @@ def load_rubric(name_or_path: str) -> Rubric:
         raise ConfigError(
             f"no rubric {name_or_path!r}: give a .yaml file or one of the presets: {', '.join(presets())}"
         )
+    return path
+
+
+def load_rubric(name_or_path: str) -> Rubric:
+    """Load a rubric; see `rubric_path` for how it may be named.
+
+    Raises:
+        ConfigError: there is no such file, it is not YAML, a required slot is missing, or a value cannot be.
+    """
+    path = rubric_path(name_or_path)
     try:
         text = path.read_text(encoding="utf-8")
         file = RubricFile.model_validate(yaml.safe_load(text))

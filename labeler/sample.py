@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from labeler.card import write_card
 from labeler.config import SampleConfig
 from labeler.llm import Generation, RequestFailed
 from labeler.loop import reason_of, replay
@@ -16,7 +17,6 @@ from labeler.outputs import (
     MESSAGES,
     print_summary,
     refuse_if_too_many_open,
-    write_card,
     write_report,
     write_unlabelled,
 )
@@ -34,8 +34,6 @@ COMPLETION = pa.struct(
 )
 SCHEMA = pa.schema([("prompt", MESSAGES), ("completions", pa.list_(COMPLETION))])
 """Columns of `candidates.parquet`."""
-
-CARD = "Responses sampled from a policy, several per prompt; each is a function of its recorded seed."
 
 
 class Draw(NamedTuple):
@@ -118,7 +116,7 @@ def run(config: SampleConfig) -> None:
         }
         write_report(session.folder, report)
         names = ", ".join(policy.name for policy in policies)
-        write_card(session.folder, f"Responses of {names}", "candidates.parquet", CARD, report)
+        write_card(session.folder)
     print_summary(f"{count['responses']} responses of {names} -> {data_file}", report)
     refuse_if_too_many_open(
         report["unlabelled"], total, config.max_unlabelled, session.folder, "responses could not be sampled"

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from labeler.budget import Price
+from labeler.card import keep_rubric, write_card
 from labeler.config import ScoresConfig
 from labeler.judge import Judge
 from labeler.jury import Jury
@@ -22,7 +23,6 @@ from labeler.outputs import (
     MESSAGES,
     print_summary,
     refuse_if_too_many_open,
-    write_card,
     write_report,
     write_unlabelled,
 )
@@ -72,11 +72,6 @@ SCHEMA = pa.schema(
 )
 """Columns of `scores.parquet`; `probs` are over the rubric's labels in order."""
 
-CARD = """Scores by an AI judge. `score` is the expectation over the rubric's scale under `probs`, the judge's
-probabilities of the score tokens (arXiv 2309.00267, section 2.2.2). With several rubrics it is the mean of the
-`aspects`, and `probs` stands with each of them. `source` says `logprobs`, `samples`, `verdict`, or which guard ruled
-without asking."""
-
 
 def run(config: ScoresConfig) -> None:
     """Score all responses, write the dataset, print the summary.
@@ -91,6 +86,8 @@ def run(config: ScoresConfig) -> None:
     rubrics = [_rubric(name, config) for name in config.rubric]
     _check_one_scale(rubrics)
     with open_session(config, "label scores") as session:
+        for file, rubric in zip(config.rubric, rubrics, strict=True):
+            keep_rubric(session.folder, file, rubric)
         models = [session.open_model(name) for name in config.judge]
         judges = [
             gather_judges([Judge(model, rubric, config.recipe()) for model in models], config)
@@ -130,15 +127,17 @@ def run(config: ScoresConfig) -> None:
                     yield row
 
         write_parquet(data_file, rows(), SCHEMA)
+        name = judges[0].name
         facts = {
             **report.result(),
             **session.costs(),
             "quarantined": dict(session.quarantine.reasons),
             "seconds": session.seconds,
+            "judge": name,
+            "rubrics": {rubric.name: rubric.hash for rubric in rubrics},
         }
         write_report(session.folder, facts)
-        name = judges[0].name
-        write_card(session.folder, f"Scores by {name}", "scores.parquet", CARD, facts)
+        write_card(session.folder)
     print_summary(f"{total} responses scored by {name} -> {data_file}", facts)
     refuse_if_too_many_open(
         facts["unlabelled"], total, config.max_unlabelled, session.folder, "responses have no score"
