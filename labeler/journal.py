@@ -1,8 +1,6 @@
 """The journal of a labeling run: every paid reply, on the disk before it counts.
 
-SQLite in WAL mode: a reply is one commit, which outlives a kill of the process; the disk is synchronised every few
-hundred replies, so a power cut may cost the last of them and never the file. Replies are found by key, so a
-million of them take no memory, and other processes may read while a run writes.
+Replies are found by key, so a million of them take no memory, and other processes may read while a run writes.
 """
 
 from __future__ import annotations
@@ -10,15 +8,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rlaif.errors import DataError, StorageError
+from labeler.database import Database
+from rlaif.errors import StorageError
 from rlaif.storage import storing
 from rlaif.types import content_id
 
@@ -84,13 +81,13 @@ class ReplyJournal:
     def __init__(self, folder: Path, *, reuse: Sequence[Path] = (), read_only: bool = False) -> None:
         self.path = folder / JOURNAL_FILE
         self._lock: int | None = None
-        self._files: list[_File] = []
+        self._files: list[Database] = []
         if not read_only:
             self._lock = _lock(folder / ".journal.lock")
         try:
-            self._file = _File(self.path, read_only=read_only)
+            self._file = Database(self.path, _TABLES, read_only=read_only)
             self._files.append(self._file)
-            self._files += [_File(other / JOURNAL_FILE, read_only=True) for other in reuse]
+            self._files += [Database(other / JOURNAL_FILE, read_only=True) for other in reuse]
             self._has_failures = bool(self._file.all("SELECT 1 FROM failures LIMIT 1"))
         except BaseException:
             self.close()
@@ -174,67 +171,6 @@ class ReplyJournal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _File:
-    """A journal's file: statements, and one line for whatever is wrong with it."""
-
-    def __init__(self, path: Path, *, read_only: bool) -> None:
-        self._path = path
-        self._read_only = read_only
-        if read_only and not path.is_file():
-            raise DataError(f"{path} does not exist: give the directory of a labeling run")
-        with self._explained():
-            if read_only:
-                self._sql = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-                return
-            self._sql = sqlite3.connect(path, isolation_level=None)
-            self._sql.execute("PRAGMA journal_mode=WAL")
-            self._sql.execute("PRAGMA synchronous=NORMAL")
-            self._sql.executescript(_TABLES)
-
-    def all(self, statement: str, values: tuple[object, ...] = ()) -> list[Any]:
-        """The rows that a statement finds."""
-        with self._explained():
-            return self._sql.execute(statement, values).fetchall()
-
-    def write(self, statement: str, values: tuple[object, ...]) -> None:
-        """Execute and commit a statement."""
-        with self._explained():
-            self._sql.execute(statement, values)
-
-    def decode(self, text: str) -> dict[str, Any]:
-        """A stored reply."""
-        try:
-            reply: dict[str, Any] = json.loads(text)
-        except ValueError as err:
-            raise self._damaged(err) from err
-        return reply
-
-    def close(self) -> None:
-        """Close the file; an error must not hide the one that led here."""
-        with suppress(sqlite3.Error):
-            self._sql.close()
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as err:
-            if "malformed" in str(err) or "not a database" in str(err):
-                raise self._damaged(err) from err
-            if self._read_only:
-                raise StorageError(f"cannot read {self._path}: {err}") from err
-            full = "full" in str(err) or "I/O" in str(err)
-            advice = (
-                "free some space and run the same command again" if full else "choose another --output_dir"
-            )
-            raise StorageError(f"cannot write {self._path}: {err}; {advice}") from err
-
-    def _damaged(self, err: Exception) -> StorageError:
-        return StorageError(
-            f"{self._path} is damaged ({err}): restore it from a copy, or move it away to pay for its replies again"
-        )
 
 
 def _lock(path: Path) -> int:

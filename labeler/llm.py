@@ -21,6 +21,10 @@ class RequestFailed(RlaifError):
     """
 
 
+class Postponed(RequestFailed):
+    """A request that was not sent, or not answered yet; that is no failure of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """Generated text.
@@ -197,6 +201,10 @@ def open_llm(ref: ModelRef, options: LLMOptions | None = None) -> LLM:
         from labeler.backends.openai import OpenAIModel
 
         return OpenAIModel(ref, options)
+    if ref.backend == "decisions":
+        from labeler.backends.decisions import DecisionModel
+
+        return DecisionModel(ref, options)
     if ref.backend == "vllm":
         from labeler.backends.vllm import VLLMModel
 

@@ -14,17 +14,13 @@ from typing import Any, TypeVar
 from labeler.backends.labels import read_top_tokens
 from labeler.budget import Budget, most_label_tokens, most_tokens
 from labeler.journal import ReplyJournal, Usage, request_key
-from labeler.llm import LLM, Abilities, Generation, LabelReading, RequestFailed
+from labeler.llm import LLM, Abilities, Generation, LabelReading, Postponed, RequestFailed
 from rlaif.types import Conversation, LabelDistribution
 
 R = TypeVar("R", Abilities, Generation, LabelReading)
 Record = dict[str, Any]
 
 NOT_ASKED = "not asked yet"
-
-
-class Postponed(RequestFailed):
-    """A request that was not sent; that is no failure of its own."""
 
 
 class Recorded:

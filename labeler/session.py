@@ -76,6 +76,7 @@ class Session:
             if self.price is None or config.max_cost is None
             else Budget(self.price, config.max_cost, self._paid)
         )
+        heartbeat.stats = self._stats
         heartbeat.stats = self._stats  # last: another thread calls it
 
     def open_model(self, name: str) -> Recorded:
