@@ -103,10 +103,11 @@ def bootstrap_interval(
     drawn = []
     for _ in range(resamples):
         taken = generator.integers(0, len(sizes), len(sizes))
-        inside = np.arange(sizes[taken].sum()) - np.repeat(
-            np.cumsum(sizes[taken]) - sizes[taken], sizes[taken]
-        )
-        drawn.append(statistic(rows[np.repeat(starts[taken], sizes[taken]) + inside]))
+        if len(sizes) < len(rows):  # from numbers of groups to numbers of rows
+            ends = np.cumsum(sizes[taken])
+            inside = np.arange(ends[-1]) - np.repeat(ends - sizes[taken], sizes[taken])
+            taken = np.repeat(starts[taken], sizes[taken]) + inside
+        drawn.append(statistic(rows[taken]))
     found = np.array(drawn, dtype=np.float64)
     found = found[~np.isnan(found)]
     if len(found) == 0:

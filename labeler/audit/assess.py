@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labeler.agreement import agreement, agreements, bootstrap_interval, preference_kappa, same_position
+from labeler.agreement import agreement, agreements, bootstrap_interval, same_position
 from labeler.audit.biases import lean
 from labeler.audit.measures import ECE_BINS, brier, expected_calibration_error, log_loss, reliability
 from labeler.audit.observations import Observation
@@ -58,17 +58,18 @@ def assess(observations: Sequence[Observation], *, resamples: int = 1000) -> Fin
 def agreement_with_people(labelled: Sequence[Observation], resamples: int = 1000) -> Findings:
     """Agreement beside Cohen's kappa, with intervals, and the agreement of "the longer one wins".
 
-    Pairs that people tie are left out; they are counted as `human_ties`.
+    Pairs that people tie are left out; they are counted as `human_ties`. Kappa is `preference_kappa`.
     """
     judged = [o for o in labelled if o.human is not None]
     decided = [o for o in judged if o.human != 0.5]
     table = _table(decided)
+    found = _estimate(agreements(table[:, 0], table[:, 1]), _mean, decided, resamples)
     longer = (np.sign([o.longer for o in decided]) + 1) / 2
     return {
         "human_pairs": len(decided),
         "human_ties": len(judged) - len(decided),
-        "agreement": _estimate(table, _by_columns(agreement), decided, resamples),
-        "kappa": _estimate(table, _by_columns(preference_kappa), decided, resamples),
+        "agreement": found,
+        "kappa": {name: None if value is None else 2 * value - 1 for name, value in found.items()},
         "longer_wins_agreement": _finite(agreement(longer, table[:, 1])),
     }
 
@@ -146,10 +147,6 @@ def _lean(labelled: Sequence[Observation], name: str) -> Findings:
 def _table(labelled: Sequence[Observation]) -> Floats:
     """(N, 2) P(A preferred) by the judge and by people."""
     return np.array([(o.p, o.human) for o in labelled], dtype=np.float64).reshape(-1, 2)
-
-
-def _by_columns(statistic: Callable[[Floats, Floats], float]) -> Callable[[Floats], float]:
-    return lambda table: statistic(table[:, 0], table[:, 1])
 
 
 def _estimate(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from rlaif.models import BACKENDS
+
 _NAMES = {
     "Llama": r"llama|vicuna|alpaca|koala|tulu|wizardlm|guanaco",
     "Mistral": r"mistral|mixtral|ministral|magistral|codestral|devstral|pixtral|zephyr",
@@ -80,5 +82,5 @@ def _plain(model: str) -> str:
     backend, colon, rest = model.partition(":")
     if backend == "tinyworld":
         return model.lower()
-    name = rest if colon and backend in ("openai", "vllm", "hf", "scripted") else model
+    name = rest if colon and backend in BACKENDS else model
     return name.partition("@")[0].lower().replace("_", "-")
