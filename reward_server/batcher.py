@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
 
+from reward_server.observe import Observer, Silent
 from reward_server.scorers.base import (
     Failure,
     Outcome,
@@ -122,9 +123,16 @@ class Batcher:
     """The queue in front of one scorer. All methods belong to one event loop."""
 
     def __init__(
-        self, scorer: Scorer, *, max_batch_tokens: int, max_queue_tokens: int, max_queue_items: int
+        self,
+        scorer: Scorer,
+        *,
+        max_batch_tokens: int,
+        max_queue_tokens: int,
+        max_queue_items: int,
+        observer: Observer | None = None,
     ) -> None:
         self.scorer = scorer
+        self._observer = observer or Silent()
         self._max_batch_tokens = max_batch_tokens
         self._max_queue_tokens = max_queue_tokens
         self._max_queue_items = max_queue_items
@@ -208,6 +216,8 @@ class Batcher:
                 await self._drop(request)
                 raise
         first_cut = request.first_cut if request.first_cut is not None else time.monotonic()
+        self._observer.waited(first_cut - tokenized)
+        self._observer.outcomes([o for o in request.outcomes if o is not None])
         return Report(
             [o for o in request.outcomes if o is not None],
             queue_s=first_cut - tokenized,
@@ -265,7 +275,9 @@ class Batcher:
         return min(max(self._rate.seconds(self._queued_tokens) / 2, 0.05), 30.0)
 
     async def _drop(self, request: _Request) -> None:
-        await self._remove({id(e) for e in self._queues[request.priority] if e.request is request})
+        gone = {id(e) for e in self._queues[request.priority] if e.request is request}
+        self._observer.cancelled(len(gone))
+        await self._remove(gone)
 
     async def _remove(self, entries: set[int]) -> None:
         """Take entries out of the queues, by identity, and let waiting requests in."""
@@ -361,6 +373,7 @@ class Batcher:
         tokens = sum(e.item.tokens for e in batch)
         padded = sum(e.item.rows for e in batch) * max(e.item.width for e in batch)
         self._rate.update(tokens, seconds)
+        self._observer.batch(len(batch), tokens, padded, seconds)
         for request in {id(e.request): e.request for e in batch}.values():
             request.compute_s += seconds
             request.batch_items = max(request.batch_items, len(batch))
@@ -379,6 +392,7 @@ class Batcher:
             size = sum(item.rows for item in items) * max(item.width for item in items)
             if isinstance(err, OutOfMemory) and len(items) > 1:
                 self._max_batch_tokens = max(1, min(self._max_batch_tokens, size // 2))
+                self._observer.out_of_memory()
                 _LOG.warning("out of memory at %d tokens; batches hold %d now", size, self._max_batch_tokens)
             if len(items) == 1:
                 _LOG.warning("an item of %d tokens failed in the model: %r", items[0].tokens, err)

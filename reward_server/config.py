@@ -106,6 +106,10 @@ class ServeConfig:
     """Mutual TLS: only clients with a certificate of these authorities may connect, PEM."""
     token_file: Path | None = None
     """Bearer tokens, one `score TOKEN` or `admin TOKEN` a line; read again when it changes."""
+    metrics_port: int | None = None
+    """Serve Prometheus metrics at http://HOST:PORT/metrics; 0 picks a free port."""
+    metrics_host: str = "127.0.0.1"
+    """Address of the metrics. They hold counts, durations and model names, never text."""
     insecure: bool = False
     """Listen beyond loopback without TLS or without tokens; whoever reaches the port may score and swap models."""
     ready_file: Path | None = None

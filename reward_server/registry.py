@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from reward_server.batcher import Batcher
+from reward_server.observe import Observer, Silent
 from reward_server.scorers.base import Scorer
 from rlaif.errors import RlaifError
 
@@ -63,13 +64,17 @@ class ModelRegistry:
     Args:
         queue: makes the queue in front of a scorer.
         max_models: most models held at the same time.
+        observer: hears of activations.
 
     Attributes:
         broken: ends only if computing breaks in some model, with the exception.
     """
 
-    def __init__(self, queue: Callable[[Scorer], Batcher], *, max_models: int) -> None:
+    def __init__(
+        self, queue: Callable[[Scorer], Batcher], *, max_models: int, observer: Observer | None = None
+    ) -> None:
         self._queue = queue
+        self._observer = observer or Silent()
         self._max_models = max_models
         self._models: list[Model] = []
         self._loading = 0
@@ -150,6 +155,7 @@ class ModelRegistry:
         if before is not None:
             before.state = State.READY
         model.state = State.ACTIVE
+        self._observer.activated(model.scorer.name, version)
         _LOG.info("version %s is active", version)
         return None if before is model else before
 

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from reward_server.batcher import Batcher
 from reward_server.config import ServeConfig
+from reward_server.observe import Metrics
 from reward_server.registry import ModelRegistry
 from reward_server.scorers.base import Scorer
 from reward_server.security import Role, TokenInterceptor, Tokens, server_credentials
@@ -34,7 +35,9 @@ class RewardServer:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
+        self._metrics = None if config.metrics_port is None else Metrics()
         self._service = RewardService(
+            observer=self._metrics,
             max_items=config.max_items,
             max_request_bytes=config.max_request_bytes,
             max_stream_requests=config.max_stream_requests,
@@ -42,6 +45,7 @@ class RewardServer:
         )
         self._health = HealthServicer()
         self._registry: ModelRegistry | None = None
+        self.metrics_port: int | None = None
         self._server = grpc.aio.server(
             interceptors=_interceptors(config),
             options=(
@@ -81,6 +85,9 @@ class RewardServer:
             raise ConfigError(
                 f"cannot listen on {host}:{config.port}: the port is in use or not allowed; give another --port"
             ) from err
+        if self._metrics is not None and config.metrics_port is not None:
+            self._metrics.watch_queue(self._queued_tokens)
+            self.metrics_port = self._metrics.serve(config.metrics_host, config.metrics_port)
         await self._server.start()
         return f"{host}:{port}"
 
@@ -97,7 +104,9 @@ class RewardServer:
         async def at_hand() -> Scorer:
             return scorer
 
-        self._registry = ModelRegistry(self._queue, max_models=self._config.max_models)
+        self._registry = ModelRegistry(
+            self._queue, max_models=self._config.max_models, observer=self._metrics
+        )
         await self._registry.load(at_hand, activate=True)
         self._service.open(self._registry)
         for name in _HEALTH_SERVICES:
@@ -119,7 +128,12 @@ class RewardServer:
             max_batch_tokens=self._config.max_batch_tokens,
             max_queue_tokens=self._config.max_queue_tokens,
             max_queue_items=self._config.max_queue_items,
+            observer=self._metrics,
         )
+
+    def _queued_tokens(self) -> float:
+        models = () if self._registry is None else self._registry.models
+        return sum(model.batcher.queued_tokens for model in models)
 
     async def _load(self, model: str) -> Scorer:
         """A reward model of another name with this server's settings, for the admin calls."""

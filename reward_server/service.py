@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -16,6 +17,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from protos.rlaif.reward.v1 import reward_pb2 as pb
 from reward_server import wire
 from reward_server.batcher import Overloaded, Priority, Report, TooLate
+from reward_server.observe import Observer, Silent
 from reward_server.registry import Model, ModelRegistry, NoSuchModel, TooManyModels
 from reward_server.scorers.base import Failure, Outcome, Scorer, Task
 from rlaif.errors import RlaifError
@@ -24,6 +26,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["RewardService"].full_name
 ADMIN_SERVICE = pb.DESCRIPTOR.services_by_name["ModelAdminService"].full_name
 
 _LOG = logging.getLogger(__name__)
+_NAMES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Request = TypeVar("Request", bound=Message)
@@ -55,11 +58,19 @@ class RewardService:
         max_request_bytes: as the server was told, for callers to know.
         max_stream_requests: unanswered requests of one stream.
         load: loads a model by its name, for the admin calls.
+        observer: hears how calls end.
     """
 
     def __init__(
-        self, *, max_items: int, max_request_bytes: int, max_stream_requests: int, load: Load
+        self,
+        *,
+        max_items: int,
+        max_request_bytes: int,
+        max_stream_requests: int,
+        load: Load,
+        observer: Observer | None = None,
     ) -> None:
+        self._observer = observer or Silent()
         self._max_items = max_items
         self._max_request_bytes = max_request_bytes
         self._max_stream_requests = max_stream_requests
@@ -90,17 +101,17 @@ class RewardService:
         INVALID_ARGUMENT, where grpc's own parsing step would answer UNKNOWN with a Python class name.
         """
         reward = {
-            "Score": _unary(self.score, pb.ScoreRequest),
+            "Score": self._unary(self.score, pb.ScoreRequest),
             "ScoreStream": grpc.stream_stream_rpc_method_handler(
                 self._stream, request_deserializer=None, response_serializer=_serialize
             ),
-            "Compare": _unary(self.compare, pb.CompareRequest),
-            "GetInfo": _unary(self.info, pb.GetInfoRequest),
+            "Compare": self._unary(self.compare, pb.CompareRequest),
+            "GetInfo": self._unary(self.info, pb.GetInfoRequest),
         }
         admin = {
-            "LoadModel": _unary(self.load_model, pb.LoadModelRequest),
-            "ActivateModel": _unary(self.activate_model, pb.ActivateModelRequest),
-            "UnloadModel": _unary(self.unload_model, pb.UnloadModelRequest),
+            "LoadModel": self._unary(self.load_model, pb.LoadModelRequest),
+            "ActivateModel": self._unary(self.activate_model, pb.ActivateModelRequest),
+            "UnloadModel": self._unary(self.unload_model, pb.UnloadModelRequest),
         }
         return (
             grpc.method_handlers_generic_handler(SERVICE, reward),
@@ -342,6 +353,32 @@ class RewardService:
             raise _invalid(found)
         return model
 
+    def _unary(
+        self, behaviour: Callable[[Request, float | None], Awaitable[Response]], request_class: type[Request]
+    ) -> grpc.RpcMethodHandler[bytes, bytes]:
+        method = behaviour.__name__
+
+        async def call(data: bytes, context: Context) -> Response:
+            started = time.monotonic()
+            code = "CANCELLED"
+            try:
+                response = await behaviour(_parse(request_class, data), context.time_remaining())
+                code = "OK"
+                return response
+            except Refusal as err:
+                code = _NAMES[err.status.code].name
+                await _abort(context, err.status)
+                raise
+            except Exception:
+                code = "UNKNOWN"
+                raise
+            finally:
+                self._observer.call(method, code, time.monotonic() - started)
+
+        return grpc.unary_unary_rpc_method_handler(
+            cast("Any", call), request_deserializer=None, response_serializer=_serialize
+        )
+
     def _counted(self) -> _InFlight:
         return _InFlight(self)
 
@@ -380,23 +417,8 @@ def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-def _unary(
-    behaviour: Callable[[Request, float | None], Awaitable[Response]], request_class: type[Request]
-) -> grpc.RpcMethodHandler[bytes, bytes]:
-    async def call(data: bytes, context: Context) -> Response:
-        try:
-            return await behaviour(_parse(request_class, data), context.time_remaining())
-        except Refusal as err:
-            await _abort(context, err.status)
-            raise
-
-    return grpc.unary_unary_rpc_method_handler(
-        cast("Any", call), request_deserializer=None, response_serializer=_serialize
-    )
-
-
 async def _abort(context: Context, status: status_pb2.Status) -> None:
     """End the call with a rich status (google.rpc.Status in the trailer, as grpcio-status reads it)."""
-    number = {c.value[0]: c for c in grpc.StatusCode}[status.code]
+    number = _NAMES[status.code]
     trailer = (("grpc-status-details-bin", status.SerializeToString()),)
     await context.abort(number, status.message, trailing_metadata=trailer)
