@@ -80,7 +80,7 @@ class Metrics:
         at = self.registry
         self._calls = Counter("rlaif_calls", "Calls by method and status.", ["method", "code"], registry=at)
         self._call_seconds = Histogram(
-            "rlaif_call_seconds", "Duration of calls.", ["method"], buckets=_SECONDS, **at
+            "rlaif_call_seconds", "Duration of calls.", ["method"], buckets=_SECONDS, registry=at
         )
         self._wait = Histogram(
             "rlaif_queue_seconds", "From admission to the batch.", buckets=_SECONDS, registry=at
@@ -100,7 +100,7 @@ class Metrics:
             "rlaif_cancelled_items", "Waiting items whose caller went away.", registry=at
         )
         self._scores = Histogram(
-            "rlaif_score", "Raw scores.", buckets=(-10, -5, -2, -1, 0, 1, 2, 5, 10), **at
+            "rlaif_score", "Raw scores.", buckets=(-10, -5, -2, -1, 0, 1, 2, 5, 10), registry=at
         )
         self._model = Gauge("rlaif_active_model", "1 for the active model.", ["name", "version"], registry=at)
         self._swaps = Counter("rlaif_activations", "Models activated.", registry=at)
