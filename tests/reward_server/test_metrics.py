@@ -33,8 +33,8 @@ def test_metrics_count_calls_items_tokens_and_tell_no_text() -> None:
             assert port is not None
             text, metrics = await asyncio.to_thread(scrape, port)
 
-        def value(name: str, **labels: str) -> Any:
-            return metrics.get((name, frozenset(labels.items())))
+        def value(metric: str, /, **labels: str) -> Any:
+            return metrics.get((metric, frozenset(labels.items())))
 
         assert value("rlaif_calls_total", method="score", code="OK") == 1
         assert value("rlaif_calls_total", method="score", code="INVALID_ARGUMENT") == 1
