@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labeler.rubric import Question, Rubric, load_rubric, presets
+from labeler.rubric import Question, Rubric, RubricFile, load_rubric, presets
 from rlaif.errors import ConfigError
 from rlaif.types import Message, Pair, user_prompt
 
@@ -283,3 +284,32 @@ def test_scales_of_presets_rise_from_one(name: str) -> None:
     rubric = load_rubric(name)
     assert rubric.levels == tuple(float(label) for label in rubric.labels)
     assert f"from 1 to {rubric.labels[-1]}" in rubric.file.ending
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def page(repository: Path) -> str:
+    """The documentation of rubrics."""
+    return (repository / "docs" / "rubrics.md").read_text(encoding="utf-8")
+
+
+def test_every_rubric_of_the_documentation_can_be_used(tmp_path: Path, page: str) -> None:
+    rubrics = {r.name: r for r in (load_rubric(write(tmp_path, text)) for text in blocks(page, "yaml"))}
+    assert set(rubrics) == {"politeness", "brevity", "graded", "house-rules", "in-plain-words"}
+    (shown,) = blocks(page, "text")
+    pair = Pair(user_prompt("Is this in stock?"), "No.", "Sorry, it is not.")
+    asked = rubrics["politeness"].with_options(cot=False, preamble="base").ask_pair(pair, "ab")
+    assert asked.user == shown.strip()
+
+
+def test_the_documentation_lists_every_field_and_every_preset(page: str) -> None:
+    assert re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE)[: len(RubricFile.model_fields)] == list(
+        RubricFile.model_fields
+    )
+    listed = page.partition("## Presets")[2]
+    assert sorted(re.findall(r"^\| `([a-z0-9-]+)` \|", listed, re.MULTILINE)) == list(presets())
+    sixteen, twelve = (len(load_rubric(n).file.principles) for n in ("constitution-pair", "revision"))
+    assert f"{sixteen} principles" in listed and f"{twelve} principles" in listed
