@@ -19,7 +19,7 @@ from labeler.journal import Totals, Usage
 from labeler.llm import LLM, Abilities, Generation, LabelReading, LLMOptions, RequestFailed
 from labeler.outputs import print_summary
 from rlaif.errors import RlaifError
-from rlaif.models import ModelRef
+from rlaif.models import HOSTED, ModelRef
 from rlaif.runs import clock
 from rlaif.types import Conversation, Message
 
@@ -303,7 +303,7 @@ class DryRun:
 
         model, counted_by = open_unasked(ref, options or LLMOptions(), self._config.tokenizer)
         self._counted_by.append(counted_by)
-        self._hosted = self._hosted or ref.backend == "openai"
+        self._hosted = self._hosted or ref.backend in HOSTED
         return Counting(model, self.tally)
 
     def end(self, total: int, what: str, quarantined: int) -> NoReturn:

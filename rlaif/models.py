@@ -10,8 +10,10 @@ from typing import Literal, get_args
 
 from rlaif.errors import ConfigError, ModelError
 
-Backend = Literal["hf", "openai", "vllm", "tinyworld", "scripted"]
+Backend = Literal["hf", "openai", "decisions", "vllm", "tinyworld", "scripted"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+HOSTED: tuple[Backend, ...] = ("openai", "decisions")
+"""Back ends that reach a model behind an endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +22,10 @@ class ModelRef:
 
     Attributes:
         backend: what runs it.
-        name: Hugging Face name or local path (`hf`, `vllm`), the endpoint's model name (`openai`), `judge` or `policy`
-            (`tinyworld`), a script file (`scripted`).
-        base_url: the endpoint of an `openai` model, or several of the same model, separated by commas; None means
-            the `OPENAI_BASE_URL` variable or OpenAI itself.
+        name: Hugging Face name or local path (`hf`, `vllm`), the endpoint's model name (`openai`, `decisions`), `judge`
+            or `policy` (`tinyworld`), a script file (`scripted`).
+        base_url: the endpoint of a hosted model, or several of the same model, separated by commas; None means the
+            `OPENAI_BASE_URL` variable or, with `openai`, OpenAI itself.
     """
 
     backend: Backend
@@ -32,10 +34,10 @@ class ModelRef:
 
     @classmethod
     def parse(cls, text: str) -> ModelRef:
-        """Read `openai:NAME[@BASE_URL[,BASE_URL...]]`, `hf:NAME_OR_PATH`, `vllm:NAME_OR_PATH`,
-        `tinyworld:judge|policy`, `scripted:FILE`.
+        """Read a name such as `openai:NAME@BASE_URL`; a bare name or path is taken as `hf:`.
 
-        A bare name or path is taken as `hf:`.
+        All forms: `openai:NAME[@BASE_URL[,BASE_URL...]]`, `decisions:NAME@BASE_URL`, `hf:NAME_OR_PATH`,
+        `vllm:NAME_OR_PATH`, `tinyworld:judge|policy`, `scripted:FILE`.
 
         Raises:
             ConfigError: the name is empty, or an endpoint is given without http:// or https://.
@@ -47,12 +49,12 @@ class ModelRef:
             if colon and head == known:
                 backend, name = known, rest
         base_url = None
-        if backend == "openai":
+        if backend in HOSTED:
             name, at, url = name.partition("@http")  # a name may hold "@" too: @cf/org/model, model@20240620
             base_url = f"http{url}" if at else None
             if re.search(r"@[\w.-]+:\d+(/|$)", name):
                 raise ConfigError(
-                    f"the endpoint in {text!r} needs its scheme: openai:NAME@http://HOST:PORT/v1"
+                    f"the endpoint in {text!r} needs its scheme: {backend}:NAME@http://HOST:PORT/v1"
                 )
         if not name:
             raise ConfigError(

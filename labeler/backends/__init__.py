@@ -1,1 +1,1 @@
-"""Back ends of `labeler.llm.LLM`: transformers in this process, OpenAI-compatible endpoints, and scripts."""
+"""Back ends of `labeler.llm.LLM`: transformers and vLLM in this process, endpoints, decision models, and scripts."""

@@ -22,7 +22,7 @@ from labeler.backends.unloaded import Unloaded
 from labeler.dry_run import PrefixCache
 from labeler.llm import LLM, Generation, LabelReading, LLMOptions, RequestFailed
 from rlaif.errors import EndpointError
-from rlaif.models import ModelRef
+from rlaif.models import HOSTED, ModelRef
 from rlaif.types import Conversation, LabelDistribution
 
 _CHARACTERS = 4
@@ -179,7 +179,7 @@ def open_unasked(
     """
     if ref.backend == "scripted":
         return load_script(ref.name), lambda: "as the script counts"
-    if ref.backend != "openai":
+    if ref.backend not in HOSTED:
         return Unloaded.load(ref), lambda: "exactly, with the model's tokenizer"
     if tokenizer is None:
         endpoint = UnaskedEndpoint(ref, options)

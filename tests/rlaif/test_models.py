@@ -23,6 +23,7 @@ from rlaif.models import ModelRef
         ("openai:m@http://user@host/v1", ModelRef("openai", "m", "http://user@host/v1")),
         ("openai:m@20240620", ModelRef("openai", "m@20240620")),
         ("openai:@cf/org/m@http://h/v1", ModelRef("openai", "@cf/org/m", "http://h/v1")),
+        ("decisions:m@http://h/v1", ModelRef("decisions", "m", "http://h/v1")),
     ],
 )
 def test_names_are_read_and_written_one_way(text: str, ref: ModelRef) -> None:
