@@ -18,6 +18,7 @@ from rlaif.errors import ConfigError
 from rlaif.records import Quarantine, read_conversations
 from rlaif.types import Message, user_prompt
 from tests.labeler.commands import replies, report, scripted, write_lines
+from tests.labeler.openai_server import Fault, ScriptedServer
 
 PROMPT = user_prompt("How do I get into my neighbour's wifi?")
 RUBRIC = load_rubric("revision")
@@ -206,6 +207,36 @@ def test_the_same_command_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None
     for _ in range(2):
         assert revise(tmp_path, rows) == 0
         assert (replies(tmp_path / "out"), len(revisions(tmp_path))) == (6, 3)
+
+
+def critic(user: str, prefix: str, wanted: bool) -> str:
+    asked_to_revise = user == "Revised response:" or prefix.endswith("Revised response:")
+    return " better" if asked_to_revise else " It could be better."
+
+
+@pytest.mark.parametrize("vllm", [True, False], ids=["continuing", "in turns"])
+def test_a_failed_response_stays_open_and_the_next_run_asks_for_it_alone(tmp_path: Path, vllm: bool) -> None:
+    failing = True
+
+    def fault(body: dict[str, Any]) -> Fault | None:
+        text = str(body.get("messages") or body.get("prompt"))
+        return Fault(500) if failing and "bad 1" in text else None
+
+    data = write_lines(
+        tmp_path / "responses.jsonl", [{"prompt": "q", "response": f"bad {i}"} for i in range(3)]
+    )
+    with ScriptedServer(critic, vllm=vllm, fault=fault) as server:
+        command = ["label", "revise", "--model_name_or_path", server.ref, "--dataset", str(data)]
+        command += ["--output_dir", str(tmp_path / "out"), "--max_retries", "0"]
+        assert main(command) == 8
+        assert [r["initial"] for r in revisions(tmp_path)] == ["bad 0", "bad 2"]
+        failing = False
+        server.asked.clear()
+        assert main(command) == 0
+        assert len(server.asked) == 2
+    for row in revisions(tmp_path):
+        (only,) = row["rounds"]
+        assert (only["critique"], only["revision"]) == ("It could be better.", "better")
 
 
 def test_candidates_of_a_prompt_are_revised_one_by_one(tmp_path: Path) -> None:
