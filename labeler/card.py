@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,7 +193,7 @@ def write_card(folder: Path) -> None:
         header(title, kind.files, kind.tags, source.report.get(kind.rows)),
         f"# {title}\n\n{kind.intro}",
         *facts_parts(source),
-        how_to_load(kind.files, str(folder.name), trains="preference" in kind.tags),
+        how_to_load(kind.files, folder.name, "DPOTrainer" if "preference" in kind.tags else None),
         *(column_table(meaning, name) for name, meaning in kind.columns.items()),
         *origin_parts(source),
     ]
@@ -232,17 +232,17 @@ def facts_parts(source: Source) -> Iterator[str]:
     """What the labels are worth, and how many there are."""
     report = source.report
     if source.command in ("label pairs", "label rank"):
-        yield "## What the labels are worth\n\n" + _table(_worth(report))
+        yield "## What the labels are worth\n\n" + table(_worth(report))
         if "human_agreement" not in report:
             yield (
                 "The input had no labels of people, so agreement is not known. `rlaif eval judge` measures it, with "
                 "calibration and biases, on any file that has some."
             )
-        yield "## What is in it\n\n" + _table(_content(report))
+        yield "## What is in it\n\n" + table(_content(report))
     elif source.command == "label scores":
-        yield "## What is in it\n\n" + _table(_scores(report))
+        yield "## What is in it\n\n" + table(_scores(report))
     else:
-        yield "## What is in it\n\n" + _table(_responses(report))
+        yield "## What is in it\n\n" + table(_responses(report))
     if board := report.get("leaderboard"):
         yield "## Leaderboard\n\n" + _leaderboard(board)
 
@@ -320,38 +320,46 @@ def _leaderboard(board: Sequence[Facts]) -> str:
     return "\n".join(lines)
 
 
-def how_to_load(files: Sequence[DataFile], place: str, *, trains: bool) -> str:
-    """Code that loads the dataset, and what reads which of its columns."""
-    lines = ["## How to use it", "", "```python", "from datasets import load_dataset", ""]
+def how_to_load(files: Sequence[DataFile], place: str | None, trainer: str | None = None) -> str:
+    """Code that loads the dataset, and what reads which of its columns.
+
+    Args:
+        files: its data files.
+        place: the folder or the repository on the hub; None for files without one.
+        trainer: TRL's trainer that reads it, if one does.
+    """
+    lines = ["## How to use it", "", "```python", "from datasets import load_dataset"]
+    if trainer is not None:
+        lines.append(f"from trl import {trainer}")
+    lines.append("")
     for file in files:
-        config = "" if file.config == "default" else f', "{file.config}"'
-        name = "dataset" if file.config == "default" else file.config
-        name = name if file.split == "train" else file.split
-        lines.append(f'{name} = load_dataset("{place}"{config}, split="{file.split}")')
-    if trains:
-        lines += [
-            "",
-            "from trl import DPOTrainer, RewardTrainer",
-            "",
-            "DPOTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer).train()",
-        ]
+        name = file.split if file.split != "train" else "dataset" if file.config == "default" else file.config
+        if place is None:
+            how = "parquet" if file.path.endswith(".parquet") else "json"
+            lines.append(f'{name} = load_dataset("{how}", data_files="{file.path}", split="train")')
+        else:
+            config = "" if file.config == "default" else f', "{file.config}"'
+            lines.append(f'{name} = load_dataset("{place}"{config}, split="{file.split}")')
+    if trainer is not None:
+        given = "model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer"
+        lines += ["", f"{trainer}({given}).train()"]
     lines.append("```")
-    if trains:
+    if trainer is not None:
+        lines += ["", WHAT_TRL_READS]
+    if trainer is not None and trainer != "KTOTrainer":
+        lines += ["", "```"]
+        data = place or files[0].path
         lines += [
-            "",
-            WHAT_TRL_READS,
-            "",
-            "```",
-            f"rlaif train rm --dataset {place} --model_name_or_path MODEL ...",
+            f"rlaif train {what} --dataset {data} --model_name_or_path MODEL ..." for what in ("rm", "dpo")
         ]
-        lines += [f"rlaif train dpo --dataset {place} --model_name_or_path MODEL ...", "```"]
+        lines += ["```"]
     return "\n".join(lines)
 
 
-WHAT_TRL_READS = """TRL reads the columns as they are, and part of the label: its `RewardTrainer` subtracts `margin`, \
-where there is one, from the difference of rewards; its `DPOTrainer` takes the chosen response as the better one, \
-however sure the label is (`label_smoothing` is one number for all rows); its `KTOTrainer` reads `label`. The soft \
-label itself, `chosen_prob`, is what `rlaif train rm` and `rlaif train dpo` learn from:"""
+WHAT_TRL_READS = """TRL reads the columns as they are, and part of the label. Its `RewardTrainer` subtracts `margin`, \
+where there is one, from the difference of rewards. Its `DPOTrainer` takes the chosen response as the better one, \
+however sure the label is: `label_smoothing` is one number for all rows. Its `KTOTrainer` reads `label`. None of them \
+reads the soft label itself; `rlaif train rm` and `rlaif train dpo` learn from `chosen_prob`."""
 
 
 def column_table(meaning: Mapping[str, str], config: str = "default") -> str:
@@ -363,7 +371,7 @@ def column_table(meaning: Mapping[str, str], config: str = "default") -> str:
 
 def origin_parts(source: Source) -> Iterator[str]:
     """How the dataset was made: who, by which recipe, at which cost; and the rubrics, word by word."""
-    yield "## How it was made\n\n" + _table(_origin(source))
+    yield "## How it was made\n\n" + table(_origin(source))
     names = {key: name for name, key in (source.report.get("rubrics") or {}).items()}
     for key, text in source.rubrics.items():
         fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", text)), 3)
@@ -429,8 +437,8 @@ def _origin(source: Source) -> Iterator[tuple[str, str | None]]:
     yield "made with", made_by + (f" (revision {source.revision[:12]})" if source.revision else "")
 
 
-def _table(rows: Iterator[tuple[str, str | None]]) -> str:
-    """Two columns; what is not known or does not occur is left out."""
+def table(rows: Iterable[tuple[str, str | None]]) -> str:
+    """Facts in two columns; what is not known or does not occur, None, is left out."""
     return "\n".join(
         ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows if value is not None)]
     )

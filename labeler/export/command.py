@@ -12,14 +12,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from labeler.card import read_source
+from labeler.export.card import export_card
 from labeler.export.config import SUFFIXES, ExportConfig
 from labeler.export.files import RowFile, open_rows
-from labeler.export.hub import push
-from labeler.export.shapes import SCHEMAS, is_held_out, reason_to_drop, shape, with_extra_as_json
+from labeler.export.hub import check_login, push
+from labeler.export.shapes import SCHEMAS, as_columns, is_held_out, reason_to_drop, shape, with_extra_as_json
 from labeler.outputs import print_summary
+from labeler.validation import Validation, write_validation
 from rlaif.errors import DataError
 from rlaif.records import PREFERENCES_FILE, Quarantine, read_preferences
 from rlaif.runs import progress
+from rlaif.storage import write_atomic
 
 _ON_THE_HUB = tuple(f"{split}{suffix}" for split in ("train", "test") for suffix in SUFFIXES)
 """Data files of an earlier export; one with other splits must not leave held-out rows beside training rows."""
@@ -32,6 +36,7 @@ class Exported:
     files: dict[str, Path] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     read: int = 0
+    suspicious: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     quarantined: Counter[str] = field(default_factory=Counter)
 
@@ -42,6 +47,7 @@ class Exported:
             "rows_written": dict(self.rows),
             "dropped": dict(self.dropped.most_common()),
             "quarantined": dict(self.quarantined),
+            "suspicious": self.suspicious,
         }
 
 
@@ -54,18 +60,26 @@ def run(config: ExportConfig) -> None:
         EndpointError: the hub cannot be reached.
         StorageError: the output cannot be written.
     """
+    if config.push_to_hub is not None:
+        check_login(config.push_to_hub)
     with ExitStack() as stack:
         if config.output_file is not None:
             target = Path(config.output_file)
         else:
             target = Path(stack.enter_context(TemporaryDirectory(prefix="rlaif-"))) / f"data{config.suffix}"
+        source = read_source(Path(config.dataset)) if Path(config.dataset).is_dir() else None
         done = export(config, target)
         where = ", ".join(str(path) for path in done.files.values())
+        names = {split: path.name for split, path in done.files.items()}
+        report = target.with_name(f"{target.stem}-report")
+        write_atomic(report / "README.md", export_card(config, source, names, done.facts(), None))
         if config.push_to_hub is not None:
-            names = {f"{split}{config.suffix}": path for split, path in done.files.items()}
+            names = {split: f"{split}{config.suffix}" for split in done.files}
+            card = stack.enter_context(TemporaryDirectory(prefix="rlaif-")) + "/README.md"
+            write_atomic(card, export_card(config, source, names, done.facts(), config.push_to_hub))
             where = push(
                 config.push_to_hub,
-                names,
+                {"README.md": Path(card), **{names[split]: path for split, path in done.files.items()}},
                 config.commit_message,
                 replaces=_ON_THE_HUB,
                 private=config.private,
@@ -74,7 +88,9 @@ def run(config: ExportConfig) -> None:
 
 
 def export(config: ExportConfig, target: Path) -> Exported:
-    """Write the data files, in one pass and constant memory.
+    """Write the data files, and beside them `NAME-report/`: what is suspicious, what could not be read.
+
+    One pass, in constant memory.
 
     Args:
         config: what to keep, and in which shape.
@@ -90,9 +106,10 @@ def export(config: ExportConfig, target: Path) -> Exported:
         split: target.with_stem(f"{target.stem}-{split}") if config.split else target for split in splits
     }
     done = Exported(files=paths)
-    quarantine = Quarantine(target.with_name(f"{target.stem}.quarantine.jsonl"))
+    report = target.with_name(f"{target.stem}-report")
+    quarantine = Quarantine(report / "quarantine.jsonl")
     schema, to_text = _schema(config)
-    with ExitStack() as stack, progress(None, "exporting") as bar:
+    with Validation() as validation, ExitStack() as stack, progress(None, "exporting") as bar:
         files = {split: stack.enter_context(open_rows(path, schema)) for split, path in paths.items()}
         for row in read_preferences(config.dataset, quarantine):
             bar.advance(1)
@@ -102,11 +119,14 @@ def export(config: ExportConfig, target: Path) -> Exported:
             if isinstance(shaped, str):
                 done.dropped[shaped] += 1
                 continue
+            validation.add(as_columns(row))
             file = files["test" if is_held_out(row.prompt, config.split) else "train"]
             for out in shaped:
                 file.write(with_extra_as_json(out) if to_text else out)
         _check_not_empty(files, done)
         done.rows = {split: file.rows for split, file in files.items()}
+        done.suspicious = validation.suspicious
+        write_validation(report, validation)
     done.quarantined = quarantine.reasons
     return done
 

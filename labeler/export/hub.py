@@ -1,12 +1,32 @@
-"""Pushing a dataset to the Hugging Face hub: the repository, then all files in one commit."""
+"""Pushing a dataset to the Hugging Face hub: the repository, then all files in one commit.
+
+The token is that of `hf auth login` or HF_TOKEN; the hub is HF_ENDPOINT, else huggingface.co.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 from rlaif.errors import ConfigError, EndpointError
+
+
+def check_login(repository: str) -> None:
+    """Ask the hub who the user is, before any work is done for nothing.
+
+    Raises:
+        ConfigError: the repository's name cannot be, or there is no valid token.
+        EndpointError: the hub cannot be reached or fails.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
+
+    hub = HfApi(library_name="rlaif")
+    with _translated(hub.endpoint, repository):
+        validate_repo_id(repository)
+        hub.whoami()
 
 
 def push(
@@ -19,8 +39,7 @@ def push(
 ) -> str:
     """Make the dataset repository if it is missing and commit files to its main branch.
 
-    One commit, so readers see the data and its card together or not at all. The token is the one of `hf auth login` or
-    HF_TOKEN; the hub is HF_ENDPOINT, else huggingface.co.
+    One commit, so readers see the data and its card together or not at all.
 
     Args:
         repository: `name` or `owner/name`.
@@ -37,12 +56,9 @@ def push(
         EndpointError: the hub cannot be reached or fails.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    # The base error of its HTTP library, which is another one in other versions.
-    http_error = cast(type[Exception], HfHubHTTPError.__bases__[0])
     hub = HfApi(library_name="rlaif")
-    try:
+    with _translated(hub.endpoint, repository):
         made = hub.create_repo(repository, repo_type="dataset", private=private or None, exist_ok=True)
         present = set(hub.list_repo_files(made.repo_id, repo_type="dataset"))
         commit = hub.create_commit(
@@ -54,16 +70,33 @@ def push(
             commit_message=message,
             repo_type="dataset",
         )
+    return str(commit.commit_url)
+
+
+@contextmanager
+def _translated(endpoint: str, repository: str) -> Iterator[None]:
+    """Turn the hub's errors into ours."""
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    # The base error of its HTTP library, which is another one in other versions.
+    http_error = cast(type[Exception], HfHubHTTPError.__bases__[0])
+    login = "log in with `hf auth login` or set HF_TOKEN to a token that may write there"
+    try:
+        yield
     except HFValidationError as err:
         raise ConfigError(f"--push_to_hub {repository}: {err}") from err
+    except LocalTokenNotFoundError as err:
+        raise ConfigError(f"--push_to_hub {repository} needs a token: {login}") from err
     except HfHubHTTPError as err:
-        status = err.response.status_code
-        if status in (401, 403):
+        if err.response.status_code in (401, 403):
             raise ConfigError(
-                f"the hub at {hub.endpoint} answers {status} for {repository}: log in with `hf auth login` or set "
-                "HF_TOKEN to a token that may write there"
+                f"the hub at {endpoint} answers {err.response.status_code} for {repository}: {login}"
             ) from err
-        raise EndpointError(f"the hub at {hub.endpoint} failed: {err}; run the same command again") from err
+        raise EndpointError(f"the hub at {endpoint} failed: {err}; run the same command again") from err
     except (http_error, OfflineModeIsEnabled) as err:
-        raise EndpointError(f"the hub at {hub.endpoint} cannot be reached: {err}; check HF_ENDPOINT") from err
-    return str(commit.commit_url)
+        raise EndpointError(f"the hub at {endpoint} cannot be reached: {err}; check HF_ENDPOINT") from err

@@ -102,8 +102,13 @@ def _unpaired(row: PreferenceRow) -> Rows:
     ]
 
 
+def as_columns(row: PreferenceRow) -> dict[str, Any]:
+    """All columns of a row, as the labelled dataset has them."""
+    return {**_pair(row), **row.extra}
+
+
 def _everything(row: PreferenceRow) -> Rows:
-    return [{**_pair(row), **row.extra}]
+    return [as_columns(row)]
 
 
 _SHAPES: Mapping[Format, Callable[[PreferenceRow], Rows | str]] = {

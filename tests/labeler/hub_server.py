@@ -46,10 +46,17 @@ class HubServer:
                     self.send(*outer.answer(self.path, body))
 
             def do_GET(self) -> None:
-                route = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/main\?.*", self.path)
-                files = {} if route is None else outer.repositories[route[1]]
-                tree = [{"type": "file", "path": p, "size": len(c), "oid": ""} for p, c in files.items()]
-                self.send(tree, 404 if route is None else 200)
+                if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                    self.send({"error": "Invalid username or password."}, 401)
+                elif self.path == "/api/whoami-v2":
+                    self.send({"type": "user", "name": OWNER})
+                elif route := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/main\?.*", self.path):
+                    files = outer.repositories[route[1]]
+                    self.send(
+                        [{"type": "file", "path": p, "size": len(c), "oid": ""} for p, c in files.items()]
+                    )
+                else:
+                    self.send({"error": "no such route"}, 404)
 
             def do_PUT(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))

@@ -105,7 +105,7 @@ def test_equal_responses_are_never_exported(tmp_path: Path) -> None:
     same = {**row(0, 1.0), "rejected": "one 0"}
     assert export(dataset(tmp_path, [same, row(1, 1.0)]), tmp_path / "out.jsonl", "trl-preference") == 0
     assert len(read(tmp_path / "out.jsonl")) == 1
-    (kept,) = read(tmp_path / "out.quarantine.jsonl")
+    (kept,) = read(tmp_path / "out-report/quarantine.jsonl")
     assert "same text" in kept["reason"]
 
 
@@ -226,6 +226,7 @@ def push(source: Path, hub: str, *flags: str, token: str = TOKEN) -> subprocess.
         **os.environ,
         "HF_ENDPOINT": hub,
         "HF_TOKEN": token,
+        "HF_HOME": str(source.parent / "hf"),  # no other token
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -259,16 +260,22 @@ def test_a_held_out_split_does_not_outlive_an_export_without_one(tmp_path: Path)
     assert len(pq.read_table(io.BytesIO(files["train.parquet"]))) == 30
 
 
-def test_a_hub_that_does_not_know_the_user_and_one_that_is_not_there(tmp_path: Path) -> None:
+def test_a_hub_that_refuses_is_asked_before_any_work(tmp_path: Path) -> None:
     source = dataset(tmp_path, [row(0, 0.9)])
+    out = ("--output_file", str(tmp_path / "out.parquet"))
     with HubServer() as hub:
-        unknown = push(source, hub.url, "--push_to_hub", "prefs", token="hf_wrong")
-        strange = push(source, hub.url, "--push_to_hub", "a/b/c")
-        gone = hub.url
-    assert (unknown.returncode, strange.returncode) == (2, 2)
-    assert "hf auth login" in unknown.stderr
-    absent = push(source, gone, "--push_to_hub", "prefs")
-    assert absent.returncode == 5
-    for done in (unknown, strange, absent):
+        told = {
+            "unknown": push(source, hub.url, "--push_to_hub", "prefs", *out, token="hf_wrong"),
+            "nobody": push(source, hub.url, "--push_to_hub", "prefs", *out, token=""),
+            "strange": push(source, hub.url, "--push_to_hub", "a/b/c", *out),
+        }
+        url = hub.url
+    told["absent"] = push(source, url, "--push_to_hub", "prefs", *out)
+    assert hub.repositories == {}
+    codes = {name: done.returncode for name, done in told.items()}
+    assert codes == {"unknown": 2, "nobody": 2, "strange": 2, "absent": 5}, told
+    assert "hf auth login" in told["unknown"].stderr and "hf auth login" in told["nobody"].stderr
+    for done in told.values():
         assert sum(line.startswith("rlaif: ") for line in done.stderr.splitlines()) == 1
         assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out.parquet").exists()
