@@ -139,7 +139,7 @@ async def _reads_token_ids(ask: Ask, model: str, features: Features) -> bool:
         return False
 
 
-async def tokenize(ask: Ask, model: str, text: str) -> list[int]:
+async def tokenize(ask: Ask, model: str, text: str) -> tuple[int, ...]:
     """Token ids by vLLM's `/tokenize`, without added special tokens.
 
     Raises:
@@ -149,7 +149,7 @@ async def tokenize(ask: Ask, model: str, text: str) -> list[int]:
     tokens = answer.get("tokens") if isinstance(answer, dict) else None
     if not isinstance(tokens, list) or not tokens:
         raise RequestFailed("the endpoint does not tokenise")
-    return [int(t) for t in tokens]
+    return tuple(int(t) for t in tokens)
 
 
 async def _continues(ask: Ask, model: str, features: Features, once: Choice) -> bool:

@@ -61,6 +61,8 @@ class TokenBucket:
 
     def take(self, now: float, amount: float = 1.0) -> None:
         """Use `amount` units; a negative one gives back what was taken too much."""
+        if math.isinf(self.rate):
+            return
         self._fill(now)
         self._level = min(self.burst, self._level - amount)
 
@@ -178,15 +180,14 @@ class RateFinder:
         if admitted <= 0:  # still shut: no news of the rate, so ask less and less often until it opens
             self._refused += 1
             self._shut += 1
-            wait = min(_LONGEST_HOLD_S, 0.25 * 2.0**self._shut) if retry_after is None else retry_after
-            return min(wait, _LONGEST_HOLD_S)
+            return min(_LONGEST_HOLD_S, max(retry_after or 0.0, 0.25 * 2.0 ** min(self._shut, 10)))
         before = self.rate(now)
         self._limit, self._since = min(before, self._measure(admitted, number, sent_at, before)), now
         self._epoch_at, self._epoch_number, self._refused, self._shut = sent_at, number + 1, 0, 0
         self._marks.clear()
         if not math.isinf(before):
             return 0.0
-        return min(0.5 if retry_after is None else retry_after, _LONGEST_HOLD_S)
+        return min(_LONGEST_HOLD_S, max(retry_after or 0.0, 0.5))
 
     def _measure(self, admitted: int, number: int, sent_at: float, before: float) -> float:
         """Requests per second that the server admitted until it refused this one.

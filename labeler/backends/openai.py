@@ -39,7 +39,7 @@ from labeler.backends.labels import (
 )
 from labeler.backends.top_tokens import read_top_tokens_in_parts, tokens_to_continue
 from labeler.llm import Abilities, Generation, LabelReading, LLMOptions, RequestFailed
-from rlaif.errors import ConfigError, EndpointError, ModelError
+from rlaif.errors import ConfigError, EndpointError, ModelError, RlaifError
 from rlaif.models import ModelRef
 from rlaif.types import Conversation, user_prompt
 
@@ -77,7 +77,7 @@ class OpenAIModel:
         self._found: Features | None = None
         self._probing = asyncio.Lock()
         self._tokens_per_char = 0.3
-        self._tokenized: dict[str, tuple[int, ...]] = {}
+        self._tokenized: dict[str, asyncio.Task[tuple[int, ...]]] = {}
         self._spellings: dict[tuple[str, ...], tuple[tuple[Tokens, ...], ...]] = {}
         self._whole: dict[str, bool | None] = {}
         self._looking = asyncio.Lock()
@@ -218,14 +218,19 @@ class OpenAIModel:
         return self._spellings[key]
 
     async def _tokenize(self, text: str) -> tuple[int, ...]:
+        """Token ids; each text is asked once, however many rows wait for it."""
         if not text:
             return ()
         if text not in self._tokenized:
-            ids = await tokenize(self._ask, self._ref.name, text)
             if len(self._tokenized) >= _MEMORY:
                 self._tokenized.clear()
-            self._tokenized[text] = tuple(ids)
-        return self._tokenized[text]
+            self._tokenized[text] = asyncio.create_task(tokenize(self._ask, self._ref.name, text))
+        task = self._tokenized[text]
+        try:
+            return await asyncio.shield(task)
+        except RlaifError:
+            self._tokenized.pop(text, None)
+            raise
 
     # ---- labels among the likeliest tokens ----
 

@@ -65,6 +65,7 @@ class ScriptedServer:
         self.reply, self.vllm, self.logprobs, self.top_k, self.fault = reply, vllm, logprobs, top_k, fault
         self.most_top, self.template, self.prefills, self.refuses = most_top, template, prefills, refuses
         self.asked: list[dict[str, Any]] = []
+        self.tokenized: list[str] = []
         self.lock = threading.Lock()
         self.stopping = threading.Event()
         outer = self
@@ -79,7 +80,9 @@ class ScriptedServer:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if self.path == "/tokenize" and outer.vllm and ("prompt" in body or outer.template):
-                    self.send({"tokens": [ord(c) for c in outer.read(body)[0]]})
+                    text = outer.read(body)[0]
+                    outer.tokenized.append(text)
+                    self.send({"tokens": [ord(c) for c in text]})
                 elif self.path in ("/v1/chat/completions", "/v1/completions"):
                     self.send(*outer.answer(body))
                 else:

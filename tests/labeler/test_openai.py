@@ -65,6 +65,17 @@ def test_a_vllm_endpoint_is_asked_for_exactly_the_label_tokens() -> None:
     assert second["prompt"][-8:] == [ord(c) for c in "Better: "]
 
 
+def test_labels_are_tokenised_once_for_all_rows() -> None:
+    async def many(llm: OpenAIModel) -> None:
+        reads = [llm.label_logprobs(Q, f"Row {n}\n\nBetter:", ("1", "2")) for n in range(30)]
+        await asyncio.gather(*reads)
+
+    with ScriptedServer(script, vllm=True) as server:
+        ask(server.ref, many)
+    texts = server.tokenized[1:]  # the probe's comes first
+    assert sorted(texts) == ["Better:", "Better: 1", "Better: 2", "Better:1", "Better:2"]
+
+
 def scale(user: str, prefix: str, wanted: bool) -> str | dict[str, float]:
     """P(1) = 0.5 and P(0 | 1) = 0.4, so that 10 has 0.2; 9 has 0.3."""
     if not wanted:
