@@ -16,7 +16,7 @@ TEST_ARGS ?=
 # The CPU build of PyTorch has this exact version; with an NVIDIA driver the default build is the CUDA one.
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 
-.PHONY: help venv demo test test-vllm check format protos protos-fresh docker-lint clean
+.PHONY: help venv demo test test-vllm check format protos protos-check protos-fresh docker-lint clean
 
 help:  ## what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,7 +44,7 @@ demo: $(VENV)/.runtime  ## the whole loop in the embedded world, then the report
 test: $(VENV)/.dev  ## all tests that need neither a GPU nor vLLM
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(TEST_ARGS)
 
-check: $(VENV)/.dev protos-fresh docker-lint  ## what CI checks before the tests
+check: $(VENV)/.dev protos-fresh protos-check docker-lint  ## what CI checks before the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -56,6 +56,9 @@ format: $(VENV)/.dev  ## let ruff rewrite what it can
 
 protos:  ## regenerate the committed protobuf code
 	PYTHON=$(PYTHON) protos/generate.sh
+
+protos-check: $(VENV)/.dev  ## lint the contract; refuse changes that would break callers
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON=$(BIN)/python protos/check.sh
 
 protos-fresh:
 	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
