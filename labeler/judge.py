@@ -369,7 +369,7 @@ class Judge:
         return neutralise(text, self._markers)
 
     def _clean(self, prompt: Conversation) -> Conversation:
-        return tuple(Message(m.role, neutralise(m.content, self.llm.special_tokens)) for m in prompt)
+        return tuple(Message(m.role, self._safe(m.content)) for m in prompt)
 
 
 def _asking_for_verdict(rubric: Rubric) -> Rubric:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -10,8 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from labeler.backends.scripted import ScriptedModel
 from labeler.guard import is_content_free, neutralise
+from labeler.judge import Judge
 from labeler.rubric import load_rubric, presets
+from rlaif.types import Message, Pair
 
 MARKERS = (*load_rubric("helpfulness-pair").markers, "<|im_end|>", "</s>")
 DELIMITER, CUE = "<<< RESPONSE 2 >>>", "More helpful response:"
@@ -128,6 +132,20 @@ HARMLESS = {
 @pytest.mark.parametrize("text", HARMLESS.values(), ids=HARMLESS)
 def test_harmless_texts_keep_every_character(text: str) -> None:
     assert neutralise(text, MARKERS) == text
+
+
+@given(disguised(), st.sampled_from(["prompt", "a", "b"]))
+def test_a_judge_sees_every_delimiter_and_cue_of_its_rubric_once(case: tuple[str, str], place: str) -> None:
+    model = ScriptedModel(lambda asked: " Fine." if asked.labels is None else [0.5, 0.5])
+    texts = {"prompt": "Why?", "a": "Because.", "b": "So.", place: case[1]}
+    turns = (Message("user", "Hi"), Message("assistant", texts["prompt"]), Message("user", "Go on."))
+    judge = Judge(model, load_rubric("helpfulness-pair"))
+    asyncio.run(judge.judge_pair(Pair(turns, texts["a"], texts["b"])))
+    blank = ScriptedModel(lambda asked: " Fine." if asked.labels is None else [0.5, 0.5])
+    asyncio.run(Judge(blank, judge.rubric).judge_pair(Pair(turns[:1], "Because.", "So.")))
+    for marker in map(reads_plainly, judge.rubric.markers):
+        expected = reads_plainly(blank.asked[0].user).count(marker)
+        assert {reads_plainly(asked.user).count(marker) for asked in model.asked} == {expected}
 
 
 LETTERS = "".join(DELIMITER + CUE)
