@@ -14,7 +14,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 ONE_STEP: dict[str, Any] = {
     "max_steps": 1,
@@ -48,6 +48,15 @@ def dpo_step(dataset: Dataset, model: str, output_dir: str) -> float:
     return float(trainer.train().training_loss)
 
 
+def kto_step(dataset: Dataset, model: str, output_dir: str) -> float:
+    """Loss of one step of `KTOTrainer`."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    arguments = KTOConfig(output_dir=output_dir, **ONE_STEP)
+    trainer = KTOTrainer(model=policy, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+    return float(trainer.train().training_loss)
+
+
 def main() -> None:
     """Load the dataset, take one step with each trainer, print the losses."""
     parser = argparse.ArgumentParser(
@@ -61,6 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         print(f"RewardTrainer: loss {reward_step(dataset, arguments.model_name_or_path, folder):.4f}")
         print(f"DPOTrainer: loss {dpo_step(dataset, arguments.model_name_or_path, folder):.4f}")
+        print(f"KTOTrainer: loss {kto_step(dataset, arguments.model_name_or_path, folder):.4f}")
 
 
 if __name__ == "__main__":

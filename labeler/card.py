@@ -374,7 +374,7 @@ def origin_parts(source: Source) -> Iterator[str]:
     yield "## How it was made\n\n" + table(_origin(source))
     names = {key: name for name, key in (source.report.get("rubrics") or {}).items()}
     for key, text in source.rubrics.items():
-        fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", text)), 3)
+        fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`+", text))])
         yield f"## Rubric {names.get(key, '')} ({key})\n\n{fence}yaml\n{text.rstrip()}\n{fence}"
     yield (
         "What a machine says comes with its biases. Before publishing, add a `license` to the header of this card: "

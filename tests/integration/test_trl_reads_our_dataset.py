@@ -1,4 +1,4 @@
-"""TRL's own trainers read what `rlaif label pairs` wrote, unchanged."""
+"""TRL's own trainers read what `rlaif label pairs` and `rlaif export` wrote, unchanged."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, load_dataset
 
 from rlaif.cli import main
 
@@ -51,7 +52,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_load_dataset_gives_the_conversational_preference_format(labeled_dir: Path) -> None:
-    from datasets import load_dataset
     from trl.data_utils import is_conversational
 
     dataset = load_dataset(str(labeled_dir), split="train")
@@ -65,15 +65,41 @@ def test_load_dataset_gives_the_conversational_preference_format(labeled_dir: Pa
         assert row["chosen_prob"] == pytest.approx((7 / 9 + 8 / 9) / 2)
 
 
-@pytest.mark.parametrize(("trainer", "first_loss"), [("reward_step", None), ("dpo_step", math.log(2))])
+def one_step(trainer: str, dataset: Dataset, model_dir: Path, tmp_path: Path) -> float:
+    step = runpy.run_path(str(EXAMPLES / "trl_one_step.py"))[trainer]
+    loss = float(step(dataset, str(model_dir), str(tmp_path / "model")))
+    assert math.isfinite(loss)
+    return loss
+
+
+# Policy and reference are equal at the first step: every margin is 0, so DPO's loss is log 2 and KTO's
+# 1 - sigmoid(0) (arXiv 2402.01306, equation 8).
+@pytest.mark.parametrize(
+    ("trainer", "first_loss"), [("reward_step", None), ("dpo_step", math.log(2)), ("kto_step", 0.5)]
+)
 def test_a_trl_trainer_takes_one_step(
     labeled_dir: Path, model_dir: Path, tmp_path: Path, trainer: str, first_loss: float | None
 ) -> None:
-    from datasets import load_dataset
-
-    step = runpy.run_path(str(EXAMPLES / "trl_one_step.py"))[trainer]
-    loss = step(load_dataset(str(labeled_dir), split="train"), str(model_dir), str(tmp_path))
-    assert math.isfinite(loss)
+    loss = one_step(trainer, load_dataset(str(labeled_dir), split="train"), model_dir, tmp_path)
     if first_loss is not None:
-        # Policy and reference are equal at the first step, so every margin is 0.
         assert loss == pytest.approx(first_loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+@pytest.mark.parametrize(
+    ("form", "trainer"),
+    [("trl-preference", "dpo_step"), ("trl-unpaired", "kto_step"), ("trl-reward", "reward_step")],
+)
+def test_a_trl_trainer_takes_one_step_on_an_export(
+    labeled_dir: Path, model_dir: Path, tmp_path: Path, form: str, trainer: str, suffix: str
+) -> None:
+    file = tmp_path / f"export.{suffix}"
+    command = ["export", "--dataset", str(labeled_dir), "--format", form, "--output_file", str(file)]
+    assert main(command) == 0
+    how = "json" if suffix == "jsonl" else "parquet"
+    dataset = load_dataset(how, data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    loss = one_step(trainer, dataset, model_dir, tmp_path)
+    if form == "trl-reward":
+        # Its loss is -log sigmoid(difference - margin): the margins of the file are in it.
+        without = one_step(trainer, dataset.remove_columns("margin"), model_dir, tmp_path)
+        assert loss > without
