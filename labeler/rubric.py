@@ -338,8 +338,7 @@ class Rubric:
         principles = self.file.principles
         if not principles:
             return None
-        chance = random.Random(content_id("principle", seed, prompt))
-        return chance.sample(principles, len(principles))[draw % len(principles)]
+        return principles[_shuffled(len(principles), seed, prompt)[draw % len(principles)]]
 
     def ask_pair(self, pair: Pair, order: Order, *, seed: int = 0) -> Question:
         """The question about a pair with its responses shown in this order; `seed` draws the principle."""
@@ -388,6 +387,12 @@ class Rubric:
 def _after(cue: str, text: str) -> str:
     """What follows a cue in running text: a model would put a space where the cue has none."""
     return f"{cue}{text}" if not cue or cue[-1].isspace() else f"{cue} {text}"
+
+
+@lru_cache(maxsize=256)
+def _shuffled(count: int, seed: int, prompt: Conversation) -> tuple[int, ...]:
+    """Numbers below `count` in an order of the prompt's own; both orders of its pairs ask for it again."""
+    return tuple(random.Random(content_id("principle", seed, prompt)).sample(range(count), count))
 
 
 @lru_cache(maxsize=256)
