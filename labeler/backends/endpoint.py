@@ -298,7 +298,7 @@ class Endpoints:
                 raise EndpointError(f"the quota at {where} is used up: {detail}")
             endpoint.gate.refused(passed, reply.headers, wait)
             raise _Transient(failed, wait=wait, busy=True)
-        if status >= 500 or status in (408, 409):
+        if (status >= 500 and status != 501) or status in (408, 409):
             endpoint.gate.failed()
             raise _Transient(failed, wait=wait)
         raise Refused(status, detail, param)

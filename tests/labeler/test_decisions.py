@@ -23,9 +23,10 @@ from rlaif.types import Pair, Preference, user_prompt
 class Decider(ThreadingHTTPServer):
     """Prefers the response that says `good`: P("1") = 0.8 where it is shown first, 0.4 where second; mass 0.5."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, missing: int = 404) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.path = path
+        self.missing = missing
         self.diagnoses = True
         self.asked: list[dict[str, Any]] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -44,7 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path != self.server.path:
-            return self._answer(404, {"detail": "Not Found"})
+            return self._answer(self.server.missing, {"detail": "Not Found"})
         self.server.asked.append(body)
         ((question_id, question),) = body["questions"].items()
         first = body["state"].find("good") < body["state"].find("bad")
@@ -123,9 +124,10 @@ def test_a_rationale_is_refused_with_what_to_do(decider: Decider) -> None:
         judge(decider, cot=True)
 
 
-def test_an_endpoint_without_decisions_is_refused_with_what_to_do() -> None:
-    with Decider("/nowhere") as server:
-        with pytest.raises(EndpointError, match=r"does not decide with judge .*404.* use openai:judge"):
+@pytest.mark.parametrize("status", [404, 501])  # vLLM answers 501 for a model that it cannot decide with
+def test_an_endpoint_without_decisions_is_refused_with_what_to_do(status: int) -> None:
+    with Decider("/nowhere", missing=status) as server:
+        with pytest.raises(EndpointError, match=rf"does not decide with judge .*{status}.* use openai:judge"):
             judge(server)
         server.shutdown()
 

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -50,11 +51,17 @@ def tiny_llama(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def served(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tiny_llama, tmp_path_factory.mktemp("server") / "vllm.log") as url:
+        yield Served(url, f"openai:tiny-llama@{url}/v1", tiny_llama)
+
+
+@contextmanager
+def serving(model_dir: Path, log: Path) -> Iterator[str]:
+    """The URL of a server for the model, which it calls `tiny-llama`, while it runs."""
     port = _free_port()
-    log = tmp_path_factory.mktemp("server") / "vllm.log"
     with log.open("w") as output:
         server = subprocess.Popen(
-            [EXAMPLES / "serve_tiny_vllm.sh", tiny_llama, str(port)],
+            [EXAMPLES / "serve_tiny_vllm.sh", model_dir, str(port)],
             env={**os.environ, "PYTHON": sys.executable},
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -62,7 +69,7 @@ def served(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_healthy(server, f"{url}/health", log)
-        yield Served(url, f"openai:tiny-llama@{url}/v1", tiny_llama)
+        yield url
     finally:
         server.terminate()
         server.wait(timeout=60)
