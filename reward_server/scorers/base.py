@@ -35,7 +35,40 @@ class CompareTask:
     truncation: Truncation = "reject"
 
 
-Task = ScoreTask | CompareTask
+@dataclass(frozen=True, slots=True)
+class SequenceTask:
+    """Score a sequence as it is: text that bears its special tokens already, or token ids. No template is applied.
+
+    Attributes:
+        sequence: text, or token ids.
+        add_special_tokens: whether the tokenizer adds its own (BOS ...) to a text.
+        keep_tokens: longer sequences are cut to so many tokens, -1 for as many as the model reads; None refuses
+            what is longer than the model reads.
+        keep: which end of a sequence that is cut stays.
+    """
+
+    sequence: str | tuple[int, ...]
+    add_special_tokens: bool = False
+    keep_tokens: int | None = None
+    keep: Literal["first", "last"] = "first"
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionTask:
+    """Answer a question about an input by one of some options; the outcome's distribution is over the options.
+
+    Attributes:
+        text: what is asked about.
+        question: what is asked.
+        options: 2 to 26 answers, on a scale the lowest first; option i has the level i.
+    """
+
+    text: str
+    question: str
+    options: tuple[str, ...]
+
+
+Task = ScoreTask | CompareTask | SequenceTask | DecisionTask
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,14 @@ from reward_server.model import RewardModel, scores
 from reward_server.scorers.base import (
     Compared,
     CompareTask,
+    DecisionTask,
     Kind,
     Outcome,
     OutOfMemory,
     Prepared,
     Scored,
     ScoreTask,
+    SequenceTask,
     Task,
     TaskError,
 )
@@ -48,6 +50,10 @@ class LearnedScorer:
 
     def prepare(self, task: Task) -> Prepared:
         """Apply the model's chat template and tokenise."""
+        if isinstance(task, DecisionTask):
+            raise TaskError("unsupported", "a reward model answers no questions: serve a --judge")
+        if isinstance(task, SequenceTask):
+            return self._prepare_sequence(task)
         if isinstance(task, ScoreTask):
             conversations: tuple[Conversation, ...] = (task.conversation,)
         else:
@@ -80,6 +86,27 @@ class LearnedScorer:
             truncated=truncated,
             fingerprint=fingerprint(sequences[0]),
         )
+
+    def _prepare_sequence(self, task: SequenceTask) -> Prepared:
+        ids = task.sequence
+        if isinstance(ids, str):
+            ids = tuple(
+                self._tokenizer(ids, add_special_tokens=task.add_special_tokens, verbose=False)["input_ids"]
+            )
+        elif any(not 0 <= token < len(self._tokenizer) for token in ids):
+            raise TaskError("invalid", f"token ids must be between 0 and {len(self._tokenizer) - 1}")
+        limit = self.max_tokens_per_item
+        keep = limit if task.keep_tokens == -1 else task.keep_tokens
+        truncated = keep is not None and len(ids) > keep
+        if keep is not None and truncated:
+            ids = ids[:keep] if task.keep == "first" else ids[len(ids) - keep :]
+        if not ids:
+            raise TaskError("invalid", "the sequence has no tokens")
+        if len(ids) > limit:
+            raise TaskError(
+                "too_long", f"the sequence has {len(ids)} tokens, more than the limit of {limit}; shorten it"
+            )
+        return Prepared(task, (ids,), len(ids), len(ids), truncated, fingerprint(ids))
 
     async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
         """One padded forward pass over all sequences of the batch."""
