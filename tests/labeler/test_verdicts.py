@@ -136,8 +136,8 @@ def test_numbers_in_prose_do_not_change_the_scores_of_a_review(
 @pytest.mark.parametrize(
     "text",
     ["", "9", "9 8 7", "9 8 points", "11 9", "-1 5", "9 8\n\nScores: (8, 9)", "f(2) = 10 5", "Assistant 1: 10",
-     "1: 10\n2: 5", "Assistant 2: 4\nAssistant 1: 9", "Assistant 1: 9\nGive Assistant 2: 4", "Assistant 1:\n26\nAssistant 2:\n40",
-     "the points are (2, 3) and (4, 5)", "10/5"],
+     "1: 10\n2: 5", "Assistant 2: 4\nAssistant 1: 9", "Assistant 1: 9\nGive Assistant 2: 4",
+     "Assistant 1:\n26\nAssistant 2:\n40", "the points are (2, 3) and (4, 5)", "10/5"],
 )  # fmt: skip
 def test_what_declares_no_two_scores_is_none(text: str) -> None:
     assert read_score_pair(text) is None
