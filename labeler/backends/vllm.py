@@ -1,7 +1,7 @@
 """vLLM's engine in this process: `vllm:NAME_OR_PATH[?ENGINE_ARGUMENT=VALUE&...]`, for both its CPU and GPU builds.
 
 Prompts are token ids. A label reading repeats the ids of its rationale, so prefix caching leaves only the tail to
-compute; label probabilities are exact (`logprob_token_ids`, vLLM 0.22 or later). The engine runs in a child
+compute; label probabilities are exact (`logprob_token_ids`). The engine runs in a child
 process of its own; `close` ends it.
 """
 

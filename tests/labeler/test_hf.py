@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,12 @@ def test_a_context_that_is_too_long_fails_that_request_alone() -> None:
 def test_an_unknown_model_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded"):
         open_llm(ModelRef.parse(f"hf:{tmp_path / 'nothing'}"))
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_an_engine_that_is_not_installed_says_how_to_install_it() -> None:
+    with pytest.raises(ModelError, match=r"needs vLLM: pip install 'rlaif\[vllm\]'"):
+        open_llm(ModelRef.parse("vllm:org/model"))
 
 
 def test_weights_decide_the_version(tmp_path: Path) -> None:
