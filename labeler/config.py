@@ -44,6 +44,12 @@ class RequestConfig:
     """USD per million prompt and completion tokens, e.g. 0.15 0.6; a third number is for cached prompt tokens."""
     max_cost: float | None = None
     """Stop, with code 10, before the replies of this run directory cost more USD; needs --price_per_million."""
+    batch: bool = False
+    """Ask openai: models through OpenAI's Batch API: half the price, within a day; give its prices for --max_cost."""
+    batch_size: int = 50_000
+    """Most requests of a batch."""
+    batch_interval_s: float = 60.0
+    """Seconds between two looks at the batches."""
     dry_run: bool = False
     """Send nothing that costs: count the tokens that are still to be paid for, and estimate cost and time."""
     tokenizer: str | None = None
@@ -53,15 +59,25 @@ class RequestConfig:
 
     VOLATILE: ClassVar[frozenset[str]] = frozenset(
         {"limit", "reuse", "max_in_flight", "adaptive", "requests_per_minute", "tokens_per_minute", "timeout_s",
-         "max_retries", "max_unlabelled", "price_per_million", "max_cost", "dry_run", "tokenizer", "expected_tokens"}
+         "max_retries", "max_unlabelled", "price_per_million", "max_cost", "dry_run", "tokenizer", "expected_tokens",
+         "batch", "batch_size", "batch_interval_s"}
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
         at_least(
-            self, 1, "max_in_flight", "limit", "requests_per_minute", "tokens_per_minute", "expected_tokens"
+            self,
+            1,
+            "max_in_flight",
+            "limit",
+            "requests_per_minute",
+            "tokens_per_minute",
+            "expected_tokens",
+            "batch_size",
         )
-        at_least(self, 0, "max_retries", "max_cost")
+        at_least(self, 0, "max_retries", "max_cost", "batch_interval_s")
+        if self.batch_size > 50_000:
+            raise ConfigError(f"--batch_size {self.batch_size} cannot be: a batch has at most 50000 requests")
         prices = self.price_per_million
         if prices is not None and (
             len(prices) not in (2, 3) or not all(0 <= p < float("inf") for p in prices)

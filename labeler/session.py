@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from labeler.budget import Budget
 from labeler.config import RequestConfig
@@ -29,6 +29,9 @@ from rlaif.errors import BudgetReached, QualityError
 from rlaif.models import ModelRef
 from rlaif.records import Quarantine
 from rlaif.runs import Progress, Run, progress
+
+if TYPE_CHECKING:
+    from labeler.batch import Batches
 
 T = TypeVar("T")
 
@@ -70,6 +73,8 @@ class Session:
         self._models: list[Recorded] = []
         self._started = time.monotonic()
         self._dry_run = dry_run
+        self._batches: Batches | None = None
+        self._done = 0
         self._paid = Usage() if self.price is None else journal.totals().usage
         self._budget = (
             None
@@ -86,11 +91,32 @@ class Session:
             ModelError: the model cannot be loaded.
             ConfigError: the name cannot be used.
         """
-        ref = ModelRef.parse(name)
-        make = open_llm if self._dry_run is None else self._dry_run.open_model
-        model = Recorded(make(ref, self._config.llm_options()), self.journal, self._budget)
+        ref, options = ModelRef.parse(name), self._config.llm_options()
+        if self._dry_run is not None:
+            model = Recorded(self._dry_run.open_model(ref, options), self.journal)
+        elif self._config.batch:
+            from labeler.backends.batched import BatchedEndpoint
+
+            model = Recorded(BatchedEndpoint(ref, options, self._open_batches()), self.journal)
+        else:
+            model = Recorded(open_llm(ref, options), self.journal, self._budget)
         self._models.append(model)
         return model
+
+    def _open_batches(self) -> Batches:
+        from labeler.batch import Batches, BatchStore, Spending
+
+        if self._batches is None:
+            price, limit = self.price, self._config.max_cost
+            self._batches = Batches(
+                BatchStore(self.folder),
+                interval_s=self._config.batch_interval_s,
+                spending=None
+                if price is None or limit is None
+                else Spending(price, limit, lambda: price.cost(self.journal.totals().usage)),
+                most_requests=self._config.batch_size,
+            )
+        return self._batches
 
     def ask(
         self,
@@ -122,7 +148,7 @@ class Session:
         self.heartbeat.enter("reading", what)
         total = sum(1 for _ in self.heartbeat.count(questions(self.quarantine)))
         self.heartbeat.enter("asking", what, total)
-        asyncio.run(self._ask(questions(Quarantine(None)), ask, what, total, prepare))
+        asyncio.run(self._ask(lambda: questions(Quarantine(None)), ask, what, total, prepare))
         if self._dry_run is not None:
             self._dry_run.end(total, what, self.quarantine.count)
         self.heartbeat.enter("writing", what, total)
@@ -132,38 +158,23 @@ class Session:
 
     async def _ask(
         self,
-        questions: Iterable[T],
+        questions: Callable[[], Iterable[T]],
         ask: Callable[[T], Awaitable[str | None]],
         what: str,
         total: int,
         prepare: Callable[[], Awaitable[None]],
     ) -> None:
-        done = 0
-
-        async def counted(question: T) -> str | None:
-            nonlocal done
-            reason = await ask(question)
-            if reason is not None:
-                self.heartbeat.unlabelled[reason] += 1
-            else:
-                done += 1
-            return reason
-
         began = time.monotonic()
         try:
             await prepare()
-            with progress(total, what) as bar:
-                await ask_all(
-                    questions,
-                    counted,
-                    max_open=min(2 * self._config.max_in_flight, max(total, 1)),
-                    progress=_Both(bar, self.heartbeat),
-                    stats=self._shown,
-                    give_up=self._config.max_unlabelled < 1 and self._dry_run is None,
-                )
+            await self._ask_once(questions(), ask, what, total)
+            while self._batches is not None and await self._batches.exchange(self._show_batches(what)):
+                self.heartbeat.enter("asking", what, total)
+                await self._ask_once(questions(), ask, what, total)
         except BudgetReached as err:
             self.stopped = BudgetReached(
-                f"{what}: {done} of {total} done; {err}. Run the same command with a larger --max_cost to go on"
+                f"{what}: {self._done} of {total} done; {err}. "
+                "Run the same command with a larger --max_cost to go on"
             )
         finally:
             if replies := sum(model.replies for model in self._models):
@@ -172,6 +183,48 @@ class Session:
                 print(f"  {count} unlabelled: {reason}", file=sys.stderr)
             for model in self._models:
                 await model.close()
+            if self._batches is not None:
+                self._batches.store.close()
+
+    async def _ask_once(
+        self, questions: Iterable[T], ask: Callable[[T], Awaitable[str | None]], what: str, total: int
+    ) -> None:
+        """Ask all questions once; with batches, some answers come later."""
+        self._done = 0
+        self.heartbeat.unlabelled.clear()
+
+        async def counted(question: T) -> str | None:
+            reason = await ask(question)
+            if reason is None:
+                self._done += 1
+            else:
+                self.heartbeat.unlabelled[reason] += 1
+            return reason
+
+        with progress(total, what) as bar:
+            await ask_all(
+                questions,
+                counted,
+                max_open=min(2 * self._config.max_in_flight, max(total, 1)),
+                progress=_Both(bar, self.heartbeat),
+                stats=self._shown,
+                give_up=self._config.max_unlabelled < 1 and self._dry_run is None and self._batches is None,
+            )
+
+    def _show_batches(self, what: str) -> Callable[[int, int], None]:
+        """Shows how far the batches are, whenever they are further."""
+        last: int | None = None
+
+        def show(answered: int, sent: int) -> None:
+            nonlocal last
+            if last is None:
+                self.heartbeat.enter("asking", f"{what}, in batches", sent)
+            if answered != last:
+                print(f"{what}, in batches: {answered}/{sent} requests answered", file=sys.stderr, flush=True)
+                self.heartbeat.advance(answered - (last or 0))
+            last = answered
+
+        return show
 
     def _stats(self) -> dict[str, Any]:
         """What the run has used so far, for other processes to read."""

@@ -74,22 +74,14 @@ class ScriptedServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                owner = "vllm" if outer.vllm else "someone"
-                self.send({"object": "list", "data": [{"id": "judge", "object": "model", "owned_by": owner}]})
+                self.send(*outer.route("GET", self.path, b"", self.headers))
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if self.path == "/tokenize" and outer.vllm and ("prompt" in body or outer.template):
-                    text = outer.read(body)[0]
-                    outer.tokenized.append(text)
-                    self.send({"tokens": [ord(c) for c in text]})
-                elif self.path in ("/v1/chat/completions", "/v1/completions"):
-                    self.send(*outer.answer(body))
-                else:
-                    self.send({"error": {"message": "no such route"}}, 404)
+                data = self.rfile.read(int(self.headers["Content-Length"]))
+                self.send(*outer.route("POST", self.path, data, self.headers))
 
             def send(self, content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
-                data = json.dumps(content).encode()
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
                 for name, value in (headers or {}).items():
                     self.send_header(name, value)
@@ -126,6 +118,22 @@ class ScriptedServer:
         self.server.shutdown()
         self.thread.join()
         self.server.server_close()
+
+    def route(
+        self, method: str, path: str, data: bytes, headers: Mapping[str, str]
+    ) -> tuple[Any, int, Mapping[str, str]]:
+        """(content, status, headers) for a request."""
+        if method == "GET":
+            owner = "vllm" if self.vllm else "someone"
+            model = {"id": "judge", "object": "model", "owned_by": owner}
+            return {"object": "list", "data": [model]}, 200, {}
+        if path in ("/v1/chat/completions", "/v1/completions"):
+            return self.answer(json.loads(data))
+        if path == "/tokenize" and self.vllm:
+            body = json.loads(data)
+            if "prompt" in body or self.template:
+                return {"tokens": [ord(c) for c in self.read(body)[0]]}, 200, {}
+        return {"error": {"message": "no such route"}}, 404, {}
 
     def answer(self, body: dict[str, Any]) -> tuple[Any, int, Mapping[str, str]]:
         refusal = self.refusal(body)
