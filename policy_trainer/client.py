@@ -1,42 +1,47 @@
-"""Where the trainer's rewards come from: conversations in, one reward or one reason per conversation out.
+"""A reward server over gRPC: the only file of this package that knows protobuf.
 
-`RewardClient` is the only file of this package that knows protobuf. `FunctionReward` puts a Python callable
-behind the same interface, so a trainer cannot tell a served reward from a local one.
+`AsyncRewardClient` holds the rules: deadlines, retries, pinned versions, splitting. `RewardClient` is the same for
+code that does not await: it runs one on an event loop in a thread of its own.
 """
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
+import json
 import math
+import os
 import random
+import socket
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple, Protocol, Self, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar
 
 import grpc
-from google.rpc import code_pb2, error_details_pb2
+from google.protobuf.message import DecodeError
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
 
+from policy_trainer.reward_source import DEFAULT_REQUEST_BYTES, Reward, ServerInfo
 from protos.rlaif.reward.v1 import reward_pb2, reward_pb2_grpc
 from rlaif.errors import ConfigError, RewardServerError
 from rlaif.types import Conversation
 
 Result = TypeVar("Result")
 
+SERVICE = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 5.0
 PROBE_TIMEOUT_S = 5.0
 UNANNOUNCED_WAIT_S = 1.0
 REQUEST_OVERHEAD_BYTES = 1024
 """Room left in a request for everything that is not an item (version, flags, framing)."""
-DEFAULT_REQUEST_BYTES = 4 * 1024 * 1024
-"""gRPC's own default limit, taken when a server declares none."""
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", -1),  # requests are split by the limit that the server declares
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),  # rationales may be asked for
@@ -47,67 +52,68 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's default of two minutes would outlive a restart
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.use_local_subchannel_pool", 1),  # a client's connections are its own, and end with it
 )
-
-
-class Reward(NamedTuple):
-    """One conversation's reward, or the reason why there is none.
-
-    Attributes:
-        value: the normalised score that training optimises, (raw - center) / scale; None if missing.
-        raw: the scorer's own output: a reward model's logit, a judge's expected level; None if missing.
-        reason: why `value` is None, as `code: words`; None otherwise.
-        tokens: tokens that the scorer read; 0 if unknown.
-    """
-
-    value: float | None
-    raw: float | None
-    reason: str | None = None
-    tokens: int = 0
+ROUND_ROBIN = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "healthCheckConfig": {"serviceName": SERVICE},
+}
+"""Calls go to all replicas in turn, and to none that says NOT_SERVING (gRPC's client-side health checking)."""
 
 
 @dataclass(frozen=True, slots=True)
-class ServerInfo:
-    """Who scores, and within which limits.
+class Access:
+    """How a server is reached that is not open to everybody.
 
     Attributes:
-        name: what is served, as the server was told (`hf:DIR`, `tinyworld:judge`).
-        version: changes whenever scores may change.
-        kind: `reward_model` (raw scores are Bradley-Terry logits) or `judge` (they are levels of a scale).
-        max_items: conversations per request.
-        max_tokens_per_item: after the scorer's chat template; 0 means unknown.
-        max_request_bytes: size of one serialised request.
-        center: subtracted from the raw score.
-        scale: divides the centred score; positive.
+        token: bearer token.
+        ca: certificate authorities that the server's certificate must come from, PEM; makes the connection TLS.
+        cert: the client's certificate chain for mutual TLS, PEM.
+        key: its private key, PEM.
     """
 
-    name: str
-    version: str
-    kind: Literal["reward_model", "judge"]
-    max_items: int = 256
-    max_tokens_per_item: int = 0
-    max_request_bytes: int = DEFAULT_REQUEST_BYTES
-    center: float = 0.0
-    scale: float = 1.0
+    token: str | None = None
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+    @classmethod
+    def from_environment(cls) -> Access:
+        """Read RLAIF_REWARD_TOKEN, RLAIF_REWARD_CA, RLAIF_REWARD_CERT and RLAIF_REWARD_KEY.
+
+        Raises:
+            ConfigError: certificate and key do not come together, or without the authorities.
+        """
+        ca, cert, key = (
+            Path(value) if (value := os.environ.get(f"RLAIF_REWARD_{name}")) else None
+            for name in ("CA", "CERT", "KEY")
+        )
+        if (cert is None) != (key is None) or (cert is not None and ca is None):
+            raise ConfigError(
+                "mutual TLS needs RLAIF_REWARD_CA, RLAIF_REWARD_CERT and RLAIF_REWARD_KEY together"
+            )
+        return cls(os.environ.get("RLAIF_REWARD_TOKEN"), ca, cert, key)
+
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """TLS credentials, or None for plain text.
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
+        if self.ca is None:
+            return None
+        try:
+            ca, key, cert = (path.read_bytes() if path else None for path in (self.ca, self.key, self.cert))
+        except OSError as err:
+            raise ConfigError(f"{err.filename} cannot be read: {err.strerror}") from err
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with every call."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
 
-class RewardSource(Protocol):
-    """Anything that gives rewards for conversations."""
-
-    def info(self) -> ServerInfo:
-        """Who scores; the same answer for the life of the source."""
-
-    def score(self, conversations: Sequence[Conversation]) -> list[Reward]:
-        """One reward per conversation, in order. A conversation ends with the assistant turn to be scored."""
-
-    def submit(self, conversations: Sequence[Conversation]) -> Future[list[Reward]]:
-        """`score` in the background, so that it overlaps other work."""
-
-    def close(self) -> None:
-        """Release threads and connections; calls under way are abandoned."""
-
-
-class RewardClient:
+class AsyncRewardClient:
     """A reward server over gRPC, with deadlines, bounded retries and a pinned model version.
 
     Retried: UNAVAILABLE (restarting, warming up, draining) and RESOURCE_EXHAUSTED that carries RetryInfo (the
@@ -125,17 +131,19 @@ class RewardClient:
         expected_version: str | None = None,
         max_in_flight: int = 4,
         truncation: Literal["reject", "left"] = "reject",
+        access: Access | None = None,
     ) -> None:
-        """Open a lazily connecting channel.
+        """Open a lazily connecting channel. Needs a running event loop.
 
         Args:
-            address: `HOST:PORT`.
+            address: `HOST:PORT`, or several separated by commas: replicas of one model, used in turn.
             timeout_s: deadline of one request.
             give_up_after_s: how long an unavailable or overloaded server is waited for; 0 never retries.
             expected_version: the model version that must be serving; None pins the version found first.
             max_in_flight: requests at a time.
             truncation: what the server does with a conversation longer than its context: `reject` makes it a
                 missing reward, `left` drops the oldest tokens of the prompt.
+            access: TLS and token; from the environment if None.
 
         Raises:
             ConfigError: the address is not `HOST:PORT`, or a number is out of range.
@@ -152,16 +160,18 @@ class RewardClient:
             "reject": reward_pb2.TRUNCATION_REJECT,
             "left": reward_pb2.TRUNCATION_LEFT,
         }[truncation]
+        access = access or Access.from_environment()
+        self._metadata = access.metadata()
         self._info: ServerInfo | None = None
-        self._closing = threading.Event()
-        self._channel = grpc.insecure_channel(self.address, options=list(CHANNEL_OPTIONS))
-        self._stub = reward_pb2_grpc.RewardServiceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
-        self._requests = ThreadPoolExecutor(max_in_flight, thread_name_prefix="reward-request")
-        self._batches = ThreadPoolExecutor(max_in_flight, thread_name_prefix="reward-batch")
+        self._asking_info = asyncio.Lock()
+        self._closed = asyncio.Event()
+        self._channel = open_channel(self.address, access)
+        self._stub: Any = reward_pb2_grpc.RewardServiceStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+        self._slots = asyncio.Semaphore(max_in_flight)
         self._jitter = random.Random()
 
-    def wait_ready(self, timeout_s: float = 60.0) -> ServerInfo:
+    async def wait_ready(self, timeout_s: float = 60.0) -> ServerInfo:
         """Wait until the server's health is SERVING, then read and pin who serves; a long wait is announced.
 
         Raises:
@@ -171,36 +181,36 @@ class RewardClient:
         pause = FIRST_BACKOFF_S
         announced = timeout_s <= UNANNOUNCED_WAIT_S
         while True:
-            state = self._probe()
+            state = await self._probe()
             if state is None:
-                return self.info()
+                return await self.info()
             if time.monotonic() + pause > until:
                 raise RewardServerError(state)
             if not announced:
                 print(f"waiting up to {timeout_s:.0f} s: {state}", file=sys.stderr, flush=True)
                 announced = True
-            self._pause(pause)
+            await self._pause(pause)
             pause = min(2 * pause, 1.0)
 
-    def info(self) -> ServerInfo:
+    async def info(self) -> ServerInfo:
         """Who serves; asked once, and pinned.
 
         Raises:
             RewardServerError: the server cannot be reached, or serves another version than was expected.
         """
-        if self._info is None:
-            request = reward_pb2.GetInfoRequest()
-            answer = self._retrying(lambda: self._stub.GetInfo(request, timeout=self._timeout_s), "GetInfo")
-            self._info = self._read_info(answer)
+        async with self._asking_info:
+            if self._info is None:
+                answer = await self._retrying(self._stub.GetInfo, reward_pb2.GetInfoRequest(), "GetInfo")
+                self._info = self._read_info(answer)
         return self._info
 
-    def score(self, conversations: Sequence[Conversation]) -> list[Reward]:
+    async def score(self, conversations: Sequence[Conversation]) -> list[Reward]:
         """One reward per conversation, in order; requests are split to the server's limits.
 
         Raises:
             RewardServerError: the server cannot be reached, refuses the request, or serves another model.
         """
-        info = self.info()
+        info = await self.info()
         rewards: list[Reward | None] = [None] * len(conversations)
         items: list[tuple[int, reward_pb2.Conversation]] = []
         room = info.max_request_bytes - REQUEST_OVERHEAD_BYTES
@@ -214,41 +224,38 @@ class RewardClient:
                 )
             else:
                 items.append((index, message))
-        requests = [
-            self._requests.submit(self._score_request, [message for _, message in part])
-            for part in split(items, info.max_items, room)
-        ]
-        outcomes = [reward for request in requests for reward in request.result()]
+        parts = split(items, info.max_items, room)
+        tasks = [asyncio.create_task(self._score(info, [message for _, message in part])) for part in parts]
+        try:
+            outcomes = [reward for part in await asyncio.gather(*tasks) for reward in part]
+        finally:
+            for task in tasks:
+                task.cancel()
         for (index, _), reward in zip(items, outcomes, strict=True):
             rewards[index] = reward
         return [reward for reward in rewards if reward is not None]
 
-    def submit(self, conversations: Sequence[Conversation]) -> Future[list[Reward]]:
-        """`score` in a thread of its own."""
-        return self._batches.submit(self.score, list(conversations))
+    async def close(self) -> None:
+        """Abandon calls under way and close the channel."""
+        self._closed.set()
+        await self._channel.close(None)
 
-    def close(self) -> None:
-        """Abandon calls under way and close the channel; waits for the client's own threads."""
-        self._closing.set()
-        self._channel.close()
-        self._batches.shutdown(cancel_futures=True)
-        self._requests.shutdown(cancel_futures=True)
-
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
         return self
 
-    def __exit__(
+    async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        await self.close()
 
-    def _score_request(self, messages: Sequence[reward_pb2.Conversation]) -> list[Reward]:
+    async def _score(self, info: ServerInfo, messages: Sequence[reward_pb2.Conversation]) -> list[Reward]:
         request = reward_pb2.ScoreRequest(
             items=[reward_pb2.ScoreItem(id=i, conversation=m) for i, m in enumerate(messages)],
-            expected_version=self.info().version,
+            expected_version=info.version,
             truncation=self._truncation,
         )
-        answer = self._retrying(lambda: self._stub.Score(request, timeout=self._timeout_s), "Score")
+        async with self._slots:
+            answer = await self._retrying(self._stub.Score, request, "Score")
         if [outcome.id for outcome in answer.outcomes] != list(range(len(messages))):
             raise RewardServerError(
                 f"the reward server at {self.address} answered {len(messages)} items with other ids or "
@@ -256,19 +263,17 @@ class RewardClient:
             )
         return [read_outcome(outcome) for outcome in answer.outcomes]
 
-    def _retrying(self, call: Callable[[], Result], method: str) -> Result:
+    async def _retrying(self, call: Callable[..., Awaitable[Any]], request: Any, method: str) -> Any:
         started = time.monotonic()
         pause = FIRST_BACKOFF_S
         while True:
-            if self._closing.is_set():
-                raise RewardServerError("the reward client was closed while a call was under way")
+            self._check_open()
             try:
-                return call()
-            except grpc.RpcError as err:
-                if self._closing.is_set():
-                    raise RewardServerError(
-                        "the reward client was closed while a call was under way"
-                    ) from err
+                return await call(request, timeout=self._timeout_s, metadata=self._metadata)
+            except (grpc.aio.AioRpcError, grpc.aio.UsageError) as err:
+                self._check_open(err)
+                if isinstance(err, grpc.aio.UsageError):
+                    raise
                 asked = retry_delay(err)
                 if asked is None:
                     raise self._refused(err, method) from err
@@ -276,14 +281,29 @@ class RewardClient:
                 waited = time.monotonic() - started
                 if waited + wait > self._give_up_after_s:
                     raise self._gave_up(err, waited) from err
-            self._pause(wait)
+            except asyncio.CancelledError as err:
+                self._check_open(err)  # closing the channel cancels its calls
+                raise
+            await self._pause(wait)
             pause = min(2 * pause, MAX_BACKOFF_S)
 
-    def _probe(self) -> str | None:
-        """None if health is SERVING, else what is wrong."""
+    def _check_open(self, err: BaseException | None = None) -> None:
+        if self._closed.is_set():
+            raise RewardServerError("the reward client was closed while a call was under way") from err
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but not beyond `close`."""
         try:
-            answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=PROBE_TIMEOUT_S)
-        except grpc.RpcError as err:
+            await asyncio.wait_for(self._closed.wait(), seconds)
+        except TimeoutError:
+            return
+
+    async def _probe(self) -> str | None:
+        """None if health is SERVING, else what is wrong."""
+        self._check_open()
+        try:
+            answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=PROBE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as err:
             if err.code() is grpc.StatusCode.UNIMPLEMENTED:
                 return self._not_a_reward_server()
             return f"no reward server at {self.address} ({details(err)}); start one: {self._how_to_start()}"
@@ -315,7 +335,7 @@ class RewardClient:
             )
         return info
 
-    def _refused(self, err: grpc.RpcError, method: str) -> RewardServerError:
+    def _refused(self, err: grpc.aio.AioRpcError, method: str) -> RewardServerError:
         code = err.code()
         if code is grpc.StatusCode.FAILED_PRECONDITION:
             return RewardServerError(
@@ -327,13 +347,17 @@ class RewardClient:
                 f"the reward server at {self.address} did not answer {method} within {self._timeout_s:g} s; "
                 "raise the reward timeout or send smaller batches"
             )
+        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            return RewardServerError(
+                f"the reward server at {self.address} refuses the token ({details(err)}): set RLAIF_REWARD_TOKEN"
+            )
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return RewardServerError(self._not_a_reward_server())
         return RewardServerError(
             f"the reward server at {self.address} refused {method} with {code.name}: {details(err)}"
         )
 
-    def _gave_up(self, err: grpc.RpcError, waited: float) -> RewardServerError:
+    def _gave_up(self, err: grpc.aio.AioRpcError, waited: float) -> RewardServerError:
         if err.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
             return RewardServerError(
                 f"the reward server at {self.address} stayed overloaded for {waited:.0f} s; "
@@ -344,76 +368,134 @@ class RewardClient:
             f"start one: {self._how_to_start()}"
         )
 
-    def _pause(self, seconds: float) -> None:
-        self._closing.wait(seconds)
 
+class RewardClient:
+    """`AsyncRewardClient` for code that does not await; its calls may come from any thread.
 
-class FunctionReward:
-    """A Python callable as a reward source: `function(prompts, responses) -> list of float or None`.
-
-    `prompts` are conversations that end with a user turn, `responses` the assistant texts. None means that no
-    reward could be had. The calls run in one background thread, in order.
+    Takes the same arguments.
     """
 
-    def __init__(
-        self,
-        function: Callable[[Sequence[Conversation], Sequence[str]], Iterable[float | None]],
-        *,
-        name: str = "function",
-        version: str = "1",
-        kind: Literal["reward_model", "judge"] = "reward_model",
-        center: float = 0.0,
-        scale: float = 1.0,
-    ) -> None:
-        """Wrap `function`; `version` is the caller's word for which function it is."""
-        self._function = function
-        self._info = ServerInfo(name, version, kind, center=center, scale=scale)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="function-reward")
+    def __init__(self, address: str, **options: Any) -> None:
+        """Start the client's own event loop and open its channel.
 
-    def info(self) -> ServerInfo:
-        """What the constructor was told."""
-        return self._info
-
-    def score(self, conversations: Sequence[Conversation]) -> list[Reward]:
-        """Call the function on prompts and responses.
+        Args:
+            address: `HOST:PORT`, or several separated by commas.
+            options: those of `AsyncRewardClient`.
 
         Raises:
-            RewardServerError: it returned another number of rewards than there are conversations.
+            ConfigError: see `AsyncRewardClient`.
         """
-        raws = list(self._function([c[:-1] for c in conversations], [c[-1].content for c in conversations]))
-        if len(raws) != len(conversations):
-            raise RewardServerError(
-                f"reward function {self._info.name} gave {len(raws)} rewards for {len(conversations)} "
-                "conversations; return one number or None for each"
-            )
-        return [self._reward(raw) for raw in raws]
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="reward-client", daemon=True)
+        self._thread.start()
+
+        async def opened() -> AsyncRewardClient:
+            return AsyncRewardClient(address, **options)
+
+        try:
+            self._client = self._wait(opened())
+        except ConfigError:
+            self._stop()
+            raise
+
+    @property
+    def address(self) -> str:
+        """Where the server is."""
+        return self._client.address
+
+    def wait_ready(self, timeout_s: float = 60.0) -> ServerInfo:
+        """See `AsyncRewardClient.wait_ready`."""
+        return self._wait(self._client.wait_ready(timeout_s))
+
+    def info(self) -> ServerInfo:
+        """See `AsyncRewardClient.info`."""
+        return self._wait(self._client.info())
+
+    def score(self, conversations: Sequence[Conversation]) -> list[Reward]:
+        """See `AsyncRewardClient.score`."""
+        return self.submit(conversations).result()
 
     def submit(self, conversations: Sequence[Conversation]) -> Future[list[Reward]]:
-        """`score` in the background thread."""
-        return self._thread.submit(self.score, list(conversations))
+        """`score` in the background."""
+        return asyncio.run_coroutine_threadsafe(self._client.score(list(conversations)), self._loop)
 
     def close(self) -> None:
-        """Wait for the background thread."""
-        self._thread.shutdown()
+        """Abandon calls under way, close the channel and end the thread."""
+        if self._loop.is_closed():
+            return
+        self._wait(self._close())
+        self._stop()
 
-    def _reward(self, raw: float | None) -> Reward:
-        if raw is None:
-            return Reward(None, None, "no_reward: the function returned None")
-        if not math.isfinite(raw):
-            return Reward(None, None, f"not_finite: the function returned {raw}")
-        return Reward((raw - self._info.center) / self._info.scale, float(raw))
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _close(self) -> None:
+        await self._client.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
+
+    def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def open_channel(address: str, access: Access) -> grpc.aio.Channel:
+    """A lazily connecting channel to one server, or to replicas that are used in turn.
+
+    Raises:
+        ConfigError: one of several hosts has no address.
+    """
+    hosts = address.split(",")
+    options: list[tuple[str, Any]] = list(CHANNEL_OPTIONS)
+    target = address
+    if len(hosts) > 1:
+        options.append(("grpc.service_config", json.dumps(ROUND_ROBIN)))
+        target = _addresses(hosts)
+    credentials = access.credentials()
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    if len(hosts) > 1:  # the target no longer names the host that the certificate is for
+        options.append(("grpc.ssl_target_name_override", hosts[0].rpartition(":")[0]))
+    return grpc.aio.secure_channel(target, credentials, options=options)
+
+
+def _addresses(hosts: Sequence[str]) -> str:
+    """Several servers as one gRPC target; gRPC resolves a single host name by itself, but not a list."""
+    found = []
+    for host in hosts:
+        name, _, port = host.rpartition(":")
+        try:
+            ip = socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_STREAM)[0][4][0]
+        except OSError as err:
+            raise ConfigError(f"reward server {host}: the host is unknown") from err
+        version = ipaddress.ip_address(ip).version
+        found.append((version, f"[{ip}]:{port}" if version == 6 else f"{ip}:{port}"))
+    if len({version for version, _ in found}) > 1:
+        raise ConfigError("reward servers must all have IPv4 or all have IPv6 addresses")
+    return f"ipv{found[0][0]}:" + ",".join(text for _, text in found)
 
 
 def parse_address(address: str) -> str:
-    """`HOST:PORT`, checked.
+    """`HOST:PORT`, or several separated by commas, checked; without white space.
 
     Raises:
         ConfigError: it is something else.
     """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536 or "/" in host:
-        raise ConfigError(f"reward server {address!r} must be HOST:PORT, for example 127.0.0.1:50051")
-    return address
+    parts = [part.strip() for part in address.split(",")]
+    for part in parts:
+        host, _, port = part.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536 or "/" in host:
+            raise ConfigError(f"reward server {part!r} must be HOST:PORT, for example 127.0.0.1:50051")
+    return ",".join(parts)
 
 
 def encode(conversation: Conversation) -> reward_pb2.Conversation | None:
@@ -457,14 +539,7 @@ def read_outcome(outcome: reward_pb2.ScoreOutcome) -> Reward:
     return Reward(None, None, "no_outcome: the server sent neither a score nor an error")
 
 
-def missing_by_reason(rewards: Iterable[Reward]) -> Counter[str]:
-    """How many rewards are missing, by the code that begins their reason."""
-    return Counter(
-        (reward.reason or "unknown").partition(":")[0] for reward in rewards if reward.value is None
-    )
-
-
-def retry_delay(err: grpc.RpcError) -> float | None:
+def retry_delay(err: grpc.aio.AioRpcError) -> float | None:
     """Seconds that the server asks to wait (0: it does not say), or None if the call must not be repeated.
 
     RESOURCE_EXHAUSTED without RetryInfo is a message over a size limit: the same call would fail again.
@@ -476,19 +551,24 @@ def retry_delay(err: grpc.RpcError) -> float | None:
     return None
 
 
-def _retry_info(err: grpc.RpcError) -> float | None:
-    try:
-        status = rpc_status.from_call(cast("grpc.Call", err))
-    except ValueError:  # details that contradict the status itself tell nothing
-        return None
-    for detail in status.details if status is not None else ():
-        retry = error_details_pb2.RetryInfo()
-        if detail.Unpack(retry):
-            return float(retry.retry_delay.seconds + retry.retry_delay.nanos * 1e-9)
+def _retry_info(err: grpc.aio.AioRpcError) -> float | None:
+    trailer: Any = err.trailing_metadata() or ()
+    for name, value in trailer:
+        if name != "grpc-status-details-bin" or not isinstance(value, bytes):
+            continue
+        status = status_pb2.Status()
+        try:
+            status.MergeFromString(value)
+        except DecodeError:  # details that cannot be read tell nothing
+            return None
+        for detail in status.details:
+            retry = error_details_pb2.RetryInfo()
+            if detail.Unpack(retry):
+                return float(retry.retry_delay.seconds + retry.retry_delay.nanos * 1e-9)
     return None
 
 
-def details(err: grpc.RpcError) -> str:
+def details(err: grpc.aio.AioRpcError) -> str:
     """What gRPC says of an error, on one line and short."""
     words = " ".join((err.details() or err.code().name).split())
     refused = "connection refused" in words.lower()

@@ -27,13 +27,14 @@ from policy_trainer.checkpoint import (
     save_final,
     stop_on_signal,
 )
-from policy_trainer.client import RewardClient, RewardSource
+from policy_trainer.client import RewardClient
 from policy_trainer.config import DPOConfig
 from policy_trainer.logprobs import token_logprobs
 from policy_trainer.models import eos_token_ids, fingerprint, load_policy
 from policy_trainer.online import Prompts, check_context, check_missing, load_prompts
 from policy_trainer.pairs import PairSet, build_pairs
 from policy_trainer.preference_losses import LossType, preference_loss
+from policy_trainer.reward_source import RewardSource
 from policy_trainer.rollout import HFRollout
 from policy_trainer.rounds import Round, collect_round, forget_rounds, store_round, stored_round
 from policy_trainer.selfcheck import self_check

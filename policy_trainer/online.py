@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from policy_trainer.client import Reward
 from policy_trainer.config import OnlineConfig
+from policy_trainer.reward_source import Reward
 from rlaif.chat import encode_prompt
 from rlaif.errors import ConfigError, QualityError
 from rlaif.records import Quarantine, read_prompts

@@ -26,13 +26,14 @@ from policy_trainer.checkpoint import (
     save_final,
     stop_on_signal,
 )
-from policy_trainer.client import Reward, RewardClient, RewardSource
+from policy_trainer.client import RewardClient
 from policy_trainer.config import PPOConfig
 from policy_trainer.kl import KLController
 from policy_trainer.logprobs import token_logprobs
 from policy_trainer.models import ActorCritic, build_critic, eos_token_ids, fingerprint, load_policy
 from policy_trainer.online import Prompts, check_context, check_missing, load_prompts
 from policy_trainer.ppo_losses import policy_loss, value_loss
+from policy_trainer.reward_source import Reward, RewardSource
 from policy_trainer.rewards import adjust_scores, token_rewards
 from policy_trainer.rollout import HFRollout, Sampled, decode_response
 from policy_trainer.selfcheck import self_check

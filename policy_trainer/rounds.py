@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from policy_trainer.batching import collate, length_buckets
-from policy_trainer.client import Reward, RewardSource
 from policy_trainer.logprobs import token_logprobs
 from policy_trainer.online import Prompts
+from policy_trainer.reward_source import Reward, RewardSource
 from policy_trainer.rollout import RolloutEngine, decode_response
 from rlaif.errors import StorageError
 from rlaif.runs import write_atomic

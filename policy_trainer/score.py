@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from policy_trainer.client import Reward, RewardClient, RewardSource, missing_by_reason
+from policy_trainer.client import RewardClient
+from policy_trainer.reward_source import Reward, RewardSource, missing_by_reason
 from rlaif.errors import DataError, QualityError, StorageError
 from rlaif.records import Journal, Quarantine, read_conversations, write_parquet
 from rlaif.runs import progress, write_atomic

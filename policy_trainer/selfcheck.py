@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from policy_trainer.batching import SequenceBatch, collate, pad_right
-from policy_trainer.client import Reward, RewardSource
 from policy_trainer.logprobs import token_logprobs
+from policy_trainer.reward_source import Reward, RewardSource
 from policy_trainer.rollout import RolloutEngine, Sampled, decode_response
 from rlaif.errors import SelfCheckError
 from rlaif.types import Conversation, with_response

@@ -9,16 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy_trainer.client import (
-    FunctionReward,
-    Reward,
-    RewardClient,
-    RewardSource,
-    encode,
-    missing_by_reason,
-    parse_address,
-    split,
-)
+from policy_trainer.client import RewardClient, encode, parse_address, split
+from policy_trainer.reward_source import FunctionReward, Reward, RewardSource, missing_by_reason
 from protos.rlaif.reward.v1 import reward_pb2
 from rlaif.errors import ConfigError, RewardServerError
 from rlaif.types import Conversation, user_prompt, with_response

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from policy_trainer.checkpoint import list_checkpoints
-from policy_trainer.client import FunctionReward, Reward, RewardClient
+from policy_trainer.client import RewardClient
 from policy_trainer.config import DPOConfig
 from policy_trainer.dpo import PairExample, PairSums, accumulate_gradients, train
 from policy_trainer.preference_losses import LossType
+from policy_trainer.reward_source import FunctionReward, Reward
 from policy_trainer.rounds import Round, RoundSample, penalised, sequence_logprobs, store_round, stored_round
 from rlaif.cli import main
 from rlaif.errors import ConfigError, ModelError, QualityError, RewardServerError

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from policy_trainer.advantages import moments, whiten
-from policy_trainer.client import FunctionReward
 from policy_trainer.ppo import Episodes, Reading, Trainer, train
+from policy_trainer.reward_source import FunctionReward
 from rlaif.errors import ConfigError, QualityError, SelfCheckError
 from rlaif.types import Conversation
 from tests.policy_trainer import tiny

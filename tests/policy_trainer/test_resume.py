@@ -28,9 +28,10 @@ from policy_trainer.checkpoint import (
     rng_state,
     save_checkpoint,
 )
-from policy_trainer.client import FunctionReward, RewardClient
+from policy_trainer.client import RewardClient
 from policy_trainer.config import SFTConfig
 from policy_trainer.ppo import train
+from policy_trainer.reward_source import FunctionReward
 from protos.rlaif.reward.v1 import reward_pb2
 from rlaif.errors import ModelError, RewardServerError, StorageError
 from rlaif.types import Conversation

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from policy_trainer.client import FunctionReward
+from policy_trainer.reward_source import FunctionReward
 from policy_trainer.rollout import HFRollout, Sampled
 from policy_trainer.selfcheck import SelfCheckReport, self_check
 from rlaif.chat import BUILTIN_TEMPLATES, encode_prompt

@@ -1,0 +1,139 @@
+"""What gives rewards: conversations in, one reward or one reason per conversation out.
+
+A trainer sees the protocol alone and cannot tell a served reward from a local function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+from rlaif.errors import RewardServerError
+from rlaif.types import Conversation
+
+DEFAULT_REQUEST_BYTES = 4 * 1024 * 1024
+"""gRPC's own default limit, taken when a server declares none."""
+
+
+class Reward(NamedTuple):
+    """One conversation's reward, or the reason why there is none.
+
+    Attributes:
+        value: the normalised score that training optimises, (raw - center) / scale; None if missing.
+        raw: the scorer's own output: a reward model's logit, a judge's expected level; None if missing.
+        reason: why `value` is None, as `code: words`; None otherwise.
+        tokens: tokens that the scorer read; 0 if unknown.
+    """
+
+    value: float | None
+    raw: float | None
+    reason: str | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """Who scores, and within which limits.
+
+    Attributes:
+        name: what is served, as the server was told (`hf:DIR`, `tinyworld:judge`).
+        version: changes whenever scores may change.
+        kind: `reward_model` (raw scores are Bradley-Terry logits) or `judge` (they are levels of a scale).
+        max_items: conversations per request.
+        max_tokens_per_item: after the scorer's chat template; 0 means unknown.
+        max_request_bytes: size of one serialised request.
+        center: subtracted from the raw score.
+        scale: divides the centred score; positive.
+    """
+
+    name: str
+    version: str
+    kind: Literal["reward_model", "judge"]
+    max_items: int = 256
+    max_tokens_per_item: int = 0
+    max_request_bytes: int = DEFAULT_REQUEST_BYTES
+    center: float = 0.0
+    scale: float = 1.0
+
+
+class RewardSource(Protocol):
+    """Anything that gives rewards for conversations."""
+
+    def info(self) -> ServerInfo:
+        """Who scores; the same answer for the life of the source."""
+
+    def score(self, conversations: Sequence[Conversation]) -> list[Reward]:
+        """One reward per conversation, in order. A conversation ends with the assistant turn to be scored."""
+
+    def submit(self, conversations: Sequence[Conversation]) -> Future[list[Reward]]:
+        """`score` in the background, so that it overlaps other work."""
+
+    def close(self) -> None:
+        """Release threads and connections; calls under way are abandoned."""
+
+
+class FunctionReward:
+    """A Python callable as a reward source: `function(prompts, responses) -> list of float or None`.
+
+    `prompts` are conversations that end with a user turn, `responses` the assistant texts. None means that no
+    reward could be had. The calls run in one background thread, in order.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Sequence[Conversation], Sequence[str]], Iterable[float | None]],
+        *,
+        name: str = "function",
+        version: str = "1",
+        kind: Literal["reward_model", "judge"] = "reward_model",
+        center: float = 0.0,
+        scale: float = 1.0,
+    ) -> None:
+        """Wrap `function`; `version` is the caller's word for which function it is."""
+        self._function = function
+        self._info = ServerInfo(name, version, kind, center=center, scale=scale)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="function-reward")
+
+    def info(self) -> ServerInfo:
+        """What the constructor was told."""
+        return self._info
+
+    def score(self, conversations: Sequence[Conversation]) -> list[Reward]:
+        """Call the function on prompts and responses.
+
+        Raises:
+            RewardServerError: it returned another number of rewards than there are conversations.
+        """
+        raws = list(self._function([c[:-1] for c in conversations], [c[-1].content for c in conversations]))
+        if len(raws) != len(conversations):
+            raise RewardServerError(
+                f"reward function {self._info.name} gave {len(raws)} rewards for {len(conversations)} "
+                "conversations; return one number or None for each"
+            )
+        return [self._reward(raw) for raw in raws]
+
+    def submit(self, conversations: Sequence[Conversation]) -> Future[list[Reward]]:
+        """`score` in the background thread."""
+        return self._thread.submit(self.score, list(conversations))
+
+    def close(self) -> None:
+        """Wait for the background thread."""
+        self._thread.shutdown()
+
+    def _reward(self, raw: float | None) -> Reward:
+        if raw is None:
+            return Reward(None, None, "no_reward: the function returned None")
+        if not math.isfinite(raw):
+            return Reward(None, None, f"not_finite: the function returned {raw}")
+        return Reward((raw - self._info.center) / self._info.scale, float(raw))
+
+
+def missing_by_reason(rewards: Iterable[Reward]) -> Counter[str]:
+    """How many rewards are missing, by the code that begins their reason."""
+    return Counter(
+        (reward.reason or "unknown").partition(":")[0] for reward in rewards if reward.value is None
+    )
