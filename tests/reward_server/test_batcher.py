@@ -183,7 +183,7 @@ def test_a_waiting_request_is_let_in_when_there_is_room() -> None:
             await asyncio.sleep(0.001)
         with pytest.raises(Overloaded):
             await queue.submit([task(3)])
-        patient = asyncio.ensure_future(queue.submit([task(3)], wait=True))
+        patient = asyncio.ensure_future(queue.submit([task(3)], wait_s=math.inf))
         scorer.gate.set()
         report = (await asyncio.gather(first, full, patient))[2]
         await queue.stop()
