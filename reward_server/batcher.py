@@ -177,7 +177,7 @@ class Batcher:
         *,
         priority: Priority = Priority.INTERACTIVE,
         alone: bool = False,
-        wait: bool = False,
+        wait_s: float = 0.0,
     ) -> Report:
         """One outcome per task, in order. Cancelling this call removes its items from the queue.
 
@@ -186,7 +186,7 @@ class Batcher:
             time_left_s: until the caller's deadline; items whose turn comes later are not computed.
             priority: interactive items go first.
             alone: compute every item in a batch of its own, so that its score does not depend on neighbours.
-            wait: wait for room in a full queue instead of being refused.
+            wait_s: how long to wait for room in a full queue before being refused; infinite never refuses.
 
         Raises:
             Overloaded: the queue has no room for all of them; none was admitted.
@@ -194,7 +194,7 @@ class Batcher:
         """
         arrived = time.monotonic()
         deadline = math.inf if time_left_s is None else arrived + time_left_s
-        if not wait and not self._has_room(len(tasks), 0):
+        if wait_s <= 0 and not self._has_room(len(tasks), 0):
             raise Overloaded(self._retry_after())
         self._preparing_items += len(tasks)
         try:
@@ -209,7 +209,7 @@ class Batcher:
         entries = [_Entry(request, i, p) for i, p in enumerate(prepared) if isinstance(p, Prepared)]
         cost = sum(e.item.tokens for e in entries)
         if entries:
-            await self._admit(entries, cost, deadline, wait)
+            await self._admit(entries, cost, deadline, arrived + wait_s)
             try:
                 await done
             except asyncio.CancelledError:
@@ -245,12 +245,17 @@ class Batcher:
 
     # ---- the queue ----
 
-    async def _admit(self, entries: list[_Entry], cost: int, deadline: float, wait: bool) -> None:
+    async def _admit(self, entries: list[_Entry], cost: int, deadline: float, patience: float) -> None:
+        """Put the items into the queue; `patience` ends the wait for room, in seconds of `time.monotonic`."""
         while not self._has_room(len(entries), cost):
-            if not wait:
+            left = patience - time.monotonic()
+            if left <= 0:
                 raise Overloaded(self._retry_after())
-            async with self._room:
-                await self._room.wait()
+            try:
+                async with asyncio.timeout(None if math.isinf(left) else left), self._room:
+                    await self._room.wait()
+            except TimeoutError as err:
+                raise Overloaded(self._retry_after()) from err
         request = entries[0].request
         ahead = cost + sum(e.item.tokens for p in Priority if p <= request.priority for e in self._queues[p])
         if time.monotonic() + self._rate.seconds(ahead) > deadline:

@@ -112,6 +112,16 @@ class ServeConfig:
     """Address of the metrics. They hold counts, durations and model names, never text."""
     insecure: bool = False
     """Listen beyond loopback without TLS or without tokens; whoever reaches the port may score and swap models."""
+    http_port: int | None = None
+    """Also answer the HTTP requests of OpenRLHF, verl, vLLM and OpenAI clients here, on --host; 0 picks a free port."""
+    http_wait_s: float = 60.0
+    """How long `/get_reward` is held while the queue is full or the model loads, before it gets a 503."""
+    http_read_timeout_s: float = 30.0
+    """How long a client may take to send the headers or the body of a request."""
+    http_drop_failed: bool = False
+    """`/get_reward` leaves out what could not be scored, instead of a 422 or 500; never a number in its place."""
+    served_model_name: str | None = None
+    """A further name under which HTTP callers may ask for the model."""
     ready_file: Path | None = None
     """Written with HOST:PORT once the server answers."""
     device: str = "auto"
@@ -154,6 +164,10 @@ class ServeConfig:
             )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be between 0 and 65535, not {self.port}")
+        if self.http_port is not None and not 0 <= self.http_port <= 65535:
+            raise ConfigError(f"--http_port must be between 0 and 65535, not {self.http_port}")
+        if self.http_wait_s < 0 or self.http_read_timeout_s <= 0:
+            raise ConfigError("--http_wait_s must not be negative, and --http_read_timeout_s must be positive")
         for name in (
             "max_items",
             "max_batch_tokens",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import grpc
@@ -48,6 +51,15 @@ class Refusal(Exception):
             self.status.details.add().Pack(detail)
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What `RewardService.answer` found: one outcome per task, in order, and the scorer that made them."""
+
+    scorer: Scorer
+    outcomes: list[Outcome]
+    report: Report
+
+
 class RewardService:
     """`rlaif.reward.v1.RewardService` and `ModelAdminService` over the models of a registry.
 
@@ -77,6 +89,7 @@ class RewardService:
         self._load = load
         self._registry: ModelRegistry | None = None
         self._draining = False
+        self._opened = asyncio.Event()
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -84,6 +97,7 @@ class RewardService:
     def open(self, registry: ModelRegistry) -> None:
         """Start answering."""
         self._registry = registry
+        self._opened.set()
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new calls and wait for those in flight; returns whether all of them finished."""
@@ -126,7 +140,7 @@ class RewardService:
         Raises:
             Refusal: the call as a whole cannot be answered.
         """
-        return await self._score(request, time_left_s, Priority.INTERACTIVE, wait=False)
+        return await self._score(request, time_left_s, Priority.INTERACTIVE, wait_s=0.0)
 
     async def compare(self, request: pb.CompareRequest, time_left_s: float | None) -> pb.CompareResponse:
         """Compare two responses to each prompt.
@@ -138,7 +152,11 @@ class RewardService:
         with self._counted(), self._models.hold(model):
             tasks = wire.compare_tasks(request)
             outcomes, report = await self._compute(
-                model, tasks, request, time_left_s, Priority.INTERACTIVE, wait=False
+                model,
+                tasks,
+                time_left_s,
+                priority=wire.PRIORITY.get(request.priority, Priority.INTERACTIVE),
+                alone=request.deterministic,
             )
             return wire.compare_response(request, outcomes, report, model)
 
@@ -164,24 +182,57 @@ class RewardService:
             models=[wire.loaded(model) for model in self._models.models],
         )
 
+    async def scorer(self, wait_s: float = 0.0) -> Scorer:
+        """Who scores for callers without a wish; a server that warms up is waited for.
+
+        Raises:
+            Refusal: nobody does.
+        """
+        if wait_s > 0 and not self._draining:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._opened.wait(), wait_s)
+        return self._active().scorer
+
+    async def answer(self, tasks: Sequence[Task | Failure], *, wait_s: float = 0.0) -> Answer:
+        """Outcomes of tasks that came by another door than gRPC, from the same queue.
+
+        Args:
+            tasks: what to do, or why an item cannot be done.
+            wait_s: how long a full queue is waited for before the call is refused.
+
+        Raises:
+            Refusal: the call as a whole cannot be answered.
+        """
+        model = self._active()
+        with self._counted(), self._models.hold(model):
+            outcomes, report = await self._compute(model, tasks, None, wait_s=wait_s)
+            return Answer(model.scorer, outcomes, report)
+
     async def _score(
-        self, request: pb.ScoreRequest, time_left_s: float | None, priority: Priority, *, wait: bool
+        self, request: pb.ScoreRequest, time_left_s: float | None, default: Priority, *, wait_s: float
     ) -> pb.ScoreResponse:
         model = self._admit(request)
         with self._counted(), self._models.hold(model):
             tasks = wire.score_tasks(request)
-            outcomes, report = await self._compute(model, tasks, request, time_left_s, priority, wait=wait)
+            outcomes, report = await self._compute(
+                model,
+                tasks,
+                time_left_s,
+                priority=wire.PRIORITY.get(request.priority, default),
+                alone=request.deterministic,
+                wait_s=wait_s,
+            )
             return wire.score_response(request, outcomes, report, model)
 
     async def _compute(
         self,
         model: Model,
         tasks: Sequence[Task | Failure],
-        request: wire.Request,
         time_left_s: float | None,
-        default: Priority,
         *,
-        wait: bool,
+        priority: Priority = Priority.INTERACTIVE,
+        alone: bool = False,
+        wait_s: float = 0.0,
     ) -> tuple[list[Outcome], Report]:
         """Outcomes in the order of `tasks`, failures among them as they are."""
         valid = [t for t in tasks if not isinstance(t, Failure)]
@@ -191,9 +242,9 @@ class RewardService:
                 report = await model.batcher.submit(
                     valid,
                     time_left_s,
-                    priority=wire.PRIORITY.get(request.priority, default),
-                    alone=request.deterministic,
-                    wait=wait,
+                    priority=priority,
+                    alone=alone,
+                    wait_s=wait_s,
                 )
             except Overloaded as err:
                 delay = Duration()
@@ -223,7 +274,7 @@ class RewardService:
             response = pb.ScoreStreamResponse(request_id=envelope.request_id)
             try:
                 scored = await self._score(
-                    envelope.request, context.time_remaining(), Priority.BULK, wait=True
+                    envelope.request, context.time_remaining(), Priority.BULK, wait_s=math.inf
                 )
                 response.response.CopyFrom(scored)
             except Refusal as err:
