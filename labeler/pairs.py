@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from labeler.audit.calibration import Calibration
+from labeler.audit.lineage import relatives
 from labeler.card import keep_rubric, write_card
 from labeler.config import JudgeConfig, PairsConfig
 from labeler.judge import Judge
@@ -77,13 +79,20 @@ def label(config: PairsConfig, session: Session) -> Labels:
         preference = await judge.judge_pair(pair)
         return preference.reason if preference.p_a is None else None
 
+    writers: set[str] = set()
+
     def pairs(quarantine: Quarantine) -> Iterator[Pair]:
-        return islice(load_pairs(config, quarantine), config.limit)
+        return islice(load_pairs(config, quarantine, writers), config.limit)
+
+    async def prepare() -> None:
+        for warning in relatives(config.judge, writers):
+            print(f"rlaif: warning: {warning}", file=sys.stderr)
+        await judge.prepare()
 
     def together(quarantine: Quarantine) -> Iterator[Pair]:
         return side_by_side(pairs(quarantine), lambda pair: pair.prompt)
 
-    session.ask(together, ask, "labeling pairs", prepare=judge.prepare)
+    session.ask(together, ask, "labeling pairs", prepare=prepare)
     report = PreferenceReport()
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -103,6 +112,7 @@ def label(config: PairsConfig, session: Session) -> Labels:
         **report.result(),
         "rows_written": written,
         "suspicious": validation.suspicious,
+        "lineage": relatives(config.judge, writers),
         **session.costs(),
         "quarantined": dict(session.quarantine.reasons),
         "seconds": session.seconds,
@@ -170,8 +180,15 @@ class Settlement:
         return preference, p
 
 
-def load_pairs(config: PairsConfig, quarantine: Quarantine) -> Iterator[Pair]:
+def load_pairs(
+    config: PairsConfig, quarantine: Quarantine, writers: set[str] | None = None
+) -> Iterator[Pair]:
     """Pairs of the dataset in input order; candidates of one prompt are paired with each other.
+
+    Args:
+        config: names the dataset, and how many pairs of candidates are drawn.
+        quarantine: takes the rows that cannot be read.
+        writers: takes the names of the models that wrote the candidates.
 
     Raises:
         DataError: the dataset is missing or has no usable row.
@@ -180,6 +197,8 @@ def load_pairs(config: PairsConfig, quarantine: Quarantine) -> Iterator[Pair]:
         yield from read_pairs(config.dataset, quarantine)
         return
     for candidates in read_candidates(config.dataset, quarantine):
+        if writers is not None:
+            writers.update(c.model for c in candidates.candidates if c.model)
         yield from pair_up(candidates, config.pairs_per_prompt, config.seed)
 
 

@@ -155,6 +155,23 @@ def test_ranking_orders_the_responses_and_the_models_that_wrote_them(
     assert "1. hf:good-model" in capsys.readouterr().out
 
 
+def test_a_judge_of_the_policys_family_is_named_before_it_is_paid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "qwen3"
+    folder.mkdir()
+    judge_file = folder / "qwen3-judge.yaml"
+    Path(scripted(tmp_path, a_or_b(0.9)).removeprefix("scripted:")).rename(judge_file)
+    row = {
+        "prompt": "q",
+        "completions": [{"response": r, "model": "hf:Qwen/Qwen2.5-7B"} for r in ("good", "bad")],
+    }
+    data = write_lines(tmp_path / "c.jsonl", [row])
+    assert label(f"scripted:{judge_file}", data, tmp_path / "out", "--no-cot") == 0
+    assert "both of the Qwen family" in capsys.readouterr().err
+    assert len(report(tmp_path / "out")["lineage"]) == 1
+
+
 def test_ranking_needs_candidates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_lines(tmp_path / "p.jsonl", [pair(0)])
     assert label(ranking_judge(tmp_path), data, tmp_path / "out", kind="rank") == 3
