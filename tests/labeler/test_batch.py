@@ -22,6 +22,7 @@ from tests.labeler.batch_server import Answer, BatchServer
 from tests.labeler.commands import label, pair, preferences, replies, report, scripted, write_lines
 from tests.labeler.openai_server import Fault, ScriptedServer
 
+Online = dict[bool, list[dict[str, Any]]]
 BATCH = ("--batch", "--batch_interval_s", "0.01", "--max_retries", "0")
 LABELS = ("chosen_prob", "chosen_is_a", "rationale_ab", "rationale_ba", "prompt_tokens", "id")
 
@@ -41,10 +42,14 @@ def labels(out: Path) -> list[dict[str, Any]]:
     return [{name: row[name] for name in LABELS} for row in preferences(out)]
 
 
-def online(tmp_path: Path, data: Path, *flags: str) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def online(tmp_path_factory: pytest.TempPathFactory) -> Online:
+    """Labels of six pairs asked for one by one, with rationales and without."""
+    folder = tmp_path_factory.mktemp("online")
     with ScriptedServer(judges) as server:
-        assert label(server.ref, data, tmp_path / "online", *flags) == 0
-    return labels(tmp_path / "online")
+        for cot in (True, False):
+            assert label(server.ref, rows(folder), folder / str(cot), "--cot" if cot else "--no-cot") == 0
+    return {cot: labels(folder / str(cot)) for cot in (True, False)}
 
 
 def sent(server: BatchServer) -> Counter[str]:
@@ -58,9 +63,10 @@ def sent(server: BatchServer) -> Counter[str]:
 
 
 @pytest.mark.parametrize(("flags", "rounds"), [((), 2), (("--no-cot",), 1)], ids=["cot", "direct"])
-def test_labels_equal_those_of_an_online_run(tmp_path: Path, flags: tuple[str, ...], rounds: int) -> None:
+def test_labels_equal_those_of_an_online_run(
+    tmp_path: Path, flags: tuple[str, ...], rounds: int, online: Online
+) -> None:
     data = rows(tmp_path)
-    expected = online(tmp_path, data, *flags)
     with BatchServer(judges) as server:
         assert label(server.ref, data, tmp_path / "out", *flags, *BATCH) == 0
         assert len(server.batches) == rounds
@@ -68,10 +74,10 @@ def test_labels_equal_those_of_an_online_run(tmp_path: Path, flags: tuple[str, .
         # The same command again has nothing to ask.
         assert label(server.ref, data, tmp_path / "out", *flags, *BATCH) == 0
         assert len(server.batches) == rounds
-    assert labels(tmp_path / "out") == expected
+    assert labels(tmp_path / "out") == online[rounds == 2]
 
 
-def test_an_online_run_goes_on_from_batches_and_the_other_way_round(tmp_path: Path) -> None:
+def test_an_online_run_goes_on_from_batches_and_the_other_way_round(tmp_path: Path, online: Online) -> None:
     data = rows(tmp_path)
     with BatchServer(judges) as server:
         assert label(server.ref, data, tmp_path / "out", "--limit", "2", *BATCH) == 0
@@ -81,17 +87,17 @@ def test_an_online_run_goes_on_from_batches_and_the_other_way_round(tmp_path: Pa
         assert len(server.asked) == 8
         assert label(server.ref, data, tmp_path / "out", *BATCH) == 0
         assert sent(server).total() == 16
-    assert labels(tmp_path / "out") == online(tmp_path, data)
+    assert labels(tmp_path / "out") == online[True]
 
 
-def test_batches_are_cut_at_their_size(tmp_path: Path) -> None:
+def test_batches_are_cut_at_their_size(tmp_path: Path, online: Online) -> None:
     data = rows(tmp_path)
     with BatchServer(judges) as server:
         assert label(server.ref, data, tmp_path / "out", "--no-cot", "--batch_size", "5", *BATCH) == 0
         sizes = [b["request_counts"]["total"] for b in server.batches.values()]
         assert sizes == [5, 5, 2]
         assert sent(server).most_common(1)[0][1] == 1
-    assert labels(tmp_path / "out") == online(tmp_path, data, "--no-cot")
+    assert labels(tmp_path / "out") == online[False]
 
 
 def test_a_file_stays_below_its_limit_in_bytes_and_holds_one_model_and_one_path(tmp_path: Path) -> None:
@@ -124,7 +130,7 @@ def _lines_of_one(store: BatchStore) -> list[bytes]:
 
 
 def test_failed_items_stay_open_with_their_reason_and_the_next_run_asks_for_them_alone(
-    tmp_path: Path,
+    tmp_path: Path, online: Online
 ) -> None:
     data = rows(tmp_path)
     failing = True
@@ -144,11 +150,11 @@ def test_failed_items_stay_open_with_their_reason_and_the_next_run_asks_for_them
         failing = False
         assert label(server.ref, data, tmp_path / "out", "--no-cot", *BATCH) == 0
         assert [b["request_counts"]["total"] for b in server.batches.values()] == [12, 2]
-    assert labels(tmp_path / "out") == online(tmp_path, data, "--no-cot")
+    assert labels(tmp_path / "out") == online[False]
 
 
 @pytest.mark.parametrize("status", ["expired", "cancelled"])
-def test_what_a_batch_answered_before_its_end_is_kept(tmp_path: Path, status: str) -> None:
+def test_what_a_batch_answered_before_its_end_is_kept(tmp_path: Path, status: str, online: Online) -> None:
     data = rows(tmp_path)
     with BatchServer(judges, ends=lambda n: status if n == 0 else "completed", answers=8) as server:
         assert label(server.ref, data, tmp_path / "out", "--no-cot", *BATCH) == 8
@@ -157,21 +163,23 @@ def test_what_a_batch_answered_before_its_end_is_kept(tmp_path: Path, status: st
         assert status in reason
         assert label(server.ref, data, tmp_path / "out", "--no-cot", *BATCH) == 0
         assert [b["request_counts"]["total"] for b in server.batches.values()] == [12, 4]
-    assert labels(tmp_path / "out") == online(tmp_path, data, "--no-cot")
+    assert labels(tmp_path / "out") == online[False]
 
 
 def test_a_batch_that_the_endpoint_refuses_is_one_line_and_the_next_run_begins_anew(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], online: Online
 ) -> None:
     data = rows(tmp_path)
     with BatchServer(judges, ends=lambda n: "failed" if n == 0 else "completed") as server:
         assert label(server.ref, data, tmp_path / "out", "--no-cot", *BATCH) == 5
         assert "refuses the batch batch-0: line 1 is not JSON" in capsys.readouterr().err
         assert label(server.ref, data, tmp_path / "out", "--no-cot", *BATCH) == 0
-    assert labels(tmp_path / "out") == online(tmp_path, data, "--no-cot")
+    assert labels(tmp_path / "out") == online[False]
 
 
-def test_batches_wait_for_room_at_the_endpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_batches_wait_for_room_at_the_endpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], online: Online
+) -> None:
     data = rows(tmp_path)
     with BatchServer(judges, room=5) as server:
         assert label(server.ref, data, tmp_path / "out", "--no-cot", "--batch_size", "5", *BATCH) == 0
@@ -180,7 +188,7 @@ def test_batches_wait_for_room_at_the_endpoint(tmp_path: Path, capsys: pytest.Ca
         assert label(server.ref, data, tmp_path / "other", "--no-cot", *BATCH) == 5
         assert "--batch_size" in capsys.readouterr().err
         assert label(server.ref, data, tmp_path / "other", "--no-cot", "--batch_size", "5", *BATCH) == 0
-    assert labels(tmp_path / "out") == labels(tmp_path / "other") == online(tmp_path, data, "--no-cot")
+    assert labels(tmp_path / "out") == labels(tmp_path / "other") == online[False]
 
 
 # Every request to the batch API in turn, answered by 500: before it does anything, and after.
@@ -190,7 +198,7 @@ STEPS = [("POST", "files"), ("POST", "batches"), ("GET", "batches/"), ("GET", "f
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("step", range(len(STEPS)), ids=[f"{m}-{p.strip('/')}" for m, p in STEPS])
 def test_a_run_that_broke_off_anywhere_goes_on_and_sends_nothing_twice(
-    tmp_path: Path, step: int, after: bool
+    tmp_path: Path, step: int, after: bool, online: Online
 ) -> None:
     data = rows(tmp_path)
     broken: list[str] = []
@@ -214,13 +222,15 @@ def test_a_run_that_broke_off_anywhere_goes_on_and_sends_nothing_twice(
         assert label(server.ref, data, tmp_path / "out", *BATCH) == 0
         assert broken
         assert set(sent(server).values()) == {1} and sent(server).total() == 24
-    assert labels(tmp_path / "out") == online(tmp_path, data)
+    assert labels(tmp_path / "out") == online[True]
 
 
 @pytest.mark.parametrize(
     "moment", ["POST /v1/batches", "GET /v1/batches/batch-0", "GET /v1/files/file-1/content"]
 )
-def test_killed_at_any_moment_the_same_command_fetches_what_it_sent(tmp_path: Path, moment: str) -> None:
+def test_killed_at_any_moment_the_same_command_fetches_what_it_sent(
+    tmp_path: Path, moment: str, online: Online
+) -> None:
     data = rows(tmp_path)
     reached, killed = threading.Event(), threading.Event()
 
@@ -246,7 +256,7 @@ def test_killed_at_any_moment_the_same_command_fetches_what_it_sent(tmp_path: Pa
         assert label(server.ref, data, tmp_path / "out", *BATCH) == 0
         assert set(sent(server).values()) == {1} and sent(server).total() == 24
         assert len(server.batches) == 2
-    assert labels(tmp_path / "out") == online(tmp_path, data)
+    assert labels(tmp_path / "out") == online[True]
 
 
 def test_a_budget_sends_what_it_covers_and_goes_on_with_what_is_left(
