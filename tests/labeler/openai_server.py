@@ -132,7 +132,9 @@ class ScriptedServer:
         if path == "/tokenize" and self.vllm:
             body = json.loads(data)
             if "prompt" in body or self.template:
-                return {"tokens": [ord(c) for c in self.read(body)[0]]}, 200, {}
+                text = self.read(body)[0]
+                self.tokenized.append(text)
+                return {"tokens": [ord(c) for c in text]}, 200, {}
         return {"error": {"message": "no such route"}}, 404, {}
 
     def answer(self, body: dict[str, Any]) -> tuple[Any, int, Mapping[str, str]]:

@@ -143,5 +143,11 @@ def test_labels_in_parts_have_the_probability_of_their_whole_spelling(
     for label, p in zip(labels[1:3], probs[1:3], strict=True):
         if label in first:
             assert p == pytest.approx(first[label] / total)
-    complete = {"2", "9"} <= first.keys() and (one > 0 and then > 0)
-    assert distribution.censored == (not complete)
+    assert distribution.censored == (not {"2", "9"} <= first.keys() or not one or not then)
+
+
+def test_a_part_that_is_not_listed_makes_a_bound() -> None:
+    top = [("1", math.log(0.5)), ("2", math.log(0.4))]
+    distribution = read_top_tokens_in_parts(top, {"1": [(".", math.log(0.9))]}, ("1", "2", "10"))
+    assert distribution.censored
+    assert [math.exp(lp) for lp in distribution.logprobs] == pytest.approx([0.45, 0.4, 0.05])
