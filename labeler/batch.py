@@ -286,6 +286,8 @@ def read_line(line: str) -> tuple[str, dict[str, Any] | None, str | None]:
             return request, None, f"the batch answered {error.get('code')}: {_short(error.get('message'))}"
         status, body = response["status_code"], response["body"]
         if status == 200:
+            if not _is_unicode(body):
+                return request, None, "the reply is no Unicode text"
             return request, body, None
         said = body.get("error", body) if isinstance(body, dict) else body
         message = said.get("message", said) if isinstance(said, dict) else said
@@ -294,6 +296,15 @@ def read_line(line: str) -> tuple[str, dict[str, Any] | None, str | None]:
         raise EndpointError(
             f"a line of a batch's results cannot be read ({err!r}): {_short(line)}; run the same command again"
         ) from err
+
+
+def _is_unicode(reply: object) -> bool:
+    """Whether a reply is free of lone surrogates, which JSON can hold and no file."""
+    try:
+        json.dumps(reply, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _short(text: object) -> str:

@@ -109,7 +109,7 @@ class ReplyJournal:
 
         Raises:
             StorageError: the disk is full; earlier replies stay.
-            ValueError: the reply holds NaN or an infinity.
+            ValueError: the reply holds NaN, an infinity, or a lone surrogate.
         """
         text = json.dumps(reply, ensure_ascii=False, allow_nan=False)
         self._file.write(

@@ -307,6 +307,11 @@ def test_lines_of_results_as_the_documentation_has_them() -> None:
     expired = {"code": "batch_expired", "message": "not executed"}
     said = read_line(json.dumps({"id": "x", "custom_id": "a", "response": None, "error": expired}))
     assert said == ("a", None, "the batch answered batch_expired: not executed")
+    torn = {
+        **line,
+        "response": {"status_code": 200, "body": {"choices": [{"message": {"content": "\ud800"}}]}},
+    }
+    assert read_line(json.dumps(torn)) == ("a", None, "the reply is no Unicode text")
     for broken in ("{", "[]", '{"custom_id": "a"}', '{"custom_id": "a", "response": {"status_code": 200}}'):
         with pytest.raises(EndpointError, match="cannot be read"):
             read_line(broken)
