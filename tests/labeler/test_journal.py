@@ -60,18 +60,15 @@ def test_the_first_reply_to_a_request_stays_and_is_counted_once(tmp_path: Path) 
 
 
 Kept = tuple[str, float, int, int]
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+floats = st.floats(allow_nan=False, allow_infinity=False)
 numbers = st.integers(0, 2**40)
 
 
 @given(
     st.dictionaries(
         st.integers(-(2**63), 2**63 - 1),
-        st.tuples(
-            st.text(st.characters(exclude_categories=["Cs"])),
-            st.floats(allow_nan=False, allow_infinity=False),
-            numbers,
-            numbers,
-        ),
+        st.tuples(texts, floats, numbers, numbers),
         max_size=8,
     )
 )
