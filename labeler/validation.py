@@ -229,26 +229,24 @@ def _by_order(row: Row) -> Iterator[tuple[str, float | None]]:
     yield ("ba", as_second) if row.get("chosen_is_a", True) else ("ba", first)
 
 
-_NAMED = r"(?:response|summary|answer|assistant|candidate|reply)\s*#?\s*(1|2|one|two)"
+_NAMED = r"(?:response|summary|answer|assistant|candidate|reply) *#? *(1|2|one|two)"
 _BETTER = (
-    r"(?:wins|(?:is|was|seems)(?:\s+(?:overall|clearly|much|far|slightly|therefore|thus|the|a|more)){0,4}"
-    r"\s+(?:better|best|preferable|preferred|superior|stronger|helpful))"
-)
-_OPENING = (
-    r"(?:^|(?<=[.!?:])\s+)[\W_]*(?:(?:overall|therefore|thus|hence|so|in summary|in conclusion|on balance|ultimately"
-    r"|in short|all in all),?\s+)?"
+    r"(?:wins|(?:is|was|seems)(?: (?:overall|clearly|much|far|slightly|therefore|thus|the|a|more)){0,4}"
+    r" (?:better|best|preferable|preferred|superior|stronger|helpful))"
 )
 _STATED = re.compile(
-    rf"{_OPENING}(?:I\s+(?:would\s+|therefore\s+|clearly\s+)*(?:prefer|choose|pick)\s+{_NAMED}"
-    rf"|(?:I\s+(?:think|believe|find)\s+(?:that\s+)?)?{_NAMED}\s+{_BETTER}"
-    rf"(?:\s+(?:response|summary|answer|one|choice|overall))?(?:\s+than\s+(?:{_NAMED}|the other(?:\s+one)?))?)"
-    r"[\s*_]*(?:[.!]|$)",
-    re.IGNORECASE | re.MULTILINE,
+    r"(?:(?:overall|therefore|thus|hence|so|in summary|in conclusion|on balance|ultimately|in short|all in all),? )?"
+    rf"(?:I (?:would |therefore |clearly )*(?:prefer|choose|pick) {_NAMED}"
+    rf"|(?:I (?:think|believe|find) (?:that )?)?{_NAMED} {_BETTER}"
+    rf"(?: (?:response|summary|answer|one|choice|overall))?(?: than (?:{_NAMED}|the other(?: one)?))?)[.!]?",
+    re.IGNORECASE,
 )
+_SENTENCE_END = re.compile(r"(?<=[.!?:])\W+")
 _VERDICT_LINE = re.compile(
-    r"^\W*(?:final |overall )?(?:verdict|preference|preferred|winner|better|best|choice|decision|judge?ment)\b.*$",
-    re.IGNORECASE | re.MULTILINE,
+    r"\W*(?:final |overall )?(?:verdict|preference|preferred|winner|better|best|choice|decision|judge?ment)\b",
+    re.IGNORECASE,
 )
+_MARKUP = " *_#>`\"'"
 _NUMBERS = {"1": 1, "one": 1, "2": 2, "two": 2}
 
 
@@ -261,18 +259,22 @@ def named_better(rationale: str) -> int | None:
     Returns:
         None where nothing is declared, or both are.
     """
-    lines = [read_label(m[0], ("1", "2")) for m in _VERDICT_LINE.finditer(rationale)]
-    named = {index + 1 for index in lines if index is not None}
-    for match in _STATED.finditer(rationale):
-        named.add(_NUMBERS[(match[1] or match[2]).lower()])
+    named: set[int] = set()
+    for line in rationale.splitlines():
+        if _VERDICT_LINE.match(line) and (label := read_label(line, ("1", "2"))) is not None:
+            named.add(label + 1)
+        for sentence in _SENTENCE_END.split(line):
+            if match := _STATED.fullmatch(sentence.strip(_MARKUP)):
+                named.add(_NUMBERS[(match[1] or match[2]).lower()])
     return named.pop() if len(named) == 1 else None
 
 
 def same_words(a: str, b: str) -> float:
     """Share of words in common, in [0, 1]: two bags of words, overlap over union (Jaccard); 1 if both are empty."""
     one, two = Counter(a.lower().split()), Counter(b.lower().split())
-    union = (one | two).total()
-    return (one & two).total() / union if union else 1.0
+    shared = sum(min(one[word], two[word]) for word in one.keys() & two.keys())
+    union = one.total() + two.total() - shared
+    return shared / union if union else 1.0
 
 
 # ---- all rows ----

@@ -76,7 +76,7 @@ class Quarantine:
 
 class _Line(NamedTuple):
     number: int
-    raw: str
+    raw: str | None  # made of the row when it is wanted
     row: dict[str, Any] | None
     reason: str = ""
 
@@ -161,7 +161,8 @@ def _read(
                 yield item
                 continue
         first = first or (line.number, reason)
-        quarantine.add(line.number, reason, line.raw)
+        raw = json.dumps(line.row, default=str) if line.raw is None else line.raw
+        quarantine.add(line.number, reason, raw)
     if usable:
         return
     if first is None:
@@ -206,7 +207,7 @@ def _parquet_lines(path: Path) -> Iterator[_Line]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield _Line(number, json.dumps(row, default=str), row)
+                    yield _Line(number, None, row)
     except pa.ArrowInvalid as err:
         raise DataError(f"{path} is not a readable Parquet file: {' '.join(str(err).split())[:200]}") from err
 
