@@ -167,7 +167,9 @@ class ServeConfig:
         if self.http_port is not None and not 0 <= self.http_port <= 65535:
             raise ConfigError(f"--http_port must be between 0 and 65535, not {self.http_port}")
         if self.http_wait_s < 0 or self.http_read_timeout_s <= 0:
-            raise ConfigError("--http_wait_s must not be negative, and --http_read_timeout_s must be positive")
+            raise ConfigError(
+                "--http_wait_s must not be negative, and --http_read_timeout_s must be positive"
+            )
         for name in (
             "max_items",
             "max_batch_tokens",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import logging
 import os
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -192,3 +193,51 @@ def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.Se
         raise ConfigError(f"{os.fspath(err.filename)} cannot be read: {err.strerror}") from err
     # The documentation lets the fetcher return None for "as before"; the stubs do not.
     return grpc.dynamic_ssl_server_credentials(first, fetch, client_ca is not None)  # type: ignore[arg-type]
+
+
+class RenewingContext:
+    """The same for asyncio servers: `renew` before a handshake takes up files that changed.
+
+    An authority that is taken out of `client_ca` is trusted until a restart; one that is added is trusted at once.
+
+    Args:
+        cert: certificate chain, PEM.
+        key: its private key, PEM.
+        client_ca: authorities whose clients may connect, PEM; None asks clients for no certificate.
+
+    Raises:
+        ConfigError: a file cannot be read or does not hold what it should.
+
+    Attributes:
+        context: for `create_server`.
+    """
+
+    def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
+        self._paths = cert, key, client_ca
+        self._watched = [_Watched(path) for path in (cert, key, client_ca) if path is not None]
+        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if client_ca is not None:
+            self.context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            self._changed()
+            self._load()
+        except OSError as err:
+            raise ConfigError(f"the TLS files {cert} and {key} cannot be used: {err}") from err
+
+    def renew(self) -> None:
+        """Read files again that changed. Files caught half written leave things as they are."""
+        try:
+            if self._changed():
+                self._load()
+        except OSError as err:
+            _LOG.warning("the certificates stay as they are: %s", err)
+
+    def _changed(self) -> bool:
+        return any([file.changed() for file in self._watched])  # noqa: C419 - every stamp must be taken
+
+    def _load(self) -> None:
+        cert, key, client_ca = self._paths
+        self.context.load_cert_chain(cert, key)
+        if client_ca is not None:
+            self.context.load_verify_locations(client_ca)

@@ -16,7 +16,8 @@ from grpc_reflection.v1alpha import reflection
 
 from reward_server.batcher import Batcher
 from reward_server.config import ServeConfig
-from reward_server.observe import Metrics
+from reward_server.facade.app import Facade
+from reward_server.observe import Metrics, Silent
 from reward_server.registry import ModelRegistry
 from reward_server.scorers.base import Scorer
 from reward_server.security import Role, TokenInterceptor, Tokens, server_credentials
@@ -43,9 +44,13 @@ class RewardServer:
             max_stream_requests=config.max_stream_requests,
             load=self._load,
         )
+        self._facade = None
+        if config.http_port is not None:
+            self._facade = Facade(config, self._service, self._metrics or Silent())
         self._health = HealthServicer()
         self._registry: ModelRegistry | None = None
         self.metrics_port: int | None = None
+        self.http_address: str | None = None
         self._server = grpc.aio.server(
             interceptors=_interceptors(config),
             options=(
@@ -88,6 +93,8 @@ class RewardServer:
         if self._metrics is not None and config.metrics_port is not None:
             self._metrics.watch_queue(self._queued_tokens)
             self.metrics_port = self._metrics.serve(config.metrics_host, config.metrics_port)
+        if self._facade is not None:
+            self.http_address = await self._facade.start()
         await self._server.start()
         return f"{host}:{port}"
 
@@ -117,6 +124,8 @@ class RewardServer:
         """Say NOT_SERVING, finish what is in flight, stop; returns whether all of it finished in time."""
         await self._health.enter_graceful_shutdown()
         finished = await self._service.drain(self._config.drain_timeout_s)
+        if self._facade is not None:
+            await self._facade.stop()
         await self._server.stop(grace=1.0)  # health answers until here, and idle connections close
         if self._registry is not None:
             await self._registry.close()
@@ -190,7 +199,8 @@ async def serve(config: ServeConfig, load: Callable[[], Awaitable[Scorer]]) -> N
             return
         scorer = await loading
         broken = await server.open(scorer)
-        print(f"serving {scorer.name} version={scorer.version} on {address}", flush=True)
+        also = "" if server.http_address is None else f" and {server.http_address}"
+        print(f"serving {scorer.name} version={scorer.version} on {address}{also}", flush=True)
         if config.ready_file is not None:
             write_atomic(config.ready_file, address)
         await _first(stopping, broken)

@@ -44,13 +44,13 @@ class SequenceTask:
         add_special_tokens: whether the tokenizer adds its own (BOS ...) to a text.
         keep_tokens: longer sequences are cut to so many tokens, -1 for as many as the model reads; None refuses
             what is longer than the model reads.
-        keep: which end of a sequence that is cut stays.
+        keep: which end of a sequence that is cut stays; None leaves it to the tokenizer.
     """
 
     sequence: str | tuple[int, ...]
     add_special_tokens: bool = False
     keep_tokens: int | None = None
-    keep: Literal["first", "last"] = "first"
+    keep: Literal["first", "last"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,8 @@ class LearnedScorer:
         keep = limit if task.keep_tokens == -1 else task.keep_tokens
         truncated = keep is not None and len(ids) > keep
         if keep is not None and truncated:
-            ids = ids[:keep] if task.keep == "first" else ids[len(ids) - keep :]
+            side = task.keep or ("last" if self._tokenizer.truncation_side == "left" else "first")
+            ids = ids[:keep] if side == "first" else ids[len(ids) - keep :]
         if not ids:
             raise TaskError("invalid", "the sequence has no tokens")
         if len(ids) > limit:
