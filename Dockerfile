@@ -4,7 +4,7 @@
 #   docker build --target trainer       -t rlaif-trainer .
 #   docker build --target trainer --build-arg BASE=nvidia/cuda:12.9.1-runtime-ubuntu24.04 --build-arg TORCH=torch .
 #
-# The server listens on loopback only, so the trainer shares its network:
+# The server listens on loopback unless told otherwise, so here the trainer shares its network (deploy/ has more):
 #
 #   docker run --name reward -v "$PWD/rm:/data/rm:ro" rlaif-reward-server --model hf:/data/rm
 #   docker run --network container:reward -v "$PWD/runs:/data/runs" rlaif-trainer ppo --reward_server 127.0.0.1:50051 ...

@@ -115,17 +115,17 @@ class RewardService:
         INVALID_ARGUMENT, where grpc's own parsing step would answer UNKNOWN with a Python class name.
         """
         reward = {
-            "Score": self._unary(self.score, pb.ScoreRequest),
+            "Score": self._unary("Score", self.score, pb.ScoreRequest),
             "ScoreStream": grpc.stream_stream_rpc_method_handler(
                 self._stream, request_deserializer=None, response_serializer=_serialize
             ),
-            "Compare": self._unary(self.compare, pb.CompareRequest),
-            "GetInfo": self._unary(self.info, pb.GetInfoRequest),
+            "Compare": self._unary("Compare", self.compare, pb.CompareRequest),
+            "GetInfo": self._unary("GetInfo", self.info, pb.GetInfoRequest),
         }
         admin = {
-            "LoadModel": self._unary(self.load_model, pb.LoadModelRequest),
-            "ActivateModel": self._unary(self.activate_model, pb.ActivateModelRequest),
-            "UnloadModel": self._unary(self.unload_model, pb.UnloadModelRequest),
+            "LoadModel": self._unary("LoadModel", self.load_model, pb.LoadModelRequest),
+            "ActivateModel": self._unary("ActivateModel", self.activate_model, pb.ActivateModelRequest),
+            "UnloadModel": self._unary("UnloadModel", self.unload_model, pb.UnloadModelRequest),
         }
         return (
             grpc.method_handlers_generic_handler(SERVICE, reward),
@@ -405,10 +405,11 @@ class RewardService:
         return model
 
     def _unary(
-        self, behaviour: Callable[[Request, float | None], Awaitable[Response]], request_class: type[Request]
+        self,
+        method: str,
+        behaviour: Callable[[Request, float | None], Awaitable[Response]],
+        request_class: type[Request],
     ) -> grpc.RpcMethodHandler[bytes, bytes]:
-        method = behaviour.__name__
-
         async def call(data: bytes, context: Context) -> Response:
             started = time.monotonic()
             code = "CANCELLED"

@@ -36,8 +36,8 @@ def test_metrics_count_calls_items_tokens_and_tell_no_text() -> None:
         def value(metric: str, /, **labels: str) -> Any:
             return metrics.get((metric, frozenset(labels.items())))
 
-        assert value("rlaif_calls_total", method="score", code="OK") == 1
-        assert value("rlaif_calls_total", method="score", code="INVALID_ARGUMENT") == 1
+        assert value("rlaif_calls_total", method="Score", code="OK") == 1
+        assert value("rlaif_calls_total", method="Score", code="INVALID_ARGUMENT") == 1
         assert value("rlaif_items_total", outcome="score") == 1
         assert value("rlaif_items_total", outcome="model_failed") == 1
         assert value("rlaif_items_total", outcome="not_finite") == 1
