@@ -228,6 +228,42 @@ def test_an_answer_without_logprobs_costs_its_row_alone() -> None:
         read(server.ref)
 
 
+def test_a_token_listed_beyond_those_asked_for_is_no_reading() -> None:
+    # vLLM adds the sampled token, which may be far less likely than labels that the list leaves out.
+    with ScriptedServer(script, most_top=1, top_k=3) as server:
+        distribution = read(server.ref).distribution
+    assert distribution.censored
+    assert [math.exp(x) for x in distribution.logprobs] == pytest.approx([0.5, 0.5])
+
+
+def test_one_model_behind_two_servers_is_probed_at_both_and_shared() -> None:
+    with ScriptedServer(script) as one, ScriptedServer(script) as other:
+        ref = f"{one.ref},{other.ref.removeprefix('openai:judge@')}"
+
+        async def many(llm: OpenAIModel) -> list[LabelReading]:
+            questions = [user_prompt(f"Question {n}?") for n in range(40)]
+            return list(await asyncio.gather(*(llm.label_logprobs(q, "A:", ("1", "2")) for q in questions)))
+
+        readings = ask(ref, many)
+    assert {r.distribution for r in readings} == {readings[0].distribution} and len(readings) == 40
+    assert len(one.asked) + len(other.asked) == 40
+    assert min(len(one.asked), len(other.asked)) > 5
+
+
+def test_servers_that_differ_in_what_they_give_are_refused() -> None:
+    with ScriptedServer(script) as one, ScriptedServer(script, vllm=True) as other:
+        ref = f"{one.ref},{other.ref.removeprefix('openai:judge@')}"
+        with pytest.raises(EndpointError, match=r"differ in what they give: chat completions.*; vLLM"):
+            read(ref)
+
+
+def test_a_server_that_is_not_up_yet_does_not_keep_the_other_from_work() -> None:
+    with ScriptedServer(script) as server, socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        reading = read(f"{server.ref},http://127.0.0.1:{unused.getsockname()[1]}/v1")
+    assert reading.distribution.mass == pytest.approx(0.8)
+
+
 def test_an_unknown_model_is_named_with_the_known_ones() -> None:
     with ScriptedServer(script) as server:
         other = server.ref.replace("judge", "jugde")
