@@ -204,10 +204,12 @@ def _parquet_lines(path: Path) -> Iterator[_Line]:
     try:
         number = 0
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield _Line(number, None, row)
+            # Group by group: one iterator over all of them keeps the buffers of those it has passed.
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(batch_size=1024, row_groups=[group]):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield _Line(number, None, row)
     except pa.ArrowInvalid as err:
         raise DataError(f"{path} is not a readable Parquet file: {' '.join(str(err).split())[:200]}") from err
 
