@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from labeler import columns
-from labeler.outputs import short
 from labeler.rubric import Rubric, rubric_path
 from rlaif.errors import DataError
-from rlaif.runs import clock
+from rlaif.runs import clock, short
 from rlaif.storage import write_atomic
 
 RUBRICS = "rubrics"

@@ -65,14 +65,6 @@ def print_summary(title: str, report: Mapping[str, Any]) -> None:
         print(f"  {name:<{width}}  {_cell(value)}")
 
 
-def short(count: float) -> str:
-    """A count as people read it: 950, 12.3k, 4.56M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{letter}"
-    return f"{count:g}"
-
-
 def refuse_if_too_many_open(
     reasons: Mapping[str, int], total: int, allowed: float, folder: Path, what: str
 ) -> None:

@@ -23,12 +23,11 @@ from labeler.heartbeat import Heartbeat
 from labeler.journal import JOURNAL_FILE, ReplyJournal, Totals, Usage
 from labeler.llm import open_llm
 from labeler.loop import ask_all
-from labeler.outputs import short
 from labeler.recorded import Recorded
 from rlaif.errors import BudgetReached, QualityError
 from rlaif.models import ModelRef
 from rlaif.records import Quarantine
-from rlaif.runs import Progress, Run, progress
+from rlaif.runs import Progress, Run, progress, short
 
 if TYPE_CHECKING:
     from labeler.batch import Batches

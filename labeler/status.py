@@ -18,9 +18,8 @@ from typing import Any, Literal
 from labeler.config import StatusConfig
 from labeler.heartbeat import is_alive, read_heartbeat
 from labeler.journal import JOURNAL_FILE, ReplyJournal, Totals
-from labeler.outputs import short
 from rlaif.errors import DataError, StorageError
-from rlaif.runs import clock
+from rlaif.runs import clock, short
 
 State = Literal["running", "finished", "stopped", "killed"]
 

@@ -32,7 +32,16 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["Progress", "Run", "clock", "code_revision", "library_versions", "progress", "write_atomic"]
+__all__ = [
+    "Progress",
+    "Run",
+    "clock",
+    "code_revision",
+    "library_versions",
+    "progress",
+    "short",
+    "write_atomic",
+]
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "grpcio", "openai", "vllm", "peft")
 _PLAIN_INTERVAL_S = 10.0
@@ -326,9 +335,7 @@ class _Lines:
         elapsed = self._shown - self._start
         rate = self._done / elapsed if elapsed > 0 else 0.0
         of = "" if self._total is None else f"/{self._total}"
-        left = (
-            "" if self._total is None or not rate else f", {clock((self._total - self._done) / rate)} left"
-        )
+        left = "" if self._total is None or not rate else f", {clock((self._total - self._done) / rate)} left"
         line = f"{self._description}: {self._done}{of} in {clock(elapsed)}, {rate:.2f}/s{left} {_show(self._stats)}"
         print(
             line.rstrip(),
@@ -346,3 +353,11 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def short(count: float) -> str:
+    """A count as people read it: 950, 12.3k, 4.56M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:g}"
