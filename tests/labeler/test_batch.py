@@ -20,7 +20,7 @@ from rlaif.errors import EndpointError
 from rlaif.types import content_id
 from tests.labeler.batch_server import Answer, BatchServer
 from tests.labeler.commands import label, pair, preferences, replies, report, scripted, write_lines
-from tests.labeler.openai_server import Fault, ScriptedServer
+from tests.labeler.openai_server import PROBE, Fault, ScriptedServer
 
 Online = dict[bool, list[dict[str, Any]]]
 BATCH = ("--batch", "--batch_interval_s", "0.01", "--max_retries", "0")
@@ -257,6 +257,25 @@ def test_killed_at_any_moment_the_same_command_fetches_what_it_sent(
         assert set(sent(server).values()) == {1} and sent(server).total() == 24
         assert len(server.batches) == 2
     assert labels(tmp_path / "out") == online[True]
+
+
+def test_a_probe_that_finds_otherwise_later_changes_no_request(tmp_path: Path, online: Online) -> None:
+    class Moody(BatchServer):
+        moody = False
+
+        def refusal(self, body: dict[str, Any]) -> str | None:
+            if self.moody and PROBE in self.read(body)[1] and "temperature" in body:
+                return "Unsupported parameter: 'temperature' is not supported."
+            return super().refusal(body)
+
+    data = rows(tmp_path)
+    with Moody(judges, before=lambda method, path: gone if "batch-0" in path else None) as server:
+        gone: Answer | None = ({"error": {"message": "gone"}}, 500, {})
+        assert label(server.ref, data, tmp_path / "out", "--no-cot", *BATCH) == 5
+        gone, server.moody = None, True
+        assert label(server.ref, data, tmp_path / "out", "--no-cot", *BATCH) == 0
+        assert len(server.batches) == 1
+    assert labels(tmp_path / "out") == online[False]
 
 
 def test_a_budget_sends_what_it_covers_and_goes_on_with_what_is_left(
