@@ -87,7 +87,11 @@ def check(value: Any, shape: type[Shape]) -> Shape:
     try:
         return shape.model_validate(value)
     except ValidationError as err:
-        first = err.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"])) or None
-        what = first["msg"].removeprefix("Value error, ")
+        found = err.errors(include_url=False, include_input=False, include_context=False)
+        deepest = max(
+            found, key=lambda error: len(error["loc"])
+        )  # of the shapes tried, the one that fits best
+        path = [str(step) for step in deepest["loc"] if isinstance(step, int) or step.isidentifier()]
+        where = ".".join(path) or None
+        what = deepest["msg"].removeprefix("Value error, ")
         raise Fault(400, f"{where}: {what}" if where else what, param=where) from None

@@ -103,8 +103,8 @@ def failed(failure: Failure, where: str, *, callers_own: int) -> Fault:
     if failure.problem in _CALLERS_OWN:
         return Fault(400 if failure.problem == "unsupported" else callers_own, message, param=where)
     if failure.problem == "unavailable":
-        return Fault(503, message, retry_after_s=1.0)
-    return Fault(500, message)
+        return Fault(503, message, param=where, retry_after_s=1.0)
+    return Fault(500, message, param=where)
 
 
 def all_scored(outcomes: Sequence[Outcome], field: str, *, callers_own: int) -> list[Scored]:
