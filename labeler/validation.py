@@ -11,7 +11,6 @@ from __future__ import annotations
 import heapq
 import json
 import math
-import re
 import sqlite3
 from array import array
 from collections import Counter
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from labeler.verdicts import read_label
+from labeler.rationales import named_better
 from rlaif.errors import StorageError
 from rlaif.storage import write_atomic
 from rlaif.types import content_id
@@ -227,46 +226,6 @@ def _by_order(row: Row) -> Iterator[tuple[str, float | None]]:
     as_second = None if second is None else 1.0 - second
     yield ("ab", first) if row.get("chosen_is_a", True) else ("ab", as_second)
     yield ("ba", as_second) if row.get("chosen_is_a", True) else ("ba", first)
-
-
-_NAMED = r"(?:response|summary|answer|assistant|candidate|reply) *#? *(1|2|one|two)"
-_BETTER = (
-    r"(?:wins|(?:is|was|seems)(?: (?:overall|clearly|much|far|slightly|therefore|thus|the|a|more)){0,4}"
-    r" (?:better|best|preferable|preferred|superior|stronger|helpful))"
-)
-_STATED = re.compile(
-    r"(?:(?:overall|therefore|thus|hence|so|in summary|in conclusion|on balance|ultimately|in short|all in all),? )?"
-    rf"(?:I (?:would |therefore |clearly )*(?:prefer|choose|pick) {_NAMED}"
-    rf"|(?:I (?:think|believe|find) (?:that )?)?{_NAMED} {_BETTER}"
-    rf"(?: (?:response|summary|answer|one|choice|overall))?(?: than (?:{_NAMED}|the other(?: one)?))?)[.!]?",
-    re.IGNORECASE,
-)
-_SENTENCE_END = re.compile(r"(?<=[.!?:])\W+")
-_VERDICT_LINE = re.compile(
-    r"\W*(?:final |overall )?(?:verdict|preference|preferred|winner|better|best|choice|decision|judge?ment)\b",
-    re.IGNORECASE,
-)
-_MARKUP = " *_#>`\"'"
-_NUMBERS = {"1": 1, "one": 1, "2": 2, "two": 2}
-
-
-def named_better(rationale: str) -> int | None:
-    """Which response a rationale declares the better one: 1 as shown first, 2 as shown second.
-
-    Declared means a verdict line ("Verdict: 2"), or a whole sentence such as "Overall, response 2 is better." or
-    "I prefer answer 1." What is better in something, not better, or better if, declares nothing.
-
-    Returns:
-        None where nothing is declared, or both are.
-    """
-    named: set[int] = set()
-    for line in rationale.splitlines():
-        if _VERDICT_LINE.match(line) and (label := read_label(line, ("1", "2"))) is not None:
-            named.add(label + 1)
-        for sentence in _SENTENCE_END.split(line):
-            if match := _STATED.fullmatch(sentence.strip(_MARKUP)):
-                named.add(_NUMBERS[(match[1] or match[2]).lower()])
-    return named.pop() if len(named) == 1 else None
 
 
 def same_words(a: str, b: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from labeler.rationales import named_better
 from labeler.validation import (
     Validation,
     distribution,
@@ -19,7 +21,6 @@ from labeler.validation import (
     ks_distance,
     ks_p_value,
     markdown,
-    named_better,
     same_words,
     write_validation,
 )
@@ -119,6 +120,10 @@ def test_a_pair_that_occurs_again_is_found_in_either_order() -> None:
         ("I prefer answer two.", 2),
         ("Style: 1\nWinner: Response 2", 2),
         ("Response 1 is short. Response 2 wins.", 2),
+        ("Overall, response 2 is more helpful because it answers the question.", 2),
+        ("Both are good. Answer 1's tips are fuller, which is why it receives a slightly higher score.", 1),
+        ("Overall, response 2 is more helpful in style, but wrong.", None),
+        ("Overall, response 2 is more lively.", None),
         ("Response 1 is better in style. Response 2 is longer.", None),
         ("It is not clear that response 1 is better.", None),
         ("If tone matters, response 1 is better.", None),
@@ -131,6 +136,19 @@ def test_a_pair_that_occurs_again_is_found_in_either_order() -> None:
 )
 def test_a_rationale_names_a_response_only_in_a_declared_form(rationale: str, named: int | None) -> None:
     assert named_better(rationale) == named
+
+
+def test_recorded_reviews_name_the_response_that_they_score_higher(shared_data: Path) -> None:
+    # GPT-4 gave two scores and a review of each pair: what the review declares must be what the scores say.
+    lines = (shared_data / "vicuna80_gpt4_reviews.jsonl").read_text().splitlines()
+    named = Counter[bool]()
+    for review in map(json.loads, lines):
+        first, second = review["scores"]
+        better = named_better(review["review_text"])
+        if better is not None:
+            named[(better == 1) == (first > second) and first != second] += 1
+    assert named[False] == 0
+    assert named[True] > len(lines) / 3
 
 
 @pytest.mark.parametrize("chosen_is_a", [True, False])
