@@ -29,6 +29,8 @@ EXPECTED_TOKENS = 128
 _REQUEST_S, _TOKEN_S = 0.5, 0.02
 """What a hosted endpoint takes for a request and for each token that it generates, where nothing is on record."""
 
+_BATCH_S = 24 * 3600.0
+
 _STAND_IN = re.compile("\ue000([0-9]+)\ue001")
 """A text that is still to be generated, with its bound in tokens; private-use characters, which no prompt holds."""
 
@@ -226,6 +228,9 @@ def seconds_left(
         hosted: behind an endpoint, where requests run side by side.
     """
     requests, tokens = tally.requests.total(), tally.expected
+    if config.batch:
+        rounds = min(len(tally.requests), 2)
+        return (_BATCH_S * rounds, "at most: a day for each round of batches")
     bounds = []
     if pace:
         bounds.append((requests / pace, f"at {pace:.3g} replies/s as on record"))

@@ -270,5 +270,7 @@ def test_time_is_that_of_the_tightest_bound() -> None:
     hosted = seconds_left(tally, plain, None, hosted=True)
     assert hosted is not None and hosted[0] == pytest.approx(15)
     capped = PairsConfig(**common, requests_per_minute=120, tokens_per_minute=20_000)  # type: ignore[arg-type]
+    batched = seconds_left(tally, PairsConfig(**common, batch=True), 2.0, hosted=True)  # type: ignore[arg-type]
+    assert batched is not None and batched[0] == 24 * 3600
     # 30 s by requests; 60,000 tokens take three minutes.
     assert seconds_left(tally, capped, 2.0, hosted=True) == (180, "by --tokens_per_minute")
