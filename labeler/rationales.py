@@ -14,14 +14,14 @@ _CLOSING = r"(?:overall|therefore|thus|hence|so|in summary|in conclusion|on bala
 _STATED = re.compile(
     rf"(?:{_CLOSING})?(?:I (?:would |therefore |clearly )*(?:prefer|choose|pick) {_NAMED}"
     rf"|(?:I (?:think|believe|find) (?:that )?)?{_NAMED} (?:wins|performed better|(?:is|was|seems) {_HOW}"
-    r"(?:better|best|preferable|preferred|superior|stronger|helpful))"
+    r"(?:better|best|preferable|preferred|superior|stronger|(?:more|most) helpful))"
     rf"(?: (?:response|summary|answer|one|choice|overall))?(?: than (?:{_NAMED}|the other(?: one)?))?)[.!]?",
     re.IGNORECASE,
 )
 """A sentence that says which response is better, and nothing else."""
 _CLOSED = re.compile(
     rf"{_CLOSING}{_NAMED}(?:'s \w+)? (?:is|was|performed|provided|provides|offers|offered|gave|gives) {_HOW}"
-    r"(?:better|superior|stronger|preferable|helpful)\b",
+    r"(?:better|superior|stronger|preferable|more helpful)\b",
     re.IGNORECASE,
 )
 """The beginning of a closing sentence that says so, and may go on to say why."""

@@ -124,6 +124,8 @@ def test_a_pair_that_occurs_again_is_found_in_either_order() -> None:
         ("Both are good. Answer 1's tips are fuller, which is why it receives a slightly higher score.", 1),
         ("Overall, response 2 is more helpful in style, but wrong.", None),
         ("Overall, response 2 is more lively.", None),
+        ("Overall, response 1 is helpful.", None),
+        ("Response 1 is helpful.", None),
         ("Response 1 is better in style. Response 2 is longer.", None),
         ("It is not clear that response 1 is better.", None),
         ("If tone matters, response 1 is better.", None),
