@@ -5,15 +5,8 @@ from pathlib import Path
 import pytest
 
 from tinyworld import WORLD_DIR
-from tinyworld.measure import (
-    load,
-    measure_pairs,
-    measure_policy,
-    measure_scores,
-    mixed_pair,
-    so_so_pair,
-    spearman,
-)
+from tinyworld.measure import load, measure_pairs, measure_policy, measure_scores, spearman
+from tinyworld.pairs import mixed_pair, so_so_pair
 from tinyworld.tokenizer import build_tokenizer
 
 WEIGHTS = WORLD_DIR / "weights"
@@ -26,11 +19,11 @@ def judge():
 
 def test_all_weights_together_are_at_most_eight_mebibytes():
     files = list(WEIGHTS.glob("*/*.safetensors"))
-    assert {f.parent.name for f in files} == {"judge", "policy"}
+    assert {f.parent.name for f in files} == {"judge", "judge-fewshot", "policy"}
     assert sum(f.stat().st_size for f in files) <= 8 * 2**20
 
 
-@pytest.mark.parametrize("name", ["judge", "policy"])
+@pytest.mark.parametrize("name", ["judge", "judge-fewshot", "policy"])
 def test_the_shipped_tokenizer_is_the_one_the_code_builds(name):
     _, shipped = load(Path(WEIGHTS / name))
     built = build_tokenizer()
@@ -48,6 +41,15 @@ def test_the_judge_agrees_with_gold_once_it_reasons_and_less_when_it_must_answer
     at_once = measure_pairs(*judge, writer, 200, cot=False)
     assert reasoned["both_orders"] >= least
     assert at_once["both_orders"] <= reasoned["both_orders"] - 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "asked", [{}, {"preamble": "base", "num_exemplars": 1}, {"preamble": "detailed", "num_exemplars": 2}]
+)
+def test_preambles_and_exemplars_do_not_throw_the_fewshot_judge_off(asked):
+    figures = measure_pairs(*load(WEIGHTS / "judge-fewshot"), so_so_pair, 100, cot=True, **asked)
+    assert figures["both_orders"] >= 0.93
 
 
 @pytest.mark.slow
