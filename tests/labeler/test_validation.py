@@ -91,6 +91,9 @@ def test_each_thing_that_goes_wrong_is_found_alone(check: str, change: dict[str,
     [
         pytest.param({"chosen_prob_first": 0.55, "chosen_prob_second": 0.45}, id="orders-differ-a-little"),
         pytest.param(
+            {"chosen_prob_first": 0.98, "chosen_prob_second": 0.55}, id="orders-agree-on-the-response"
+        ),
+        pytest.param(
             {"chosen_prob": 0.97, "chosen": said("a much longer answer than that")}, id="short-anyway"
         ),
         pytest.param({"chosen_prob": 0.7, "chosen": said("word " * 100)}, id="long-but-unsure"),
