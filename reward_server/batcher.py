@@ -11,12 +11,13 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
 
 from reward_server.observe import Observer, Silent
+from reward_server.plan import families
 from reward_server.scorers.base import (
     Failure,
     Outcome,
@@ -32,6 +33,9 @@ _LOG = logging.getLogger(__name__)
 
 _WINDOW_BATCHES = 4
 """Lengths are matched among about this many batches' worth of the foremost items."""
+
+_LEAST_PREFIX = 96
+"""Tokens that items must share to be brought together; what sharing is worth to a device, its scorer decides."""
 
 _BULK_TURN = 8
 """Every so many batches the oldest bulk item goes first, so that interactive load cannot starve it."""
@@ -66,7 +70,7 @@ class Report:
         compute_s: model time of the batches with its items, in seconds.
         batch_items: items of the largest of them.
         batch_tokens: tokens of the largest of them.
-        padded_tokens: the same with padding.
+        padded_tokens: tokens that the device computed for it: with padding, and a shared prefix once.
         input_tokens: tokens of this request's items.
     """
 
@@ -154,7 +158,7 @@ class Batcher:
 
     @property
     def max_batch_tokens(self) -> int:
-        """Padded tokens of a batch; falls when the device runs out of memory."""
+        """Tokens that the device computes for a batch; falls when the device runs out of memory."""
         return self._max_batch_tokens
 
     def start(self) -> asyncio.Future[None]:
@@ -314,11 +318,7 @@ class Batcher:
                 await self._arrived.wait()
 
     async def _cut(self) -> list[_Entry]:
-        """Take the next batch: the foremost item, and those nearest to it in length among the next.
-
-        The foremost item is always in the batch, so nothing starves; the batch is padded to its longest item, so
-        its cost is rows times width and neighbours in length waste least.
-        """
+        """Take the next batch: the foremost item, so that nothing starves, and what goes best with it."""
         now = time.monotonic()
         expired = [e for queue in self._queues.values() for e in queue if e.request.deadline <= now]
         for entry in expired:
@@ -345,19 +345,38 @@ class Batcher:
         first = window[0]
         if first.request.alone:
             return [first]
-        others = sorted(
-            (e for e in window[1:] if not e.request.alone), key=lambda e: abs(e.item.width - first.item.width)
-        )
-        batch, rows, width = [first], first.item.rows, first.item.width
-        limit = self.scorer.max_batch_items or len(window)
-        for entry in others:
-            if len(batch) == limit:
+        batch: list[_Entry] = []
+        tokens = 0
+        for entry, added in self._by_fit([e for e in window if not e.request.alone]):
+            tokens += added
+            if batch and (
+                tokens > self._max_batch_tokens or len(batch) == (self.scorer.max_batch_items or math.inf)
+            ):
                 break
-            wider = max(width, entry.item.width)
-            if (rows + entry.item.rows) * wider <= self._max_batch_tokens:
-                batch.append(entry)
-                rows, width = rows + entry.item.rows, wider
+            batch.append(entry)
+        while len(batch) > 1 and (cost := self.scorer.cost([e.item for e in batch])) > self._max_batch_tokens:
+            batch = batch[: max(1, min(len(batch) - 1, len(batch) * self._max_batch_tokens // cost))]
         return batch
+
+    def _by_fit(self, window: list[_Entry]) -> Iterator[tuple[_Entry, int]]:
+        """The foremost entry and those that go best with it, each with the tokens that it adds, without padding.
+
+        After those that share a prefix with it come the nearest in length, which waste least by padding; whoever
+        shares a prefix with one of them comes along.
+        """
+        found: list[tuple[int, list[int]]] = [(0, [i]) for i in range(len(window))]
+        if self.scorer.shares_prefixes:
+            found = families([e.item.sequences[0] for e in window], _LEAST_PREFIX // 2)
+        width = window[0].item.width
+
+        def distance(members: list[int]) -> int:
+            return min(abs(window[i].item.width - width) for i in members)
+
+        for prefix, members in sorted(found, key=lambda family: (0 not in family[1], distance(family[1]))):
+            known = 0
+            for i in sorted(members, key=lambda i: (i != 0, abs(window[i].item.width - width))):
+                yield window[i], window[i].item.tokens - known
+                known = prefix
 
     def _line(self) -> list[_Entry]:
         """All that wait, in the order of their turn."""
@@ -373,10 +392,11 @@ class Batcher:
 
     async def _compute(self, batch: list[_Entry]) -> None:
         started = time.monotonic()
-        outcomes = await self._score([e.item for e in batch])
+        items = [e.item for e in batch]
+        outcomes = await self._score(items)
         seconds = time.monotonic() - started
-        tokens = sum(e.item.tokens for e in batch)
-        padded = sum(e.item.rows for e in batch) * max(e.item.width for e in batch)
+        tokens = sum(item.tokens for item in items)
+        padded = self.scorer.cost(items)
         self._rate.update(tokens, seconds)
         self._observer.batch(len(batch), tokens, padded, seconds)
         for request in {id(e.request): e.request for e in batch}.values():
@@ -394,7 +414,7 @@ class Batcher:
             if len(outcomes) != len(items):
                 raise RuntimeError(f"{self.scorer.name} gave {len(outcomes)} outcomes for {len(items)} items")
         except Exception as err:
-            size = sum(item.rows for item in items) * max(item.width for item in items)
+            size = self.scorer.cost(items)
             if isinstance(err, OutOfMemory) and len(items) > 1:
                 self._max_batch_tokens = max(1, min(self._max_batch_tokens, size // 2))
                 self._observer.out_of_memory()

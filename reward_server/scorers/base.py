@@ -98,6 +98,11 @@ class Prepared:
         return max(1, len(self.sequences))
 
 
+def padded(batch: Sequence[Prepared]) -> int:
+    """Tokens of a batch in which every row is as wide as the widest."""
+    return sum(item.rows for item in batch) * max(item.width for item in batch)
+
+
 @dataclass(frozen=True, slots=True)
 class LevelReading:
     """A judge's distribution over its levels, lowest first; `mass` is the probability of all labels together."""
@@ -175,6 +180,7 @@ class Scorer(Protocol):
         max_tokens_per_item: longest conversation in tokens; 0 if the back end decides.
         parallel_batches: batches that may be computed at the same time.
         max_batch_items: most items in one batch; 0 for no limit.
+        shares_prefixes: whether tokens that several items of a batch begin with are computed once.
     """
 
     kind: Kind
@@ -184,6 +190,7 @@ class Scorer(Protocol):
     max_tokens_per_item: int
     parallel_batches: int
     max_batch_items: int
+    shares_prefixes: bool
 
     def prepare(self, task: Task) -> Prepared:
         """Tokenise. Called in one thread that is not the event loop's.
@@ -191,6 +198,10 @@ class Scorer(Protocol):
         Raises:
             TaskError: the task cannot be done; the others of its request can.
         """
+        ...
+
+    def cost(self, batch: Sequence[Prepared]) -> int:
+        """Tokens that the device computes for a batch: with padding, and what is shared counted once."""
         ...
 
     async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:

@@ -70,6 +70,7 @@ class JudgeScorer:
     kind: Kind = "judge"
     max_tokens_per_item = 0
     max_batch_items = 1
+    shares_prefixes = False  # the back end's matter
 
     def __init__(self, score_judge: Judge, pair_judge: Judge | None, *, max_in_flight: int) -> None:
         if score_judge.rubric.kind != "score":
@@ -136,6 +137,10 @@ class JudgeScorer:
             extra = task.pair.a + task.pair.b
         tokens = 1 + (sum(len(m.content) for m in messages) + len(extra)) // _CHARS_PER_TOKEN
         return Prepared(task, (), tokens=tokens, width=tokens)
+
+    def cost(self, batch: Sequence[Prepared]) -> int:
+        """The estimates' sum."""
+        return sum(item.tokens for item in batch)
 
     async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
         """Judge the items concurrently."""

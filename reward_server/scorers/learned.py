@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from reward_server.model import RewardModel, scores
+from reward_server.forward import BatchedForward
+from reward_server.model import RewardModel
 from reward_server.scorers.base import (
     Compared,
     CompareTask,
@@ -44,7 +45,8 @@ class LearnedScorer:
         self.version = reward_model.version
         self.normalization = reward_model.normalization
         self.max_tokens_per_item = reward_model.max_length
-        self._model = reward_model.model
+        self._forward = BatchedForward(reward_model.model)
+        self.shares_prefixes = self._forward.shares_prefixes
         self._tokenizer = reward_model.tokenizer
         self._device_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-forward")
 
@@ -109,9 +111,13 @@ class LearnedScorer:
             )
         return Prepared(task, (ids,), len(ids), len(ids), truncated, fingerprint(ids))
 
+    def cost(self, batch: Sequence[Prepared]) -> int:
+        """Tokens that the device computes, as planned."""
+        return self._forward.tokens([s for item in batch for s in item.sequences])
+
     async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
-        """One padded forward pass over all sequences of the batch."""
-        return await asyncio.get_running_loop().run_in_executor(self._device_thread, self._forward, batch)
+        """As few and as little padded forward passes as pay over all sequences of the batch."""
+        return await asyncio.get_running_loop().run_in_executor(self._device_thread, self._compute, batch)
 
     async def warm_up(self) -> None:
         """Run the model once."""
@@ -121,27 +127,28 @@ class LearnedScorer:
         """End the forward thread."""
         self._device_thread.shutdown(wait=False, cancel_futures=True)
 
-    def _forward(self, batch: Sequence[Prepared]) -> list[Outcome]:
+    def _compute(self, batch: Sequence[Prepared]) -> list[Outcome]:
         try:
-            with torch.inference_mode():
-                raw = scores(self._model, [s for item in batch for s in item.sequences]).double().cpu()
+            raw, not_computed = self._forward.scores([s for item in batch for s in item.sequences])
         except torch.OutOfMemoryError as err:
             torch.cuda.empty_cache()
             raise OutOfMemory(str(err)) from err
         outcomes: list[Outcome] = []
         row = 0
         for item in batch:
-            own = raw[row : row + item.rows]
+            own = raw[row : row + item.rows].double()
+            cached = sum(not_computed[row : row + item.rows])
             row += item.rows
             if isinstance(item.task, CompareTask):
                 p_a = torch.sigmoid(own[0] - own[1]).item()
-                outcomes.append(Compared(p_a, tokens=item.tokens, truncated=item.truncated))
+                outcomes.append(Compared(p_a, tokens=item.tokens, truncated=item.truncated, cached=cached))
             else:
                 outcomes.append(
                     Scored(
                         own[0].item(),
                         tokens=item.tokens,
                         truncated=item.truncated,
+                        cached=cached,
                         fingerprint=item.fingerprint,
                     )
                 )

@@ -26,6 +26,7 @@ from reward_server.scorers.base import (
     ScoreTask,
     Task,
     TaskError,
+    padded,
 )
 from reward_server.server import RewardServer
 from reward_server.service import SERVICE
@@ -43,6 +44,7 @@ class LengthScorer:
     normalization = Normalization(center=10.0, scale=5.0, source="a rule")
     parallel_batches = 1
     max_batch_items = 0
+    shares_prefixes = False
 
     def __init__(self, max_tokens_per_item: int = 10_000) -> None:
         self.max_tokens_per_item = max_tokens_per_item
@@ -65,6 +67,9 @@ class LengthScorer:
             raise TaskError("too_long", f"{max(lengths)} tokens are more than {self.max_tokens_per_item}")
         sequences = tuple(tuple([0] * n) for n in lengths)
         return Prepared(task, sequences, tokens=sum(lengths), width=max(lengths))
+
+    def cost(self, batch: Sequence[Prepared]) -> int:
+        return padded(batch)
 
     async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
         self.started.set()
