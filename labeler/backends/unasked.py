@@ -51,7 +51,8 @@ class UnaskedEndpoint(OpenAIModel):
         super().__init__(ref, replace(options, max_retries=0), [wire])
         self._hosted = "api.openai.com" in wire.where
         self._cache = PrefixCache(128, least=1024) if self._hosted else PrefixCache(16)
-        self._encode, self._counted = _encoding(ref.name)
+        self._encode: Encode = _quarters
+        self._counted = "exactly, by the endpoint's /tokenize"
 
     @property
     def counted(self) -> str:
@@ -84,8 +85,8 @@ class UnaskedEndpoint(OpenAIModel):
                     self._found = Features(token_ids=True)
                 elif not self._hosted and await self._tokenizes(Features("completions", token_ids=True)):
                     self._found = Features("completions", token_ids=True)
-                if self._found.token_ids:
-                    self._counted = "exactly, by the endpoint's /tokenize"
+                if not self._found.token_ids:
+                    self._encode, self._counted = _encoding(self._ref.name)
             return self._found
 
     async def _tokenizes(self, features: Features) -> bool:
@@ -147,17 +148,24 @@ class UnaskedEndpoint(OpenAIModel):
 
 
 def _encoding(model: str) -> tuple[Encode, str]:
-    """Text to tokens, and in words how."""
+    """Text to tokens, and in words how: by tiktoken where it is installed and has its tables, or roughly."""
+    roughly = f"ESTIMATED at {_CHARACTERS} characters per token; --tokenizer NAME_OR_PATH counts them"
     try:
         import tiktoken  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
-        note = f"ESTIMATED at {_CHARACTERS} characters per token; --tokenizer NAME_OR_PATH counts them"
-        return lambda text: [text[i : i + _CHARACTERS] for i in range(0, len(text), _CHARACTERS)], note
+        return _quarters, roughly
     try:
-        encoding = tiktoken.encoding_for_model(model)
-    except KeyError:
-        encoding = tiktoken.get_encoding("o200k_base")
+        try:
+            encoding = tiktoken.encoding_for_model(model)
+        except KeyError:
+            encoding = tiktoken.get_encoding("o200k_base")
+    except OSError:  # it downloads its tables when they are first used
+        return _quarters, f"{roughly}; tiktoken cannot download its tables"
     return partial(encoding.encode, disallowed_special=()), f"with tiktoken's {encoding.name}"
+
+
+def _quarters(text: str) -> list[str]:
+    return [text[i : i + _CHARACTERS] for i in range(0, len(text), _CHARACTERS)]
 
 
 def open_unasked(
