@@ -7,8 +7,8 @@ server's own counter (`vllm:prompt_tokens_by_source_total`, source `local_comput
 the engine in its own process, and counts by what the engine reports of each request.
 
 The questions have about the sizes of the RLAIF paper's, 830 tokens and a rationale of 61 (arXiv 2309.00267): 820 to 910
-tokens with two candidates of 70, and the same rationale. A plain client sends, for each order of a pair, the question and, once it has the rationale, all of it
-again with the rationale and the cue of the label.
+tokens with two candidates of 70, and the same rationale. A plain client sends, for each order of a pair, the question
+and, once it has the rationale, all of it again with the rationale and the cue of the label.
 """
 
 from __future__ import annotations
