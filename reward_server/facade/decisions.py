@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StrictBool, StrictStr, field_validator
 
+from reward_server.facade.body import Items
 from reward_server.facade.faults import Fault, failed
 from reward_server.scorers.base import DecisionTask, Failure, LevelReading, Outcome, Scored, Scorer
 
@@ -36,7 +37,7 @@ class Part(BaseModel):
         return self.refusal if self.type == "refusal" else self.text
 
 
-Text = StrictStr | list[Part]
+Text = StrictStr | Items[Part]
 
 
 def _text(value: str | list[Part]) -> str:
@@ -114,7 +115,7 @@ class Choose(BaseModel):
 
     type: Literal["choice"]
     instructions: Text
-    choices: Annotated[list[Choice], Field(min_length=2, max_length=_MAX_OPTIONS)]
+    choices: Annotated[Items[Choice], Field(min_length=2, max_length=_MAX_OPTIONS)]
     name: StrictStr | None = None
 
     @field_validator("choices")
@@ -145,7 +146,7 @@ class Rate(BaseModel):
 
     type: Literal["score"]
     instructions: Text
-    levels: Annotated[list[Level], Field(min_length=2, max_length=10)]
+    levels: Annotated[Items[Level], Field(min_length=2, max_length=10)]
     name: StrictStr | None = None
 
     @field_validator("levels")
@@ -186,9 +187,9 @@ class Decide(BaseModel):
     """The request. Caching hints are taken and change nothing."""
 
     model: StrictStr
-    input: StrictStr | list[InputMessage | ToolCall | ToolOutput]
+    input: StrictStr | Items[InputMessage | ToolCall | ToolOutput]
     questions: Annotated[
-        list[Annotated[Predicate | Choose | Rate, Field(discriminator="type")]], Field(min_length=1)
+        Items[Annotated[Predicate | Choose | Rate, Field(discriminator="type")]], Field(min_length=1)
     ]
 
     def text(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, StrictStr, model_validator
 
+from reward_server.facade.body import Items
 from reward_server.facade.faults import all_scored
 from reward_server.scorers.base import Failure, Kind, Outcome, Scored, Scorer, ScoreTask, SequenceTask, Task
 from rlaif.types import user_prompt, with_response
@@ -19,8 +20,8 @@ from rlaif.types import user_prompt, with_response
 class GetReward(BaseModel):
     """The request. `labels` are for rule-based rewards and are not read."""
 
-    query: list[StrictStr]
-    prompts: list[StrictStr] | None = None
+    query: Items[StrictStr]
+    prompts: Items[StrictStr] | None = None
     labels: list[Any] | None = None
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_validator
 
+from reward_server.facade.body import Items
 from reward_server.facade.faults import Fault, all_scored
 from reward_server.scorers.base import (
     Kind,
@@ -42,7 +43,7 @@ class ChatMessage(BaseModel):
     """A turn."""
 
     role: Literal["system", "user", "assistant"]
-    content: StrictStr | list[TextPart]
+    content: StrictStr | Items[TextPart]
 
     def turn(self) -> Message:
         """The turn with its parts joined, as vLLM joins them for templates that take text."""
@@ -99,8 +100,8 @@ class Pooling(BaseModel):
 class Classify(Pooling):
     """The request of `/classify`: `input`, or `messages` for the model's chat template."""
 
-    input: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]] | None = None
-    messages: list[ChatMessage] | None = None
+    input: StrictStr | Items[StrictStr] | Items[StrictInt] | Items[Items[StrictInt]] | None = None
+    messages: Items[ChatMessage] | None = None
     add_special_tokens: StrictBool | None = None
     add_generation_prompt: Literal[False] = False
     continue_final_message: Literal[False] = False
@@ -146,8 +147,8 @@ def _sequences(value: str | list[str] | list[int] | list[list[int]] | None) -> l
 class Score(Pooling):
     """The request of `/score`: each document is scored as the response to its query."""
 
-    queries: StrictStr | list[StrictStr]
-    documents: StrictStr | list[StrictStr]
+    queries: StrictStr | Items[StrictStr]
+    documents: StrictStr | Items[StrictStr]
     max_tokens_per_query: Literal[0] = 0
     max_tokens_per_doc: Literal[0] = 0
     instruction: None = None

@@ -95,7 +95,7 @@ class LearnedScorer:
             ids = tuple(
                 self._tokenizer(ids, add_special_tokens=task.add_special_tokens, verbose=False)["input_ids"]
             )
-        elif any(not 0 <= token < len(self._tokenizer) for token in ids):
+        elif ids and (min(ids) < 0 or max(ids) >= len(self._tokenizer)):
             raise TaskError("invalid", f"token ids must be between 0 and {len(self._tokenizer) - 1}")
         limit = self.max_tokens_per_item
         keep = limit if task.keep_tokens == -1 else task.keep_tokens

@@ -94,6 +94,7 @@ def test_a_request_is_held_while_the_queue_is_full() -> None:
             second = asyncio.ensure_future(openrlhf_reward(served.url, "b" * 8, ""))
             await until(lambda: served.server._queued_tokens() == 8)
             third = asyncio.ensure_future(openrlhf_reward(served.url, "c" * 8, ""))
+            await until(lambda: served.server._service._in_flight == 3)
             status, body = await served.post("/classify", {"input": "d" * 8, "add_special_tokens": False})
             assert (status, body["error"]["type"]) == (503, "ServiceUnavailableError"), (
                 "verl backs off by itself"

@@ -40,9 +40,27 @@ JSON = {"Content-Type": "application/json"}
         (b'{"input": ' + b"9" * 5000 + b"}", 400),
         (b'{"input": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
         (b'{"input": [' + b"[]," * 150_000 + b"[]]}", 400),
+        (b'{"input": "' + b'\\"' * 400_000, 400),
+        (b'{"input": "' + b'\\"' * 400_000 + b"\\", 400),
+        (b'{"input": [' + b"null," * 150_000 + b"null]}", 400),
         (b'{"input": "' + b"a" * 2_000_000 + b'"}', 413),
     ],
-    ids=["empty", "text", "cut", "list", "bytes", "surrogate", "nan", "digits", "deep", "many", "large"],
+    ids=[
+        "empty",
+        "text",
+        "cut",
+        "list",
+        "bytes",
+        "surrogate",
+        "nan",
+        "digits",
+        "deep",
+        "many",
+        "quotes",
+        "slash",
+        "mistakes",
+        "large",
+    ],
 )
 def test_a_body_that_cannot_be_read_is_refused_and_nothing_is_computed(body: bytes, status: int) -> None:
     async def scenario() -> None:
