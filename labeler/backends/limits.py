@@ -30,6 +30,12 @@ _CALM = 5
 
 _LONGEST_HOLD_S = 60.0
 
+_RETRY_SHARE = 0.09
+"""Retries per answered request, in the long run."""
+
+_RETRY_RESERVE = 20
+"""Retries that may come at once."""
+
 
 class TokenBucket:
     """Admits `rate` units per second on average and `burst` at once.
@@ -121,6 +127,36 @@ class Concurrency:
     def failed(self) -> None:
         """The server failed, which says nothing of its limits; but this is no time to ask for more."""
         self._calm = min(self._calm + _CALM, int(self.limit))
+
+
+class RetryBudget:
+    """How many failed requests are sent again while others succeed: a share of these (gRPC's retry throttling, A6).
+
+    A request that fails whenever it is sent would otherwise be paid for `max_retries` times more. First retries go
+    before later ones, so that requests that failed by chance have theirs. While most requests fail it is the server and
+    not the request: then nothing is counted, and every request has all its attempts. Only first attempts tell that;
+    those after them are made by requests that fail.
+    """
+
+    def __init__(self) -> None:
+        self._left = float(_RETRY_RESERVE)
+        self._healthy = 1.0
+
+    def succeeded(self) -> None:
+        """A request was answered."""
+        self._left = min(float(_RETRY_RESERVE), self._left + _RETRY_SHARE)
+        self._healthy += 0.05 * (1.0 - self._healthy)
+
+    def spend(self, attempt: int) -> bool:
+        """Whether a request may be sent again after so many failed attempts, 1 or more; if so, it is counted."""
+        if attempt == 1:
+            self._healthy -= 0.05 * self._healthy
+        if self._healthy < 0.5:
+            return True
+        if self._left < 1.0 + 0.15 * _RETRY_RESERVE * min(attempt - 1, 4):
+            return False
+        self._left -= 1.0
+        return True
 
 
 class RateFinder:
