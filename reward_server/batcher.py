@@ -23,10 +23,10 @@ from reward_server.scorers.base import (
     Outcome,
     OutOfMemory,
     Prepared,
-    Scored,
     Scorer,
     Task,
     TaskError,
+    finite,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -144,6 +144,7 @@ class Batcher:
         self._queued_tokens = 0
         self._queued_items = 0
         self._preparing_items = 0
+        self._patient_items = 0
         self._since_bulk = 0
         self._arrived = asyncio.Event()
         self._room = asyncio.Condition()
@@ -190,7 +191,8 @@ class Batcher:
             time_left_s: until the caller's deadline; items whose turn comes later are not computed.
             priority: interactive items go first.
             alone: compute every item in a batch of its own, so that its score does not depend on neighbours.
-            wait_s: how long to wait for room in a full queue before being refused; infinite never refuses.
+            wait_s: how long to wait for room in a full queue before being refused; infinite never refuses. Only
+                so many items wait for room as the queue holds: further ones are refused at once.
 
         Raises:
             Overloaded: the queue has no room for all of them; none was admitted.
@@ -199,6 +201,8 @@ class Batcher:
         arrived = time.monotonic()
         deadline = math.inf if time_left_s is None else arrived + time_left_s
         if wait_s <= 0 and not self._has_room(len(tasks), 0):
+            raise Overloaded(self._retry_after())
+        if 0 < wait_s < math.inf and 0 < self._patient_items > self._max_queue_items - len(tasks):
             raise Overloaded(self._retry_after())
         self._preparing_items += len(tasks)
         try:
@@ -255,11 +259,15 @@ class Batcher:
             left = patience - time.monotonic()
             if left <= 0:
                 raise Overloaded(self._retry_after())
+            waiting = 0 if math.isinf(left) else len(entries)  # streams bound themselves
+            self._patient_items += waiting
             try:
                 async with asyncio.timeout(None if math.isinf(left) else left), self._room:
                     await self._room.wait()
             except TimeoutError as err:
                 raise Overloaded(self._retry_after()) from err
+            finally:
+                self._patient_items -= waiting
         request = entries[0].request
         ahead = cost + sum(e.item.tokens for p in Priority if p <= request.priority for e in self._queues[p])
         if time.monotonic() + self._rate.seconds(ahead) > deadline:
@@ -424,7 +432,7 @@ class Batcher:
                 return [Failure("model_failed", "the model failed on this item; the server's log says how")]
             middle = len(items) // 2
             return [*await self._score(items[:middle]), *await self._score(items[middle:])]
-        return [_finite(o) for o in outcomes]
+        return [finite(o) for o in outcomes]
 
     def _deliver(self, entry: _Entry, outcome: Outcome) -> None:
         request = entry.request
@@ -432,11 +440,3 @@ class Batcher:
         request.pending -= 1
         if request.pending == 0 and not request.done.done():
             request.done.set_result(None)
-
-
-def _finite(outcome: Outcome) -> Outcome:
-    """The outcome, or a failure in its place if its number is NaN or infinite."""
-    if isinstance(outcome, Failure):
-        return outcome
-    value = outcome.raw if isinstance(outcome, Scored) else outcome.p_a
-    return outcome if math.isfinite(value) else Failure("not_finite", f"the model's score is {value}")

@@ -85,7 +85,8 @@ class ServeConfig:
     """Serve rewards over gRPC: `--model` for a learned reward model, or `--judge` for an LLM that scores directly."""
 
     model: str | None = None
-    """Reward model: a folder of `rlaif train rm`, or any sequence classifier with one output."""
+    """Reward model: a folder of `rlaif train rm`, any sequence classifier with one output, or a .yaml file with parts
+    and a rule that makes one score of theirs."""
     judge: str | None = None
     """Judge: tinyworld:judge, hf:NAME_OR_PATH or openai:NAME@BASE_URL."""
     rubric: str = "helpfulness-score"
@@ -121,7 +122,7 @@ class ServeConfig:
     http_drop_failed: bool = False
     """`/get_reward` leaves out what could not be scored, instead of a 422 or 500; never a number in its place."""
     served_model_name: str | None = None
-    """A further name under which HTTP callers may ask for the model."""
+    """The model's name for HTTP callers, who may still ask for it as --model or --judge has it."""
     ready_file: Path | None = None
     """Written with HOST:PORT once the server answers."""
     device: str = "auto"

@@ -135,7 +135,8 @@ class Facade:
             found = await self._answer(_checked(asked.tasks()))
         except Refusal as err:
             raise refused(err, overloaded=503) from err
-        return _reply(vllm.classify_answer(asked, found.outcomes, found.scorer), found.scorer)
+        scorer = found.scorer
+        return _reply(vllm.classify_answer(asked, found.outcomes, scorer.kind, self._name(scorer)), scorer)
 
     async def _score(self, request: web.Request) -> web.Response:
         asked = await read(request, vllm.Score, self._config.http_read_timeout_s)
@@ -144,7 +145,8 @@ class Facade:
             found = await self._answer(_checked(asked.tasks()))
         except Refusal as err:
             raise refused(err, overloaded=503) from err
-        return _reply(vllm.score_answer(asked, found.outcomes, found.scorer), found.scorer)
+        scorer = found.scorer
+        return _reply(vllm.score_answer(asked, found.outcomes, scorer.kind, self._name(scorer)), scorer)
 
     async def _decide(self, request: web.Request) -> web.Response:
         asked = await read(request, decisions.Decide, self._config.http_read_timeout_s)
@@ -154,13 +156,16 @@ class Facade:
             found = await self._answer([*asked.tasks(scorer)])
         except Refusal as err:
             raise refused(err, overloaded=429) from err
-        return _reply(decisions.answer(asked, found.outcomes, found.scorer), found.scorer)
+        return _reply(decisions.answer(asked, found.outcomes, self._name(found.scorer)), found.scorer)
 
     async def _answer(self, tasks: list[Task | Failure], *, wait_s: float = 0.0) -> Answer:
         limit = self._config.max_items
         if len(tasks) > limit:
             raise Fault(413, f"the request has {len(tasks)} items, the limit is {limit}")
         return await self._service.answer(tasks, wait_s=wait_s)
+
+    def _name(self, scorer: Scorer) -> str:
+        return self._config.served_model_name or scorer.name
 
     def _check_model(self, asked: str | None, scorer: Scorer) -> None:
         """Refuse a request for another model, whose scores these would not be."""
@@ -179,9 +184,7 @@ class Facade:
 
     async def _models(self, request: web.Request) -> web.Response:
         scorer = await self._active()
-        names = [scorer.name]
-        if self._config.served_model_name is not None:
-            names.append(self._config.served_model_name)
+        names = dict.fromkeys((self._name(scorer), scorer.name))
         cards: list[dict[str, object]] = [
             {
                 "id": name,

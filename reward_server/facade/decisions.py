@@ -217,7 +217,7 @@ class Decide(BaseModel):
         return [DecisionTask(text, _text(q.instructions), q.options()) for q in self.questions]
 
 
-def answer(request: Decide, outcomes: Sequence[Outcome], scorer: Scorer) -> dict[str, Any]:
+def answer(request: Decide, outcomes: Sequence[Outcome], model: str) -> dict[str, Any]:
     """`Decision`: one answer per question, in order; a question without a reading is a refusal.
 
     Raises:
@@ -241,4 +241,4 @@ def answer(request: Decide, outcomes: Sequence[Outcome], scorer: Scorer) -> dict
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": tokens,
     }
-    return {"model": scorer.name, "answers": answers, "usage": usage}
+    return {"model": model, "answers": answers, "usage": usage}

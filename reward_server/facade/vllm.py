@@ -20,7 +20,6 @@ from reward_server.scorers.base import (
     Kind,
     Outcome,
     Scored,
-    Scorer,
     ScoreTask,
     SequenceTask,
     Task,
@@ -187,22 +186,22 @@ class Score(Pooling):
         return [ScoreTask(conversation, truncation) for conversation in conversations]
 
 
-def classify_answer(request: Classify, outcomes: Sequence[Outcome], scorer: Scorer) -> dict[str, Any]:
+def classify_answer(request: Classify, outcomes: Sequence[Outcome], kind: Kind, model: str) -> dict[str, Any]:
     """The `ClassificationResponse` of vLLM; `probs` is the model's output, its sigmoid with activation.
 
     Raises:
         Fault: an item has no score.
     """
     scored = all_scored(outcomes, "messages" if request.messages is not None else "input", callers_own=400)
-    label = _LABEL if scorer.kind == "reward_model" else None
+    label = _LABEL if kind == "reward_model" else None
     data = [
         {"index": i, "label": label, "probs": [value], "num_classes": 1}
-        for i, value in enumerate(_values(request, scored, scorer.kind))
+        for i, value in enumerate(_values(request, scored, kind))
     ]
-    return _listed(f"classify-{request.request_id}", data, scored, scorer)
+    return _listed(f"classify-{request.request_id}", data, scored, model)
 
 
-def score_answer(request: Score, outcomes: Sequence[Outcome], scorer: Scorer) -> dict[str, Any]:
+def score_answer(request: Score, outcomes: Sequence[Outcome], kind: Kind, model: str) -> dict[str, Any]:
     """The `ScoreResponse` of vLLM.
 
     Raises:
@@ -211,9 +210,9 @@ def score_answer(request: Score, outcomes: Sequence[Outcome], scorer: Scorer) ->
     scored = all_scored(outcomes, "documents", callers_own=400)
     data = [
         {"index": i, "object": "score", "score": value}
-        for i, value in enumerate(_values(request, scored, scorer.kind))
+        for i, value in enumerate(_values(request, scored, kind))
     ]
-    return _listed(f"score-{request.request_id}", data, scored, scorer)
+    return _listed(f"score-{request.request_id}", data, scored, model)
 
 
 def _values(request: Pooling, scored: Sequence[Scored], kind: Kind) -> list[float]:
@@ -237,21 +236,20 @@ def sigmoid(x: float) -> float:
     return math.exp(x) / (1.0 + math.exp(x))
 
 
-def _listed(
-    name: str, data: list[dict[str, Any]], scored: Sequence[Scored], scorer: Scorer
-) -> dict[str, Any]:
+def _listed(name: str, data: list[dict[str, Any]], scored: Sequence[Scored], model: str) -> dict[str, Any]:
     tokens = sum(s.tokens for s in scored)
     usage = {
         "prompt_tokens": tokens,
         "total_tokens": tokens,
         "completion_tokens": 0,
         "prompt_tokens_details": None,
+        "completion_tokens_details": None,
     }
     return {
         "id": name,
         "object": "list",
         "created": int(time.time()),
-        "model": scorer.name,
+        "model": model,
         "data": data,
         "usage": usage,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -189,6 +190,30 @@ def test_a_waiting_request_is_let_in_when_there_is_room() -> None:
         report = (await asyncio.gather(first, full, patient))[2]
         await queue.stop()
         assert [o.raw for o in report.outcomes if isinstance(o, Scored)] == [3.0]
+
+    asyncio.run(scenario())
+
+
+def test_no_more_items_wait_for_room_than_the_queue_holds() -> None:
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        scorer.gate.clear()
+        queue = batcher(scorer, max_queue_items=2)
+        queue.start()
+        first = asyncio.ensure_future(queue.submit([task(1)]))
+        await scorer.started.wait()
+        full = asyncio.ensure_future(queue.submit([task(2)] * 2))
+        while queue.queued_tokens != 4:
+            await asyncio.sleep(0.001)
+        patient = asyncio.ensure_future(queue.submit([task(3)] * 2, wait_s=60.0))
+        with pytest.raises(Overloaded):
+            while True:  # until the patient ones have come as far as the queue
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(queue.submit([task(4)], wait_s=60.0), 0.01)
+        scorer.gate.set()
+        await asyncio.gather(first, full, patient)
+        await queue.stop()
+        assert len(scorer.computed) == 5
 
     asyncio.run(scenario())
 

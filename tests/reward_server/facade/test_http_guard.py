@@ -351,7 +351,7 @@ def test_probes_find_what_vllm_clients_look_for() -> None:
             assert await served.get("/health") == (200, "")
             api = openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="k")
             models = [model async for model in await api.models.list()]
-            assert [m.id for m in models] == ["length", "my-rm"]
+            assert [m.id for m in models] == ["my-rm", "length"]
             status, text = await served.get("/v1/models")
             assert json.loads(text)["data"][0]["max_model_len"] == 77
             status, text = await served.get("/version")

@@ -72,6 +72,7 @@ def test_the_reply_has_the_shape_of_vllm() -> None:
                     "total_tokens": 11,
                     "completion_tokens": 0,
                     "prompt_tokens_details": None,
+                    "completion_tokens_details": None,
                 },
             }
             body = {"model": "length", "queries": "q", "documents": ["abc", "a"], "use_activation": False}
@@ -90,6 +91,7 @@ def test_the_reply_has_the_shape_of_vllm() -> None:
                     "total_tokens": 4,
                     "completion_tokens": 0,
                     "prompt_tokens_details": None,
+                    "completion_tokens_details": None,
                 },
             }
 
@@ -229,7 +231,8 @@ def test_another_model_is_a_404() -> None:
             status, answer = await served.post("/classify", {"model": "other", "input": "a"})
             assert (status, answer["error"]["type"], scorer.batches) == (404, "NotFoundError", [])
             for name in ("my-rm", "length", None):
-                assert (await served.post("/classify", {"model": name, "input": "a"}))[0] == 200
+                status, answer = await served.post("/classify", {"model": name, "input": "a"})
+                assert (status, answer["model"]) == (200, "my-rm")
 
     asyncio.run(scenario())
 
