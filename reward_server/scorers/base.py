@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -146,6 +147,14 @@ class Failure:
 
 
 Outcome = Scored | Compared | Failure
+
+
+def finite(outcome: Outcome) -> Outcome:
+    """The outcome, or a failure in its place if its number is NaN or infinite."""
+    if isinstance(outcome, Failure):
+        return outcome
+    value = outcome.raw if isinstance(outcome, Scored) else outcome.p_a
+    return outcome if math.isfinite(value) else Failure("not_finite", f"the model's score is {value}")
 
 
 class OutOfMemory(RuntimeError):
