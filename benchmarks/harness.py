@@ -227,6 +227,16 @@ def show(values: Mapping[str, float], digits: int = 3) -> str:
     return f"{values['median']:.{digits}f} ({values['min']:.{digits}f} to {values['max']:.{digits}f})"
 
 
+def loop_ms() -> float:
+    """Processor time of a fixed loop of plain Python: neighbours on a busy machine make every instruction dearer."""
+    taken = []
+    for _ in range(5):
+        began = time.process_time()
+        sum(i * i for i in range(200_000))
+        taken.append(1000 * (time.process_time() - began))
+    return statistics.median(taken)
+
+
 def machine() -> dict[str, Any]:
     """Where and when a benchmark ran."""
     cpu = next(
@@ -245,6 +255,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "load_average": round(os.getloadavg()[0], 2),
+        "python_loop_ms": round(loop_ms(), 1),
     }
 
 
@@ -283,7 +294,8 @@ class Report:
         )
         where = (
             f"{ended['date']}, {ended['cpu']}, {ended['cores']} cores, {ended['memory_gib']} GiB, Python "
-            f"{ended['python']}; load average {self.started['load_average']} before, {ended['load_average']} after."
+            f"{ended['python']}; load average {self.started['load_average']} before, {ended['load_average']} after; a fixed "
+            f"loop of Python took {self.started['python_loop_ms']} and {ended['python_loop_ms']} ms of processor time."
         )
         page = f"# {self.title}\n\n{body}\n\n{verdicts}\n\n{where}\n"
         print(page)
