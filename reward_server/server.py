@@ -7,6 +7,7 @@ import logging
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -20,6 +21,8 @@ from reward_server.facade.app import Facade
 from reward_server.observe import Metrics, Silent
 from reward_server.registry import ModelRegistry
 from reward_server.scorers.base import Scorer
+from reward_server.scorers.composite import SUFFIXES, CompositeScorer
+from reward_server.scorers.rule import PartSpec
 from reward_server.security import Role, TokenInterceptor, Tokens, server_credentials
 from reward_server.service import ADMIN_SERVICE, SERVICE, RewardService
 from rlaif.errors import ConfigError
@@ -168,14 +171,25 @@ def load_scorer(config: ServeConfig) -> Scorer:
         from reward_server.scorers.judge import JudgeScorer
 
         return JudgeScorer.open(config)
+    assert config.model is not None
+    if config.model.endswith(SUFFIXES):
+        return CompositeScorer.open(config.model, partial(_load_part, config))
     from reward_server.model import load_reward_model
     from reward_server.scorers.learned import LearnedScorer
 
-    assert config.model is not None
     reward_model = load_reward_model(
         config.model, device=config.device, dtype=config.dtype, max_length=config.max_length
     )
     return LearnedScorer(config.model, reward_model)
+
+
+def _load_part(config: ServeConfig, part: PartSpec) -> Scorer:
+    if part.model is not None and part.model.endswith(SUFFIXES):
+        raise ConfigError(
+            f"{config.model}: {part.model} is a composite itself; write its rule inside this one's"
+        )
+    own = replace(config, model=part.model, judge=part.judge, rubric=part.rubric, cot=part.cot)
+    return load_scorer(own)
 
 
 async def serve(config: ServeConfig, load: Callable[[], Awaitable[Scorer]]) -> None:
