@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
@@ -353,38 +353,37 @@ class Batcher:
         first = window[0]
         if first.request.alone:
             return [first]
+        limit = self.scorer.max_batch_items or len(window)
         batch: list[_Entry] = []
-        tokens = 0
-        for entry, added in self._by_fit([e for e in window if not e.request.alone]):
-            tokens += added
-            if batch and (
-                tokens > self._max_batch_tokens or len(batch) == (self.scorer.max_batch_items or math.inf)
-            ):
-                break
-            batch.append(entry)
+        left = self._max_batch_tokens
+        for prefix, family in self._by_fit([e for e in window if not e.request.alone]):
+            whole = prefix + sum(e.item.tokens - prefix for e in family)
+            if batch and left < whole <= self._max_batch_tokens:
+                continue  # it fits into another batch as a whole
+            for number, entry in enumerate(family):
+                added = entry.item.tokens - (prefix if number else 0)
+                if batch and (added > left or len(batch) == limit):
+                    break
+                batch.append(entry)
+                left -= added
         while len(batch) > 1 and (cost := self.scorer.cost([e.item for e in batch])) > self._max_batch_tokens:
             batch = batch[: max(1, min(len(batch) - 1, len(batch) * self._max_batch_tokens // cost))]
         return batch
 
-    def _by_fit(self, window: list[_Entry]) -> Iterator[tuple[_Entry, int]]:
-        """The foremost entry and those that go best with it, each with the tokens that it adds, without padding.
+    def _by_fit(self, window: list[_Entry]) -> list[tuple[int, list[_Entry]]]:
+        """Families of entries that share a prefix, with its length in tokens, or single ones.
 
-        After those that share a prefix with it come the nearest in length, which waste least by padding; whoever
-        shares a prefix with one of them comes along.
+        First that of the foremost entry, and it first in it; then the nearest to it in length, which waste least by
+        padding.
         """
         found: list[tuple[int, list[int]]] = [(0, [i]) for i in range(len(window))]
         if self.scorer.shares_prefixes:
             found = families([e.item.sequences[0] for e in window], _LEAST_PREFIX // 2)
-        width = window[0].item.width
-
-        def distance(members: list[int]) -> int:
-            return min(abs(window[i].item.width - width) for i in members)
-
-        for prefix, members in sorted(found, key=lambda family: (0 not in family[1], distance(family[1]))):
-            known = 0
-            for i in sorted(members, key=lambda i: (i != 0, abs(window[i].item.width - width))):
-                yield window[i], window[i].item.tokens - known
-                known = prefix
+        distance = [abs(e.item.width - window[0].item.width) for e in window]
+        for _, members in found:
+            members.sort(key=lambda i: (i != 0, distance[i]))
+        found.sort(key=lambda family: (family[1][0] != 0, distance[family[1][0]]))
+        return [(prefix, [window[i] for i in members]) for prefix, members in found]
 
     def _line(self) -> list[_Entry]:
         """All that wait, in the order of their turn."""

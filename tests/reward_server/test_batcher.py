@@ -265,3 +265,43 @@ def test_a_cancelled_request_leaves_the_queue_and_is_not_computed() -> None:
         assert [len(r) for r in scorer.computed] == [1, 2]
 
     asyncio.run(scenario())
+
+
+def test_responses_to_one_prompt_are_computed_together_as_far_as_the_budget_goes() -> None:
+    class Sharing(LengthScorer):
+        """A device that computes a common first token sequence once; the text after `|` is a row's own."""
+
+        shares_prefixes = True
+
+        def prepare(self, task: Task) -> Prepared:
+            assert isinstance(task, ScoreTask)
+            ids = tuple(map(ord, task.conversation[-1].content))
+            return Prepared(task, (ids,), len(ids), len(ids))
+
+        def cost(self, batch: Sequence[Prepared]) -> int:
+            prompts = {item.sequences[0][:200] for item in batch}
+            return 200 * len(prompts) + sum(item.width - 200 for item in batch)
+
+    def response(prompt: str, length: int) -> Task:
+        return ScoreTask((*user_prompt("q"), Message("assistant", prompt * 200 + chr(length) * length)))
+
+    async def scenario() -> None:
+        scorer = Sharing()
+        scorer.gate.clear()
+        queue = batcher(scorer, max_batch_tokens=600)
+        queue.start()
+        first = asyncio.ensure_future(queue.submit([response("x", 1)]))
+        await scorer.started.wait()
+        mixed = [response(prompt, 40 + n) for n in range(3) for prompt in "abc"]
+        waiting = asyncio.ensure_future(queue.submit([*mixed, response("d", 30)]))
+        while queue.queued_tokens != 9 * 241 + 230:
+            await asyncio.sleep(0.001)
+        scorer.gate.set()
+        _, report = await asyncio.gather(first, waiting)
+        await queue.stop()
+        # three of one prompt take 200 + 3 * 41 tokens; what is left would hold a part of the next three, or the d
+        prompts = ["".join(text[0] for text in batch) for batch in scorer.batches]
+        assert prompts == ["x", "aaad", "bbb", "ccc"]
+        assert report.padded_tokens == 323 + 230 and report.batch_tokens == 3 * 241 + 230
+
+    asyncio.run(scenario())

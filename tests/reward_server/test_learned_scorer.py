@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import random
+import struct
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from reward_server.scorers.base import Scored, ScoreTask
 from reward_server.scorers.learned import LearnedScorer
 from rlaif.chat import BUILTIN_TEMPLATES
 from rlaif.errors import ModelError
-from rlaif.types import Message, user_prompt
+from rlaif.types import Message, to_dicts, user_prompt
 from tests.reward_server import tiny
 from tests.reward_server.fakes import conversation, score_request, serving
 
@@ -75,6 +77,26 @@ def test_a_score_does_not_depend_on_its_batch(checkpoint: Path) -> None:
         await scorer.close()
 
     asyncio.run(scenario())
+
+
+def test_fingerprints_are_of_the_tokens_of_transformers(checkpoint: Path) -> None:
+    scorer = load(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = BUILTIN_TEMPLATES["plain"]
+    rng = random.Random(1)
+    alphabet = "abc 019\n\t.,'\"<>|{}[]éß漢字🙂\u202e\x00"
+    for _ in range(1000):
+        turns = [
+            Message(role, "".join(rng.choices(alphabet, k=rng.randint(1, 20))))
+            for role in ("user", "assistant") * rng.randint(1, 2)
+        ]
+        prepared = scorer.prepare(ScoreTask(tuple(turns), "left"))
+        ids = tokenizer.apply_chat_template(to_dicts(tuple(turns)), return_dict=True)["input_ids"]
+        ids = prepared.sequences[0] if prepared.truncated else ids
+        assert (
+            prepared.fingerprint == hashlib.sha256(b"".join(struct.pack("<I", i) for i in ids)).digest()[:8]
+        )
+        assert ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_comparison_is_the_sigmoid_of_the_difference(checkpoint: Path) -> None:
