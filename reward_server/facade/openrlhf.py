@@ -34,17 +34,20 @@ class GetReward(BaseModel):
 def tasks(request: GetReward, kind: Kind) -> list[Task | Failure]:
     """One task per query. The text bears its special tokens, so the tokenizer adds none.
 
-    A judge reads a prompt and a response: the response is what follows the prompt in the query.
+    Judges and composites read a prompt and a response: the response is what follows the prompt in the query.
     """
-    if kind != "judge":
+    if kind == "reward_model":
         return [SequenceTask(query) for query in request.query]
     prompts = request.prompts or [""] * len(request.query)
-    return [_judged(query, prompt) for query, prompt in zip(request.query, prompts, strict=True)]
+    return [_split(query, prompt) for query, prompt in zip(request.query, prompts, strict=True)]
 
 
-def _judged(query: str, prompt: str) -> Task | Failure:
+def _split(query: str, prompt: str) -> Task | Failure:
     if not prompt or not query.startswith(prompt):
-        return Failure("invalid", "a judge needs the prompt that the query begins with, in prompts")
+        return Failure(
+            "invalid",
+            "without a prompt in prompts that the query begins with, nothing says where the response begins",
+        )
     return ScoreTask(with_response(user_prompt(prompt), query[len(prompt) :]))
 
 

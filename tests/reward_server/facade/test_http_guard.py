@@ -36,7 +36,7 @@ JSON = {"Content-Type": "application/json"}
         (b"[1]", 400),
         (b'{"input": "\xff"}', 400),
         (b'{"input": "\\ud800"}', 400),
-        (b'{"input": [NaN]}', 400),
+        (b'{"input": "a", "query": ["a"], "queries": "a", "documents": "a", "x": NaN}', 400),
         (b'{"input": ' + b"9" * 5000 + b"}", 400),
         (b'{"input": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
         (b'{"input": [' + b"[]," * 150_000 + b"[]]}", 400),
