@@ -23,7 +23,7 @@ class RequestConfig:
     output_dir: str
     """The run directory; the same command again goes on where it stopped."""
     limit: int | None = None
-    """Use only the first so many rows."""
+    """Use only the first so many: prompts, pairs (also those made of candidates) or responses."""
     reuse: str | None = None
     """Another run directory: its replies answer equal requests without being paid for again."""
     max_in_flight: int = 64

@@ -138,6 +138,11 @@ class ReplyJournal:
         """Note how long it took to ask for so many replies."""
         self._file.write("INSERT INTO paces VALUES (?, ?)", (replies, seconds))
 
+    @property
+    def paid(self) -> bool:
+        """Whether it holds a reply that was asked for a label or a text, not only what a probe found."""
+        return bool(self._file.all("SELECT 1 FROM replies WHERE kind != 'probe' LIMIT 1"))
+
     def totals(self) -> Totals:
         """Counts over the whole journal of this directory."""
         kinds = dict(self._file.all("SELECT kind, COUNT(*) FROM replies GROUP BY kind ORDER BY kind"))

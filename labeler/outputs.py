@@ -84,6 +84,6 @@ def refuse_if_too_many_open(
     if total and count / total > allowed:
         first = next(iter(reasons))
         raise QualityError(
-            f"{count} of {total} {what} (most often: {first}); see {folder / 'unlabelled.jsonl'}, "
-            "then run the same command again: it asks for these alone"
+            f"{count} of {total} {what} (most often: {first}); see {folder / 'unlabelled.jsonl'}. "
+            "The same command again asks for these alone"
         )

@@ -26,6 +26,9 @@ from rlaif.errors import ConfigError
 from rlaif.records import PREFERENCES_FILE, Quarantine, read_candidates, read_pairs, read_rows, write_parquet
 from rlaif.types import CandidateSet, Pair, Preference, content_id
 
+_LOW_MASS = 0.5
+"""Mean label mass below which labels say little: most of the judge's probability lies elsewhere."""
+
 INCONSISTENT = "both orders prefer the same position"
 
 
@@ -63,6 +66,13 @@ class Labels:
         print_summary(
             f"{total} pairs judged by {self.judge.name} -> {self.folder / PREFERENCES_FILE}", self.facts
         )
+        mass = self.facts["label_mass_mean"]
+        if mass is not None and mass < _LOW_MASS:
+            print(
+                f"rlaif: warning: the labels hold {mass:.2g} of the judge's probability on average: it wanted to say "
+                f"something else; read {self.folder / 'validation.md'} before using them",
+                file=sys.stderr,
+            )
         refuse_if_too_many_open(
             self.facts["unlabelled"], total, config.max_unlabelled, self.folder, "pairs are unlabelled"
         )

@@ -24,7 +24,7 @@ from labeler.journal import JOURNAL_FILE, ReplyJournal, Totals, Usage
 from labeler.llm import open_llm
 from labeler.loop import ask_all
 from labeler.recorded import Recorded
-from rlaif.errors import BudgetReached, QualityError
+from rlaif.errors import BudgetReached, QualityError, RlaifError
 from rlaif.models import ModelRef
 from rlaif.records import Quarantine
 from rlaif.runs import Progress, Run, progress, short
@@ -276,6 +276,10 @@ def open_session(config: RequestConfig, command: str) -> Iterator[Session]:
         except QualityError:  # with part of the questions asked there may be nothing to conclude
             if session.stopped is None:
                 raise
+        except RlaifError:
+            if not run.resumed and not journal.paid:
+                run.disown()  # nothing to protect, so the mended command may use the same directory
+            raise
         if session.stopped is not None:
             raise session.stopped
 

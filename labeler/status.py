@@ -165,7 +165,9 @@ def _next(state: State, command: str, unlabelled: Mapping[str, int], folder: Pat
         return f"see {folder / 'unlabelled.jsonl'}, then run the same command again: it asks for these alone"
     if command == "sample":
         return f"rlaif label pairs --dataset {folder} --judge ... --output_dir ..."
-    if command == "label scores":
+    if command == "eval judge":
+        return f"read {folder / 'report.md'}"
+    if command in ("label scores", "label revise"):
         return f"read {folder / 'README.md'}"
     return f"read {folder / 'validation.md'}; rlaif train rm --dataset {folder}, or rlaif export --dataset {folder}"
 

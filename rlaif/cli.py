@@ -180,7 +180,7 @@ def _check_flags(arguments: Sequence[str], config_class: type[Any], command: Com
     for name in given:
         if name not in names and name.removeprefix("no_") not in names:
             raise ConfigError(
-                f"`rlaif {command.name}` has no flag --{name}; {_nearest(name, names, command)}"
+                f"`rlaif {command.name}` has no flag --{name}; {_nearest(name, names, command, '--')}"
             )
     required = [
         f.name
@@ -193,9 +193,9 @@ def _check_flags(arguments: Sequence[str], config_class: type[Any], command: Com
         )
 
 
-def _nearest(name: str, names: Sequence[str], command: Command) -> str:
+def _nearest(name: str, names: Sequence[str], command: Command, dashes: str = "") -> str:
     close = get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]}?" if close else f"see rlaif {command.name} --help"
+    return f"did you mean {dashes}{close[0]}?" if close else f"see rlaif {command.name} --help"
 
 
 def _first_paragraph(box: str) -> str:

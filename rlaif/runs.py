@@ -99,6 +99,10 @@ class Run:
         cut_torn_line(directory / "metrics.jsonl")
         return cls(directory, resumed=resumed)
 
+    def disown(self) -> None:
+        """Let the directory go: another configuration may use it. For a run that failed before it had any result."""
+        (self.directory / "run.json").unlink(missing_ok=True)
+
     @staticmethod
     def identity(config: Any) -> dict[str, Any]:
         """The config fields that decide the result, as JSON values: all but `output_dir` and `config.VOLATILE`."""

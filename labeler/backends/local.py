@@ -25,6 +25,10 @@ _TAIL = 4
 """Tokens decoded together with what follows them, so that the seam (a leading space) comes out right."""
 
 
+_ENDING_TOKENS = 48
+"""Context left free behind a text that continues a begun turn: a rubric's ending and its label follow a rationale."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """Token ids to continue and how."""
@@ -126,7 +130,7 @@ class LocalModel(ABC):
         """See `labeler.llm.LLM.generate`."""
         ids = self._encode(self._render(messages, prefix))
         self._check_room(len(ids) + 1)
-        room = self._context - len(ids)
+        room = max(1, self._context - len(ids) - (_ENDING_TOKENS if prefix else 0))
         done = await self._decode(Request(ids, min(max_tokens, room), temperature, seed, tuple(stop)))
         return Generation(
             done.text,
@@ -270,7 +274,11 @@ def load_tokenizer(ref: ModelRef, path: str) -> PreTrainedTokenizerBase:
 
 def cannot_load(ref: ModelRef, err: Exception) -> ModelError:
     """The one line for a model that does not load."""
-    return ModelError(f"model {ref} cannot be loaded: {' '.join(str(err).split())[:200]}")
+    detail = " ".join(str(err).split())
+    hint = "" if "/" in ref.name else f"; if it runs behind an endpoint, write openai:{ref.name}@BASE_URL"
+    return ModelError(
+        f"model {ref} cannot be loaded: {detail[:200]}{'...' if len(detail) > 200 else ''}{hint}"
+    )
 
 
 def weights_hash(path: str) -> str:

@@ -65,6 +65,24 @@ def test_another_rule_over_the_same_replies_asks_nothing(tmp_path: Path) -> None
     assert {r["chosen_prob"] for r in preferences(tmp_path / "out")} == {0.7}
 
 
+def test_a_first_attempt_without_a_reply_does_not_claim_the_directory(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "p.jsonl", [pair(0)])
+    ref = scripted(tmp_path, a_or_b(0.9))
+    assert label(ref, tmp_path / "none.jsonl", tmp_path / "out", "--no-cot") == 3
+    assert label("openai:x@http://127.0.0.1:9/v1", data, tmp_path / "out", "--max_retries", "0") == 5
+    assert label(ref, data, tmp_path / "out", "--no-cot") == 0
+    assert label(ref, data, tmp_path / "out") == 7, "from here on there is something to protect"
+
+
+def test_labels_that_the_judge_hardly_gave_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "p.jsonl", [pair(0)])
+    rules = [{"user": r"(?s)RESPONSE 1 >>>\ngood", "probs": [0.009, 0.001]}, {"probs": [0.001, 0.009]}]
+    assert label(scripted(tmp_path, rules), data, tmp_path / "out", "--no-cot") == 0
+    assert "hold 0.01 of the judge's probability" in capsys.readouterr().err
+
+
 def test_replies_of_another_run_are_used_again(tmp_path: Path) -> None:
     ref = scripted(tmp_path, a_or_b(0.9))
     small = write_lines(tmp_path / "small.jsonl", [pair(i) for i in range(3)])

@@ -127,7 +127,7 @@ def test_a_wrong_config_file_gets_one_line(tmp_path: Path, content: str, said: s
         (["train", "example"], "`rlaif train example` needs --output_dir"),
         (
             ["train", "example", "--output_dir", "x", "--lerning_rate", "1"],
-            "no flag --lerning_rate; did you mean learn",
+            "no flag --lerning_rate; did you mean --learn",
         ),
         (["train", "example", "--output_dir", "x", "--seed", "many"], "Error parsing --seed"),
         (
