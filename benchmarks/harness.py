@@ -292,10 +292,11 @@ class Report:
         verdicts = "\n".join(
             f"- {'holds' if good else 'DOES NOT HOLD'}: {what}" for what, good in checks.items()
         )
+        before = self.started
         where = (
             f"{ended['date']}, {ended['cpu']}, {ended['cores']} cores, {ended['memory_gib']} GiB, Python "
-            f"{ended['python']}; load average {self.started['load_average']} before, {ended['load_average']} after; a fixed "
-            f"loop of Python took {self.started['python_loop_ms']} and {ended['python_loop_ms']} ms of processor time."
+            f"{ended['python']}; load average {before['load_average']} before, {ended['load_average']} after; a fixed "
+            f"loop of Python took {before['python_loop_ms']} and {ended['python_loop_ms']} ms of processor time."
         )
         page = f"# {self.title}\n\n{body}\n\n{verdicts}\n\n{where}\n"
         print(page)
