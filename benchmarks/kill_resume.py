@@ -155,7 +155,7 @@ def main() -> int:
             print(f"poison: {poisoned[-1]}", file=sys.stderr)
 
         # ---- requests that fail for a while ----
-        faults = {"429": 0.05, "500": 0.05, "truncate": 0.02, "hang": 0.01}
+        faults = {"429": 0.002, "500": 0.05, "truncate": 0.02, "hang": 0.01}
         server.reset(poison={}, faults=faults)
         used = measure(command("shaky", "--timeout_s", 2), log=work / "shaky.log")
         stats = server.stats()
