@@ -173,8 +173,8 @@ def main() -> int:
     )
     body += (
         f"\n\n{args.rounds} rounds in turns; medians, least and greatest. Qwen3 classifier, 14 M parameters, "
-        "float32, one thread each. Lognormal lengths (sigma 0.7) in the first two loads. The processor time of the server includes "
-        f"gRPC and tokenising. Largest difference between a served and a raw score: "
+        "float32, one thread each. Lognormal lengths (sigma 0.7) in the first two loads. The processor time of the "
+        f"server includes gRPC and tokenising. Largest difference between a served and a raw score: "
         f"{max(s.apart for s in scenarios):.1e}."
     )
     checks = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,6 +138,22 @@ def test_only_causal_models_with_full_attention_share_prefixes() -> None:
     assert shares == {"llama": True, "qwen3": True, "bert": False, "sliding": False}
     stretched = llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
     assert not BatchedForward(stretched).shares_prefixes
+
+
+def test_a_model_that_does_not_read_its_cache_as_it_should_computes_every_prefix() -> None:
+    class Forgetful(LlamaForSequenceClassification):
+        """Takes a cache, and gives every later token the position of a first one."""
+
+        def forward(
+            self, *args: Any, past_key_values: Any = None, use_cache: Any = None, **kwargs: Any
+        ) -> Any:
+            if past_key_values is not None:
+                kwargs["position_ids"] = torch.arange(kwargs["input_ids"].shape[1])[None]
+            return super().forward(*args, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+
+    torch.manual_seed(0)
+    model = spread_out(Forgetful(tiny.config(num_labels=1)))
+    assert not BatchedForward(model).shares_prefixes
 
 
 def test_the_prefix_of_a_group_is_computed_once() -> None:
