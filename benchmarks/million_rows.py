@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--in_flight", type=int, default=128)
     parser.add_argument("--warm_up", type=float, default=0.02, help="share of the requests")
     args = parser.parse_args()
-    report = Report.begin("million_rows", "Memory of a run over a million rows")
+    report = Report.begin("million_rows", f"Memory of a run over {args.rows:,} rows")
     work = args.work or Path(tempfile.mkdtemp(prefix="million_rows-"))
     shutil.rmtree(work / "run", ignore_errors=True)
     dataset = write_jsonl(
