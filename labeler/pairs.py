@@ -69,7 +69,7 @@ class Labels:
         mass = self.facts["label_mass_mean"]
         if mass is not None and mass < _LOW_MASS:
             print(
-                f"rlaif: warning: the labels hold {mass:.2g} of the judge's probability on average: it wanted to say "
+                f"warning: the labels hold {mass:.2g} of the judge's probability on average: it wanted to say "
                 f"something else; read {self.folder / 'validation.md'} before using them",
                 file=sys.stderr,
             )
@@ -96,7 +96,7 @@ def label(config: PairsConfig, session: Session) -> Labels:
 
     async def prepare() -> None:
         for warning in relatives(config.judge, writers):
-            print(f"rlaif: warning: {warning}", file=sys.stderr)
+            print(f"warning: {warning}", file=sys.stderr)
         await judge.prepare()
 
     def together(quarantine: Quarantine) -> Iterator[Pair]:

@@ -137,7 +137,9 @@ def test_twenty_swaps_under_load_refuse_nobody_and_mix_no_versions() -> None:
                 scorer = Versioned(number)
                 await models.load(lambda scorer=scorer: made(scorer), activate=True)  # type: ignore[misc]
                 await models.unload(before.version)
-            await asyncio.sleep(0.05)
+                seen = len(answers)
+                while len(answers) == seen:  # at least one call is answered between two swaps
+                    await asyncio.sleep(0.001)
             stop.set()
             await asyncio.gather(*callers)
             for answer in answers:
