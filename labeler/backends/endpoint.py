@@ -28,6 +28,9 @@ from rlaif.errors import EndpointError, ModelError, RlaifError
 
 _LONGEST_BACKOFF_S = 60.0
 
+_KEEP_ALIVE_S = 4.0
+"""An idle connection is not used again after so long: uvicorn, which vLLM runs on, closes it after 5 s."""
+
 _LONGEST_WAIT_S = 300.0
 """An endpoint that asks to wait for longer is out of quota rather than busy."""
 
@@ -51,6 +54,10 @@ class ConnectionBroken(Exception):
     """The connection broke before the reply was whole."""
 
 
+class Disconnected(ConnectionBroken):
+    """The connection was closed before any of the reply came, as servers do with one that was idle for a while."""
+
+
 class NoConnection(ConnectionBroken):
     """Nobody answers at the address."""
 
@@ -68,6 +75,7 @@ class Wire(Protocol):
 
         Raises:
             NoConnection: nobody answers.
+            Disconnected: the connection was closed before the reply.
             ConnectionBroken: the reply is not whole.
         """
         ...
@@ -113,6 +121,8 @@ class HTTPWire:
                 return Reply(response.status, response.headers, await response.read())
         except aiohttp.ClientConnectorError as err:
             raise NoConnection(str(err)) from err
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as err:
+            raise Disconnected(str(err) or type(err).__name__) from err
         except aiohttp.ClientError as err:
             raise ConnectionBroken(str(err) or type(err).__name__) from err
 
@@ -121,7 +131,7 @@ class HTTPWire:
         address = urlsplit(self._where)
         bypassed = proxy_bypass(address.hostname or "")
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._max_connections),
+            connector=aiohttp.TCPConnector(limit=self._max_connections, keepalive_timeout=_KEEP_ALIVE_S),
             headers=self._headers,
             proxy=None if bypassed else getproxies().get(address.scheme),
             # Timeouts are set around whole requests, by asyncio.
@@ -248,7 +258,7 @@ class Endpoints:
             ):
                 continue
             spent = attempt > retries
-            if not (failure.busy or failure.lost):
+            if not (failure.busy or failure.lost or (failure.closed and attempt == 1)):
                 spent = spent or not self._budget.spend(attempt)
             if spent and not (failure.busy and retries and clock() - began < _PATIENCE_S):
                 if isinstance(failure.error, EndpointError):
@@ -277,7 +287,8 @@ class Endpoints:
                 raise _Transient(EndpointError(f"no connection to {root}"), lost=True) from err
             except ConnectionBroken as err:
                 gate.failed()
-                raise _Transient(RequestFailed(f"the connection broke: {_line(str(err))}")) from err
+                broken = RequestFailed(f"the connection broke: {_line(str(err))}")
+                raise _Transient(broken, closed=isinstance(err, Disconnected)) from err
             endpoint.lost, endpoint.lost_until = False, 0.0
             if reply.status != 200:
                 self._refuse(endpoint, passed, path, reply)
@@ -355,13 +366,20 @@ class _Transient(Exception):
         wait: seconds that the server asks to wait.
         busy: a rate limit was exceeded.
         lost: nobody answers at the address.
+        closed: the connection was closed before the reply, which is no fault of the request.
     """
 
     def __init__(
-        self, error: RlaifError, *, wait: float | None = None, busy: bool = False, lost: bool = False
+        self,
+        error: RlaifError,
+        *,
+        wait: float | None = None,
+        busy: bool = False,
+        lost: bool = False,
+        closed: bool = False,
     ) -> None:
         super().__init__(str(error))
-        self.error, self.wait, self.busy, self.lost = error, wait, busy, lost
+        self.error, self.wait, self.busy, self.lost, self.closed = error, wait, busy, lost, closed
 
 
 def _error(body: bytes) -> tuple[str, str, str]:

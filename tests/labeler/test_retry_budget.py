@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
-from labeler.backends.endpoint import Endpoints, Reply
+from labeler.backends.endpoint import Disconnected, Endpoints, Reply
 from labeler.backends.limits import RetryBudget
 from labeler.llm import LLMOptions, RequestFailed
 from tests.labeler.virtual import run_virtual
 
+Outcome = Reply | Exception
 OK, BROKEN = Reply(200, {}, b"{}"), Reply(500, {}, b'{"error": {"message": "scripted"}}')
 ROWS = 2000
 
@@ -22,8 +23,8 @@ class Server:
 
     where = "http://a/v1"
 
-    def __init__(self, fails: Callable[[int, int, float], bool]) -> None:
-        self.fails = fails
+    def __init__(self, fails: Callable[[int, int, float], bool], failure: Outcome = BROKEN) -> None:
+        self.fails, self.failure = fails, failure
         self.attempts = dict.fromkeys(range(ROWS), 0)
 
     async def send(self, method: str, url: str, body: bytes | None) -> Reply:
@@ -32,7 +33,10 @@ class Server:
         self.attempts[number] += 1
         await asyncio.sleep(0.1)
         now = asyncio.get_running_loop().time()
-        return BROKEN if self.fails(number, self.attempts[number], now) else OK
+        outcome = self.failure if self.fails(number, self.attempts[number], now) else OK
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     async def close(self) -> None:
         pass
@@ -76,6 +80,11 @@ def test_an_outage_is_waited_out_by_every_row() -> None:
         return 2.0 < now - began[0] < 2.6
 
     assert failed_rows(Server(fails)) == set()
+
+
+def test_idle_connections_that_the_server_closed_cost_no_row() -> None:
+    server = Server(lambda number, attempt, now: number % 3 == 1 and attempt == 1, Disconnected("closed"))
+    assert failed_rows(server) == set()
 
 
 @pytest.mark.parametrize("attempt", [1, 2, 3, 4, 5])
