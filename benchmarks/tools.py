@@ -12,11 +12,13 @@ LABELS = {
     "rlaif": ("1", "2"),
     "distilabel": ("Fine. [RESULT] A", "Fine. [RESULT] B"),
     "curator": ("1", "2"),
+    "curator_text": ("1", "2"),
     "alpaca_eval": ("m", "M"),
 }
 """The one "token" that the server answers each tool with, so that all of them can read it."""
 
-PEERS = ("distilabel", "curator", "alpaca_eval")
+PEERS = ("distilabel", "curator", "curator_text", "alpaca_eval")
+"""`curator` reads log-probabilities, as ours and alpaca_eval do; `curator_text` and distilabel's task a token alone."""
 
 
 def write_inputs(folder: Path, pairs: int) -> None:
@@ -51,14 +53,8 @@ def judge(tool: str, inputs: Path, run: Path, server: Server, in_flight: int, en
         TIKTOKEN_CACHE_DIR=str(next(environments.glob(tokenizers), "")),
     )
     del env["PYTHONPATH"]
-    python = environments / tool / "bin" / "python"
-    driver = HERE / "peers" / tool / "judge.py"
-    command = [
-        str(python),
-        str(driver),
-        server.url,
-        str(inputs / "orders.jsonl"),
-        "--in_flight",
-        str(in_flight),
-    ]
+    package = tool.removesuffix("_text")
+    python, driver = environments / package / "bin" / "python", HERE / "peers" / package / "judge.py"
+    command = [str(python), str(driver), server.url, str(inputs / "orders.jsonl")]
+    command += ["--in_flight", str(in_flight), *(["--text"] if tool != package else [])]
     return measure(command, log=run / "log", env=env, cwd=run)
