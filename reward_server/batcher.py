@@ -37,6 +37,9 @@ _WINDOW_BATCHES = 4
 _LEAST_PREFIX = 96
 """Tokens that items must share to be brought together; what sharing is worth to a device, its scorer decides."""
 
+_PATIENCE = 3
+"""An item that so many batches passed over, while it was near enough to the front, goes by age and not by length."""
+
 _BULK_TURN = 8
 """Every so many batches the oldest bulk item goes first, so that interactive load cannot starve it."""
 
@@ -106,6 +109,7 @@ class _Entry:
     request: _Request
     index: int
     item: Prepared
+    passed_over: int = 0
 
 
 @dataclass(slots=True)
@@ -368,21 +372,31 @@ class Batcher:
                 left -= added
         while len(batch) > 1 and (cost := self.scorer.cost([e.item for e in batch])) > self._max_batch_tokens:
             batch = batch[: max(1, min(len(batch) - 1, len(batch) * self._max_batch_tokens // cost))]
+        taken = set(map(id, batch))
+        for entry in window:
+            entry.passed_over += id(entry) not in taken
         return batch
 
     def _by_fit(self, window: list[_Entry]) -> list[tuple[int, list[_Entry]]]:
         """Families of entries that share a prefix, with its length in tokens, or single ones.
 
-        First that of the foremost entry, and it first in it; then the nearest to it in length, which waste least by
-        padding.
+        First that of the foremost entry, and it first in it; then, each priority by itself, those that were passed
+        over too often, and the nearest to the foremost in length, which waste least by padding; the older first among
+        equals.
         """
         found: list[tuple[int, list[int]]] = [(0, [i]) for i in range(len(window))]
         if self.scorer.shares_prefixes:
             found = families([e.item.sequences[0] for e in window], _LEAST_PREFIX // 2)
-        distance = [abs(e.item.width - window[0].item.width) for e in window]
+
+        def turn(i: int) -> tuple[bool, Priority, int, int]:
+            entry = window[i]
+            patient = entry.passed_over < _PATIENCE
+            distance = abs(entry.item.width - window[0].item.width)
+            return i != 0, entry.request.priority, distance if patient else -1, i
+
         for _, members in found:
-            members.sort(key=lambda i: (i != 0, distance[i]))
-        found.sort(key=lambda family: (family[1][0] != 0, distance[family[1][0]]))
+            members.sort(key=turn)
+        found.sort(key=lambda family: turn(family[1][0]))
         return [(prefix, [window[i] for i in members]) for prefix, members in found]
 
     def _line(self) -> list[_Entry]:

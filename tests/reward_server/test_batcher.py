@@ -305,3 +305,75 @@ def test_responses_to_one_prompt_are_computed_together_as_far_as_the_budget_goes
         assert report.padded_tokens == 323 + 230 and report.batch_tokens == 3 * 241 + 230
 
     asyncio.run(scenario())
+
+
+def test_the_older_of_equals_goes_first_and_who_was_passed_over_before_the_nearer() -> None:
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        scorer.gate.clear()
+        queue = batcher(scorer, max_batch_tokens=20)  # two items of 10
+        queue.start()
+        first = asyncio.ensure_future(queue.submit([task(10)]))
+        await scorer.started.wait()
+        lengths = [10] * 7 + [3] + [10] * 6
+        waiting = [asyncio.ensure_future(queue.submit([task(n)])) for n in lengths]
+        while queue.queued_tokens != sum(lengths):
+            await asyncio.sleep(0.001)
+        scorer.gate.set()
+        await asyncio.gather(first, *waiting)
+        await queue.stop()
+        batches = [[len(text) for text in batch] for batch in scorer.batches]
+        # three batches took a nearer item in its place; the fourth takes the 3 beside its foremost
+        assert batches == [[10], [10, 10], [10, 10], [10, 10], [10, 3], [10, 10], [10, 10], [10, 10]]
+
+    asyncio.run(scenario())
+
+
+def test_equals_are_computed_in_the_order_of_their_arrival_whatever_they_say() -> None:
+    class Sharing(LengthScorer):
+        shares_prefixes = True
+
+        def prepare(self, task: Task) -> Prepared:
+            assert isinstance(task, ScoreTask)
+            ids = tuple(map(ord, task.conversation[-1].content))
+            return Prepared(task, (ids,), len(ids), len(ids))
+
+    async def scenario() -> None:
+        scorer = Sharing()
+        scorer.gate.clear()
+        queue = batcher(scorer, max_batch_tokens=30)
+        queue.start()
+        texts = [letter * 10 for letter in "mzaybxcwdv"]
+        calls = []
+        for text in texts:
+            conversation = (*user_prompt("q"), Message("assistant", text))
+            calls.append(asyncio.ensure_future(queue.submit([ScoreTask(conversation)])))
+        await scorer.started.wait()
+        while queue.queued_tokens < 10 * (len(texts) - 3):
+            await asyncio.sleep(0.001)
+        scorer.gate.set()
+        await asyncio.gather(*calls)
+        await queue.stop()
+        assert scorer.computed == texts
+
+    asyncio.run(scenario())
+
+
+def test_interactive_items_fill_a_batch_before_bulk_items_nearer_in_length() -> None:
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        scorer.gate.clear()
+        queue = batcher(scorer, max_batch_tokens=40)
+        queue.start()
+        first = asyncio.ensure_future(queue.submit([task(1)]))
+        await scorer.started.wait()
+        bulk = asyncio.ensure_future(queue.submit([task(20)], priority=Priority.BULK))
+        quick = asyncio.ensure_future(queue.submit([task(20), task(9)]))
+        while queue.queued_tokens != 49:
+            await asyncio.sleep(0.001)
+        scorer.gate.set()
+        await asyncio.gather(first, bulk, quick)
+        await queue.stop()
+        assert [[len(text) for text in batch] for batch in scorer.batches] == [[1], [20, 9], [20]]
+
+    asyncio.run(scenario())
