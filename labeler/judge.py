@@ -272,6 +272,8 @@ class Judge:
     async def _ask(self, question: Question) -> Judgment:
         """All rationales of a question; those that fail are left out of the average."""
         count = self.recipe.num_rationales if question.rationale_cue is not None else 1
+        if count == 1:  # the usual case costs no task of its own
+            return replace(await self._ask_once(question, 0), principle=question.principle)
         said = await asyncio.gather(*(self._ask_once(question, number) for number in range(count)))
         tokens = {
             name: sum(getattr(j, name) for j in said)
@@ -288,8 +290,10 @@ class Judge:
         """Rationale, forced ending, label probabilities."""
         messages = user_prompt(question.user)
         source = await self._source()
-        seed = int(content_id(self.recipe.seed, number, question.user), 16) % 2**31
         rationale = written = None
+        seed = 0  # reading probabilities draws nothing
+        if source != "logprobs" or question.rationale_cue is not None:
+            seed = int(content_id(self.recipe.seed, number, question.user), 16) % 2**31
         paid: list[Generation] = []
         try:
             if source == "verdict":
