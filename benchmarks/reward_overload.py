@@ -149,9 +149,9 @@ class Clients:
 
 
 def _reason(err: grpc.aio.AioRpcError) -> str:
-    """Code and typed reason of a refusal, `untyped` where there is none; says whether it tells when to come back."""
+    """Code and typed reason of a refusal, `untyped` and the message where there is none; says whether it tells when to come back."""
     status = rpc_status.from_call(err)
-    reason, delay = "untyped", ""
+    reason, delay = f"untyped: {err.details()}", ""
     for detail in () if status is None else status.details:
         info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
         if detail.Unpack(info):
