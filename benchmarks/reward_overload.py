@@ -149,7 +149,7 @@ class Clients:
 
 
 def _reason(err: grpc.aio.AioRpcError) -> str:
-    """Code and typed reason of a refusal, or its message where there is none; and whether it tells when to come back."""
+    """Code and typed reason of a refusal, or its message if there is none; whether it tells when to come back."""
     status = rpc_status.from_call(err)
     reason, delay = f"untyped: {err.details()}", ""
     for detail in () if status is None else status.details:
