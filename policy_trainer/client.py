@@ -116,10 +116,10 @@ class Access:
 class AsyncRewardClient:
     """A reward server over gRPC, with deadlines, bounded retries and a pinned model version.
 
-    Retried: UNAVAILABLE (restarting, warming up, draining) and RESOURCE_EXHAUSTED that carries RetryInfo (the
-    queue is full), until `give_up_after_s` have passed since the call began. Everything else is an error at
-    once. The version is pinned by the first `info()`: a server that comes back with other weights is refused,
-    because rewards of two models must not be mixed in one run.
+    Retried: UNAVAILABLE (restarting, warming up, draining), CANCELLED by the server (it stopped with the call just
+    arrived) and RESOURCE_EXHAUSTED that carries RetryInfo (the queue is full), until `give_up_after_s` have passed
+    since the call began. Everything else is an error at once. The version is pinned by the first `info()`: a server
+    that comes back with other weights is refused, because rewards of two models must not be mixed in one run.
     """
 
     def __init__(
@@ -542,9 +542,11 @@ def read_outcome(outcome: reward_pb2.ScoreOutcome) -> Reward:
 def retry_delay(err: grpc.aio.AioRpcError) -> float | None:
     """Seconds that the server asks to wait (0: it does not say), or None if the call must not be repeated.
 
-    RESOURCE_EXHAUSTED without RetryInfo is a message over a size limit: the same call would fail again.
+    RESOURCE_EXHAUSTED without RetryInfo is a message over a size limit: the same call would fail again. CANCELLED is
+    the server's word here (a call that the caller gives up raises `asyncio.CancelledError`): a stopping server lets go
+    of calls that reached it after its last look, and to score again does no harm.
     """
-    if err.code() is grpc.StatusCode.UNAVAILABLE:
+    if err.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return _retry_info(err) or 0.0
     if err.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return _retry_info(err)

@@ -122,6 +122,14 @@ def test_resource_exhausted_without_retry_info_is_an_error_at_once(
     assert len(numbers.calls) == 1
 
 
+def test_a_call_that_a_stopping_server_lets_go_of_is_made_again(
+    client: RewardClient, numbers: NumberServer
+) -> None:
+    numbers.moods = [refusing(grpc.StatusCode.CANCELLED, "CANCELLED")]
+    assert client.score([conversation("4")])[0].raw == 4.0
+    assert len(numbers.calls) == 2
+
+
 def test_a_refused_request_is_not_retried(client: RewardClient, numbers: NumberServer) -> None:
     numbers.moods = [refusing(grpc.StatusCode.INVALID_ARGUMENT, "items[0] ends with a user turn")] * 5
     with pytest.raises(RewardServerError, match="INVALID_ARGUMENT: items"):
