@@ -8,6 +8,9 @@ clock. Two things are learnt, since a 429 can mean either:
   bucket, fixed or sliding window, requests at a time), so that count over that time is the allowed rate. From there
   the rate follows a cubic (RFC 9438, in rates instead of windows): flat near the known limit, then ever faster, so that
   refusals are rare and a raised limit is found within a minute.
+
+A third kind of 429 teaches nothing: a server or a proxy that refuses a few requests whatever the rate. It is known by
+going on as before while the rate falls.
 """
 
 from __future__ import annotations
@@ -29,6 +32,30 @@ _CALM = 5
 """So many answers after an error of the server do not make the concurrency grow: it stops if one in six fails."""
 
 _LONGEST_HOLD_S = 60.0
+
+_STEP = 0.8
+"""A rate that is cut to less than this at once was measured anew: the fall begins there."""
+
+_LOWER = 0.99
+"""A refusal that comes at more than this share of the rate of the one before ends a fall."""
+
+_BEGUN = 0.9
+"""Share of its first rate to which a fall must have come to be one: about a limit, the rate varies by less."""
+
+_FUTILE = 0.5
+"""Refusals that go on while the rate falls to this share of what it was may have another cause than the rate."""
+
+_ENOUGH = 60
+"""Requests of a fall before it is judged."""
+
+_MOST_NOISE = 0.2
+"""Share of requests refused in a fall that can be noise: a limit below half the rate refuses more."""
+
+_RARER = 3.0
+"""A refusal that comes so much later than on average is the sign of a fall that nears the limit."""
+
+_NOISE_WINDOW = 100
+"""Requests over which refusals without a cause are counted, to tell when a limit comes on top of them."""
 
 _RETRY_SHARE = 0.09
 """Retries per answered request, in the long run."""
@@ -159,12 +186,52 @@ class RetryBudget:
         return True
 
 
+@dataclass(slots=True)
+class _Fall:
+    """Refusals at lower and lower rates.
+
+    Attributes:
+        rate: at its beginning, in requests per second.
+        lowest: rate at which a request was refused, so far.
+        first: number of the first request refused after the rate had fallen to `_BEGUN` of that.
+        refused: requests refused after that one.
+        last: number of the last request refused.
+        gap: requests between that one and the one before.
+    """
+
+    rate: float
+    lowest: float
+    first: int | None = None
+    refused: int = 0
+    last: int = 0
+    gap: int = 0
+
+    def go_on(self, number: int, rate: float) -> None:
+        """Another request was refused, in order of their answers."""
+        self.last, self.gap = number, number - self.last
+        if self.first is not None:
+            self.refused += 1
+        elif rate < _BEGUN * self.rate:
+            self.first = number
+
+    def noise(self, rate: float, sent: int) -> float | None:
+        """Share of requests that are refused at any rate, once the fall shows it; `sent` counts all requests."""
+        if self.first is None or rate > _FUTILE * self.rate or sent - self.first < _ENOUGH:
+            return None
+        share = self.refused / (sent - self.first)
+        return share if share < _MOST_NOISE and self.gap * share < _RARER else None
+
+
 class RateFinder:
     """The rate at which a server lets requests in, learnt from what it admits and refuses; infinite at first.
 
     After a refusal the rate is set a little below the limit found, rises back to it, stays about it, then rises ever
     faster: after t seconds it is limit * (1 + 0.05 ((t - K) / K)^3), which is 0.95 at first, 1.05 at 2 K, and twice the
     limit at 3.7 K. K is 10 s, more for slow limits so that refusals stay rare.
+
+    Refusals at lower and lower rates make it fall. If few requests are refused while it falls to half of what it was,
+    and some still are there, no limit is the cause: it would have refused more at first or none at last. Then they are
+    noise and count no more, until they become many more than that.
     """
 
     def __init__(self) -> None:
@@ -178,6 +245,9 @@ class RateFinder:
         self._refused = 0
         self._shut = 0
         self._marks: deque[tuple[float, int]] = deque(maxlen=64)
+        self._fall = _Fall(math.inf, 0.0)
+        self._noise = 0.0
+        self._lately: deque[int] = deque(maxlen=_NOISE_WINDOW)
 
     def sent(self, now: float) -> int:
         """A request went out; returns its number."""
@@ -207,6 +277,9 @@ class RateFinder:
             None if the request went out before the last refusal was heard of, so that it tells nothing. Else for how
             many seconds nothing should be sent, often 0.
         """
+        self._fall.go_on(number, self._limit)
+        if self._noise and self._is_noise(number, sent_at):
+            return None
         if number < self._heard:
             self._refused += number >= self._epoch_number
             return None
@@ -219,11 +292,41 @@ class RateFinder:
             return min(_LONGEST_HOLD_S, max(retry_after or 0.0, 0.25 * 2.0 ** min(self._shut, 10)))
         before = self.rate(now)
         self._limit, self._since = min(before, self._measure(admitted, number, sent_at, before)), now
-        self._epoch_at, self._epoch_number, self._refused, self._shut = sent_at, number + 1, 0, 0
+        self._begin_epoch(number, sent_at)
         self._marks.clear()
+        if self._limit < _STEP * before or before > _LOWER * self._fall.lowest:
+            self._fall = _Fall(self._limit, before)
+        self._fall.lowest = min(self._fall.lowest, before)
+        if share := self._fall.noise(self._limit, self._sent):
+            self._noise, self._limit = share, math.inf
+            return 0.0
         if not math.isinf(before):
             return 0.0
         return min(_LONGEST_HOLD_S, max(retry_after or 0.0, 0.5))
+
+    def _begin_epoch(self, number: int, sent_at: float) -> None:
+        """Count what is admitted anew, from the refused request on."""
+        self._epoch_at, self._epoch_number, self._refused, self._shut = sent_at, number + 1, 0, 0
+
+    def _is_noise(self, number: int, sent_at: float) -> bool:
+        """Whether a refusal is one of those that come at any rate.
+
+        It is not if they are many more than chance brings in the life of a run, or if there was none for so long that
+        the noise has ended.
+        """
+        since = number - max(self._lately, default=number)
+        self._lately.append(number)
+        recent = sum(n > number - _NOISE_WINDOW for n in self._lately)
+        expected = self._noise * _NOISE_WINDOW
+        if since * self._noise < 20.0 and recent <= 2.5 * expected + 6.0:
+            if number - self._epoch_number >= _NOISE_WINDOW:
+                self._begin_epoch(number, sent_at)
+            else:
+                self._refused += number >= self._epoch_number
+            return True
+        self._noise = 0.0
+        self._lately.clear()
+        return False
 
     def _measure(self, admitted: int, number: int, sent_at: float, before: float) -> float:
         """Requests per second that the server admitted until it refused this one.

@@ -238,11 +238,27 @@ class Window:
         return 60.0 - now % 60.0
 
 
+class Fickle:
+    """Refuses one request in twenty, whatever the rate."""
+
+    def __init__(self) -> None:
+        self.rate, self.chance = math.inf, random.Random(2)
+
+    def set(self, rate: float) -> None:
+        pass
+
+    def admits(self, now: float) -> bool:
+        return self.chance.random() >= 0.05
+
+    def wait(self, now: float) -> float:
+        return 0.1
+
+
 Retry = Callable[[float], float | None]
 
 
 def besiege(
-    server: Bucket | Window,
+    server: Bucket | Window | Fickle,
     *,
     seconds: float,
     change: tuple[float, float],
@@ -255,7 +271,7 @@ def besiege(
     refused: Counter[int] = Counter()
     chance = random.Random(0)
     numbers = itertools.count()
-    per_minute = [server.rate * 60.0 if isinstance(server, Bucket) else server.limit]
+    per_minute = [server.limit if isinstance(server, Window) else server.rate * 60.0]
 
     async def attempt(gate: Gate, passed: Pass, clock: Callable[[], float]) -> float | None:
         """One request; how long to wait for the next attempt, None if it was admitted."""
@@ -338,6 +354,15 @@ def test_a_limit_per_clock_minute_is_used_in_every_minute() -> None:
     admitted, refused = besiege(Window(10.0, 0.0), seconds=240.0, change=(1e3, 10.0), retry=RETRIES["whole"])
     assert [admitted[2 * m] + admitted[2 * m + 1] for m in range(4)] == [600] * 4
     assert sum(refused.values()) < 0.02 * sum(admitted.values())
+
+
+@pytest.mark.parametrize("retry", RETRIES)
+def test_refusals_that_come_at_any_rate_do_not_slow_the_run(retry: str) -> None:
+    admitted, refused = besiege(Fickle(), seconds=120.0, change=(1e3, 1.0), retry=RETRIES[retry])
+    at_most = 128 / 0.2 * 30  # requests in flight through their latency, in half a minute
+    assert 0.9 * at_most <= admitted[3] <= 1.1 * at_most
+    asked = admitted[3] + refused[3]
+    assert refused[3] == pytest.approx(0.05 * asked, rel=0.15)
 
 
 def test_stragglers_delay_nothing_but_themselves() -> None:
