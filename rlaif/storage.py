@@ -29,6 +29,12 @@ _ADVICE = {
     errno.EPERM: "choose a folder you may write to",
 }
 
+_ROWS_AT_A_TIME = 1024
+
+_ROW_GROUP_BYTES = 16 << 20
+"""Size of a row group before compression: small enough to hold in memory, and large enough that a file of a million
+rows has few. The writer keeps what it will say of each group until the end."""
+
 
 @contextmanager
 def storing(path: str | os.PathLike[str]) -> Iterator[None]:
@@ -89,9 +95,9 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def write_parquet(
-    path: str | os.PathLike[str], rows: Iterable[dict[str, Any]], schema: pyarrow.Schema, *, group: int = 1024
+    path: str | os.PathLike[str], rows: Iterable[dict[str, Any]], schema: pyarrow.Schema
 ) -> int:
-    """Stream `rows` into a Parquet file, `group` rows in memory at a time; the file appears whole or not at all.
+    """Stream `rows` into a Parquet file, one row group in memory at a time; the file appears whole or not at all.
 
     Returns:
         The number of rows written.
@@ -109,12 +115,21 @@ def write_parquet(
     with replacing(target) as temporary:
         with storing(target):
             writer = pq.ParquetWriter(temporary, schema)
+        group: list[pyarrow.RecordBatch] = []
+
+        def write() -> None:
+            with storing(target):
+                writer.write_table(pa.Table.from_batches(group, schema))
+            group.clear()
+
         try:
-            while batch := list(islice(source, group)):
-                table = pa.Table.from_pylist(batch, schema=schema)
-                with storing(target):
-                    writer.write_table(table)
+            while batch := list(islice(source, _ROWS_AT_A_TIME)):
+                group.append(pa.RecordBatch.from_pylist(batch, schema=schema))
                 count += len(batch)
+                if sum(part.nbytes for part in group) >= _ROW_GROUP_BYTES:
+                    write()
+            if group:
+                write()
         finally:
             with storing(target):
                 writer.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rlaif.errors import DataError, StorageError
@@ -154,8 +155,17 @@ def test_a_row_that_fails_while_parquet_is_written_leaves_no_file(tmp_path: Path
         raise ConnectionResetError("the endpoint went away")
 
     with pytest.raises(ConnectionResetError):
-        write_parquet(tmp_path / "out.parquet", rows(), SCHEMA, group=1)
+        write_parquet(tmp_path / "out.parquet", rows(), SCHEMA)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_dataset_has_few_row_groups_and_they_are_bounded(tmp_path: Path) -> None:
+    text = "x" * 1000
+    rows = ({"prompt": f"{i} {text}", "chosen": text, "rejected": "c"} for i in range(20_000))
+    assert write_parquet(tmp_path / "out.parquet", rows, SCHEMA) == 20_000
+    metadata = pq.ParquetFile(tmp_path / "out.parquet").metadata
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert sum(groups) == 20_000 and max(groups) * 2000 <= 2 * 16 * 2**20 and len(groups) <= 4
 
 
 def test_a_failed_rewrite_leaves_the_earlier_parquet_file(tmp_path: Path) -> None:
