@@ -297,7 +297,8 @@ class Report:
         where = (
             f"{ended['date']}, {ended['cpu']}, {ended['cores']} cores, {ended['memory_gib']} GiB, Python "
             f"{ended['python']}; niceness {ended['niceness']}, load average {before['load_average']} before, "
-            f"{ended['load_average']} after; a fixed loop of Python took {before['python_loop_ms']} and {ended['python_loop_ms']} ms of processor time."
+            f"{ended['load_average']} after; a fixed loop of Python took {before['python_loop_ms']} and "
+            f"{ended['python_loop_ms']} ms of processor time."
         )
         page = f"# {self.title}\n\n{body}\n\n{verdicts}\n\n{where}\n"
         print(page)
