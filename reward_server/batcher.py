@@ -181,6 +181,7 @@ class Batcher:
         for lane in self._lanes:
             lane.cancel()
         await asyncio.gather(*self._lanes, return_exceptions=True)
+        self._lanes.clear()  # their tracebacks lead back here, and a model must be freed without a collection
         self._tokenizer.shutdown(wait=False, cancel_futures=True)
         await self.scorer.close()
 

@@ -231,6 +231,7 @@ async def serve(config: ServeConfig, load: Callable[[], Awaitable[Scorer]]) -> N
         _settle()
         also = "" if server.http_address is None else f" and {server.http_address}"
         print(f"serving {scorer.name} version={scorer.version} on {address}{also}", flush=True)
+        del scorer, loading  # the registry alone holds a model, and lets it go when it is unloaded
         if config.ready_file is not None:
             write_atomic(config.ready_file, address)
         await _first(stopping, broken)
