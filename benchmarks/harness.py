@@ -255,6 +255,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "load_average": round(os.getloadavg()[0], 2),
+        "niceness": os.nice(0),
         "python_loop_ms": round(loop_ms(), 1),
     }
 
@@ -295,8 +296,9 @@ class Report:
         before = self.started
         where = (
             f"{ended['date']}, {ended['cpu']}, {ended['cores']} cores, {ended['memory_gib']} GiB, Python "
-            f"{ended['python']}; load average {before['load_average']} before, {ended['load_average']} after; a fixed "
-            f"loop of Python took {before['python_loop_ms']} and {ended['python_loop_ms']} ms of processor time."
+            f"{ended['python']}; niceness {ended['niceness']}, load average {before['load_average']} before, "
+            f"{ended['load_average']} after; a fixed loop of Python took {before['python_loop_ms']} and "
+            f"{ended['python_loop_ms']} ms of processor time."
         )
         page = f"# {self.title}\n\n{body}\n\n{verdicts}\n\n{where}\n"
         print(page)

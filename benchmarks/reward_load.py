@@ -11,7 +11,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,13 +18,12 @@ from typing import Any
 import grpc
 import harness
 import torch
+from reward_callers import Chat, text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForSequenceClassification
 
 from protos.rlaif.reward.v1 import reward_pb2 as pb
 from protos.rlaif.reward.v1 import reward_pb2_grpc
-
-_LETTERS = "abcdefghijklmnopqrstuvwxyz     "
 
 
 def save_reward_model(folder: Path) -> Path:
@@ -53,25 +51,6 @@ def save_reward_model(folder: Path) -> Path:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
     return folder
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A prompt and a response, of about as many tokens as characters."""
-
-    prompt: str
-    response: str
-
-    def message(self, item_id: int) -> pb.ScoreItem:
-        """As the wire carries it."""
-        turns = [pb.Message(role="user", content=self.prompt)]
-        turns.append(pb.Message(role="assistant", content=self.response))
-        return pb.ScoreItem(id=item_id, conversation=pb.Conversation(messages=turns))
-
-
-def text(rng: random.Random, length: int) -> str:
-    """Letters and blanks."""
-    return "".join(rng.choices(_LETTERS, k=length))
 
 
 def chats(rng: random.Random, count: int, *, median: float = 110.0, sigma: float = 0.7) -> list[Chat]:

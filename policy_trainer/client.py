@@ -269,7 +269,8 @@ class AsyncRewardClient:
         while True:
             self._check_open()
             try:
-                return await call(request, timeout=self._timeout_s, metadata=self._metadata)
+                metadata = (*self._metadata, *trace_headers())
+                return await call(request, timeout=self._timeout_s, metadata=metadata)
             except (grpc.aio.AioRpcError, grpc.aio.UsageError) as err:
                 self._check_open(err)
                 if isinstance(err, grpc.aio.UsageError):
@@ -568,6 +569,20 @@ def _retry_info(err: grpc.aio.AioRpcError) -> float | None:
             if detail.Unpack(retry):
                 return float(retry.retry_delay.seconds + retry.retry_delay.nanos * 1e-9)
     return None
+
+
+def trace_headers() -> tuple[tuple[str, str], ...]:
+    """`traceparent` of the span under way, so that the server's belongs to the same trace; nothing without one.
+
+    Whoever has a span has imported OpenTelemetry; nobody else needs to.
+    """
+    if "opentelemetry.trace" not in sys.modules:
+        return ()
+    from opentelemetry import propagate
+
+    headers: dict[str, str] = {}
+    propagate.inject(headers)
+    return tuple(headers.items())
 
 
 def details(err: grpc.aio.AioRpcError) -> str:

@@ -320,6 +320,53 @@ class ScoreConfig:
             raise ConfigError("output is the dataset itself: name another file")
 
 
+@dataclass(frozen=True)
+class ModelsConfig:
+    """List the models that a reward server holds."""
+
+    reward_server: str
+    """HOST:PORT of the reward server, or several separated by commas, of which each is asked."""
+    timeout_s: float = 600.0
+    """Deadline of one request, in seconds; a model must load within it."""
+    give_up_after_s: float = 10.0
+    """How long an unavailable server is waited for, in seconds."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        require(self.timeout_s > 0, "timeout_s", self.timeout_s, "positive")
+        require(self.give_up_after_s >= 0, "give_up_after_s", self.give_up_after_s, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadModelConfig(ModelsConfig):
+    """Load a reward model in a server beside the one that serves, which goes on serving meanwhile."""
+
+    model: str
+    """Reward model as `rlaif serve --model` takes it; the server reads it, from its own disk."""
+    activate: bool = False
+    """Once it is loaded and warmed up, let it answer all calls that expect no version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivateModelConfig(ModelsConfig):
+    """Let a loaded model answer all calls that expect no version, from the next call on."""
+
+    version: str
+    """The model's version, as `rlaif models list` shows it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnloadModelConfig(ModelsConfig):
+    """Free a model that is not active, once the calls that it has begun are answered."""
+
+    version: str
+    """The model's version, as `rlaif models list` shows it."""
+
+
 def require(condition: bool, name: str, value: object, must_be: str) -> None:
     """Raise a ConfigError that says what `name` must be, unless `condition` holds."""
     if not condition:

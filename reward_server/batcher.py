@@ -13,10 +13,11 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 from enum import IntEnum
 
-from reward_server.observe import Observer, Silent
+from reward_server.observe import Observer
 from reward_server.plan import families
 from reward_server.scorers.base import (
     Failure,
@@ -89,7 +90,10 @@ class Report:
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """A request on its way. `deadline` and times are in seconds of `time.monotonic`."""
+    """A request on its way, and the context of the call that made it.
+
+    `deadline` and times are in seconds of `time.monotonic`.
+    """
 
     outcomes: list[Outcome | None]
     done: asyncio.Future[None]
@@ -97,6 +101,7 @@ class _Request:
     priority: Priority
     alone: bool
     pending: int
+    context: Context = field(default_factory=copy_context)
     first_cut: float | None = None
     compute_s: float = 0.0
     batch_items: int = 0
@@ -140,7 +145,7 @@ class Batcher:
         observer: Observer | None = None,
     ) -> None:
         self.scorer = scorer
-        self._observer = observer or Silent()
+        self._observer = observer or Observer()
         self._max_batch_tokens = max_batch_tokens
         self._max_queue_tokens = max_queue_tokens
         self._max_queue_items = max_queue_items
@@ -176,6 +181,7 @@ class Batcher:
         for lane in self._lanes:
             lane.cancel()
         await asyncio.gather(*self._lanes, return_exceptions=True)
+        self._lanes.clear()  # their tracebacks lead back here, and a model must be freed without a collection
         self._tokenizer.shutdown(wait=False, cancel_futures=True)
         await self.scorer.close()
 
@@ -228,8 +234,6 @@ class Batcher:
                 await self._drop(request)
                 raise
         first_cut = request.first_cut if request.first_cut is not None else time.monotonic()
-        self._observer.waited(first_cut - tokenized)
-        self._observer.outcomes([o for o in request.outcomes if o is not None])
         return Report(
             [o for o in request.outcomes if o is not None],
             queue_s=first_cut - tokenized,
@@ -419,8 +423,9 @@ class Batcher:
         tokens = sum(item.tokens for item in items)
         padded = self.scorer.cost(items)
         self._rate.update(tokens, seconds)
-        self._observer.batch(len(batch), tokens, padded, seconds)
-        for request in {id(e.request): e.request for e in batch}.values():
+        requests = {id(e.request): e.request for e in batch}.values()
+        self._observer.batch(len(batch), tokens, padded, seconds, [r.context for r in requests])
+        for request in requests:
             request.compute_s += seconds
             request.batch_items = max(request.batch_items, len(batch))
             if tokens > request.batch_tokens:

@@ -111,6 +111,9 @@ class ServeConfig:
     """Serve Prometheus metrics at http://HOST:PORT/metrics; 0 picks a free port."""
     metrics_host: str = "127.0.0.1"
     """Address of the metrics. They hold counts, durations and model names, never text."""
+    otlp_endpoint: str | None = None
+    """Send OpenTelemetry spans to the collector at this URL over gRPC, http://localhost:4317 for example. The OTEL_*
+    variables set the rest: service name, sampler, headers, certificates. Spans hold no text."""
     insecure: bool = False
     """Listen beyond loopback without TLS or without tokens; whoever reaches the port may score and swap models."""
     http_port: int | None = None
@@ -162,6 +165,11 @@ class ServeConfig:
             raise ConfigError(
                 f"--host {self.host} is not loopback: give --tls_cert, --tls_key and --token_file, or --insecure if "
                 "whoever reaches the port may score and swap models"
+            )
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"--otlp_endpoint must be the URL of an OTLP collector, http://localhost:4317 for example, not "
+                f"{self.otlp_endpoint}"
             )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be between 0 and 65535, not {self.port}")

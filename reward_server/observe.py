@@ -1,37 +1,61 @@
-"""What the server tells of itself: an interface that the batcher and the service report to, and Prometheus behind it.
+"""What the server tells of itself: the hooks that the batcher and the service report to, and Prometheus behind them.
 
 No text of a prompt or response is ever reported, counted by, or logged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import Context
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from reward_server.scorers.base import Failure, Outcome, Scored
+from reward_server.scorers.base import Failure, Outcome, Scored, Scorer
 from rlaif.errors import ConfigError
+
+if TYPE_CHECKING:
+    from reward_server.batcher import Report
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 _TOKENS = tuple(2**n for n in range(5, 18))
 _ITEMS = tuple(2**n for n in range(11))
 
 
-class Observer(Protocol):
-    """Hears what happens; must return at once."""
+@dataclass(slots=True)
+class Call:
+    """One call, or one request of a stream, on its way.
 
-    def call(self, method: str, code: str, seconds: float) -> None:
-        """A call ended with this status code."""
+    Attributes:
+        method: name of the gRPC method, or `POST /path`.
+        headers: metadata or headers that came with it.
+        service: full name of the gRPC service; None for HTTP.
+        code: how it ended: a gRPC status or an HTTP status; as long as nobody says, its caller went away.
+    """
 
-    def waited(self, seconds: float) -> None:
-        """A request's first item waited so long for its batch."""
+    method: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    service: str | None = None
+    code: str = "CANCELLED"
 
-    def batch(self, items: int, tokens: int, padded: int, seconds: float) -> None:
-        """A batch was computed."""
 
-    def outcomes(self, outcomes: Sequence[Outcome]) -> None:
-        """Items got their outcomes."""
+class Observer:
+    """Hears what happens, and must return at once. This one tells nobody."""
+
+    def during(self, call: Call) -> AbstractContextManager[None]:
+        """Entered when a call arrives; left when it ended with `call.code`."""
+        return nullcontext()
+
+    def answered(self, scorer: Scorer, outcomes: Sequence[Outcome], report: Report) -> None:
+        """The items of the call under way have their outcomes; `report` is of those that reached the queue."""
+
+    def batch(
+        self, items: int, tokens: int, padded: int, seconds: float, calls: Sequence[Context] = ()
+    ) -> None:
+        """A batch was computed, for the calls under way in these contexts."""
 
     def out_of_memory(self) -> None:
         """A batch was split because the device had no room."""
@@ -43,32 +67,49 @@ class Observer(Protocol):
         """This model scores from now on."""
 
 
-class Silent:
-    """Tells nobody."""
+class Observers(Observer):
+    """Several that hear the same."""
 
-    def call(self, method: str, code: str, seconds: float) -> None:
-        """See `Observer`."""
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
 
-    def waited(self, seconds: float) -> None:
+    @contextmanager
+    def during(self, call: Call) -> Iterator[None]:
         """See `Observer`."""
+        with ExitStack() as stack:
+            for observer in self._observers:
+                stack.enter_context(observer.during(call))
+            yield
 
-    def batch(self, items: int, tokens: int, padded: int, seconds: float) -> None:
+    def answered(self, scorer: Scorer, outcomes: Sequence[Outcome], report: Report) -> None:
         """See `Observer`."""
+        for observer in self._observers:
+            observer.answered(scorer, outcomes, report)
 
-    def outcomes(self, outcomes: Sequence[Outcome]) -> None:
+    def batch(
+        self, items: int, tokens: int, padded: int, seconds: float, calls: Sequence[Context] = ()
+    ) -> None:
         """See `Observer`."""
+        for observer in self._observers:
+            observer.batch(items, tokens, padded, seconds, calls)
 
     def out_of_memory(self) -> None:
         """See `Observer`."""
+        for observer in self._observers:
+            observer.out_of_memory()
 
     def cancelled(self, items: int) -> None:
         """See `Observer`."""
+        for observer in self._observers:
+            observer.cancelled(items)
 
     def activated(self, name: str, version: str) -> None:
         """See `Observer`."""
+        for observer in self._observers:
+            observer.activated(name, version)
 
 
-class Metrics:
+class Metrics(Observer):
     """Prometheus metrics of one server, in a registry of their own.
 
     Attributes:
@@ -124,25 +165,20 @@ class Metrics:
             ) from err
         return int(server.server_port)
 
-    def call(self, method: str, code: str, seconds: float) -> None:
+    @contextmanager
+    def during(self, call: Call) -> Iterator[None]:
         """See `Observer`."""
-        self._calls.labels(method, code).inc()
-        self._call_seconds.labels(method).observe(seconds)
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._calls.labels(call.method, call.code).inc()
+            self._call_seconds.labels(call.method).observe(time.monotonic() - started)
 
-    def waited(self, seconds: float) -> None:
+    def answered(self, scorer: Scorer, outcomes: Sequence[Outcome], report: Report) -> None:
         """See `Observer`."""
-        self._wait.observe(seconds)
-
-    def batch(self, items: int, tokens: int, padded: int, seconds: float) -> None:
-        """See `Observer`."""
-        self._compute.observe(seconds)
-        self._items.observe(items)
-        self._tokens.observe(tokens)
-        self._real.inc(tokens)
-        self._padded.inc(padded)
-
-    def outcomes(self, outcomes: Sequence[Outcome]) -> None:
-        """See `Observer`."""
+        if report.outcomes:
+            self._wait.observe(report.queue_s)
         for outcome in outcomes:
             if isinstance(outcome, Failure):
                 self._outcomes.labels(outcome.problem).inc()
@@ -150,6 +186,16 @@ class Metrics:
             self._outcomes.labels("score").inc()
             if isinstance(outcome, Scored):
                 self._scores.observe(outcome.raw)
+
+    def batch(
+        self, items: int, tokens: int, padded: int, seconds: float, calls: Sequence[Context] = ()
+    ) -> None:
+        """See `Observer`."""
+        self._compute.observe(seconds)
+        self._items.observe(items)
+        self._tokens.observe(tokens)
+        self._real.inc(tokens)
+        self._padded.inc(padded)
 
     def out_of_memory(self) -> None:
         """See `Observer`."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from reward_server.batcher import Batcher
-from reward_server.observe import Observer, Silent
+from reward_server.observe import Observer
 from reward_server.scorers.base import Scorer
 from rlaif.errors import RlaifError
 
@@ -74,7 +74,7 @@ class ModelRegistry:
         self, queue: Callable[[Scorer], Batcher], *, max_models: int, observer: Observer | None = None
     ) -> None:
         self._queue = queue
-        self._observer = observer or Silent()
+        self._observer = observer or Observer()
         self._max_models = max_models
         self._models: list[Model] = []
         self._loading = 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -18,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from reward_server.batcher import Batcher
 from reward_server.config import ServeConfig
 from reward_server.facade.app import Facade
-from reward_server.observe import Metrics, Silent
+from reward_server.observe import Metrics, Observer, Observers
 from reward_server.registry import ModelRegistry
 from reward_server.scorers.base import Scorer
 from reward_server.scorers.composite import SUFFIXES, CompositeScorer
@@ -28,6 +29,9 @@ from reward_server.service import ADMIN_SERVICE, SERVICE, RewardService
 from rlaif.errors import ConfigError
 from rlaif.storage import write_atomic
 
+if TYPE_CHECKING:
+    from reward_server.traces import Traces
+
 _HEALTH_SERVICES = ("", SERVICE, ADMIN_SERVICE)
 
 
@@ -35,13 +39,20 @@ class RewardServer:
     """A bound gRPC server: first warming up, then serving, then drained.
 
     Health says NOT_SERVING before `open` and from `drain` on, for the whole server and for the service by name.
+
+    Args:
+        config: the flags.
+        traces: hears what is to be traced; None traces nothing.
     """
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, traces: Traces | None = None) -> None:
         self._config = config
         self._metrics = None if config.metrics_port is None else Metrics()
+        self._traces = traces
+        heard = [observer for observer in (self._metrics, traces) if observer is not None]
+        self._observer: Observer = Observers(*heard)
         self._service = RewardService(
-            observer=self._metrics,
+            observer=self._observer,
             max_items=config.max_items,
             max_request_bytes=config.max_request_bytes,
             max_stream_requests=config.max_stream_requests,
@@ -49,7 +60,7 @@ class RewardServer:
         )
         self._facade = None
         if config.http_port is not None:
-            self._facade = Facade(config, self._service, self._metrics or Silent())
+            self._facade = Facade(config, self._service, self._observer)
         self._health = HealthServicer()
         self._registry: ModelRegistry | None = None
         self.metrics_port: int | None = None
@@ -115,7 +126,7 @@ class RewardServer:
             return scorer
 
         self._registry = ModelRegistry(
-            self._queue, max_models=self._config.max_models, observer=self._metrics
+            self._queue, max_models=self._config.max_models, observer=self._observer
         )
         await self._registry.load(at_hand, activate=True)
         self._service.open(self._registry)
@@ -132,6 +143,8 @@ class RewardServer:
         await self._server.stop(grace=1.0)  # health answers until here, and idle connections close
         if self._registry is not None:
             await self._registry.close()
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
         return finished
 
     def _queue(self, scorer: Scorer) -> Batcher:
@@ -140,7 +153,7 @@ class RewardServer:
             max_batch_tokens=self._config.max_batch_tokens,
             max_queue_tokens=self._config.max_queue_tokens,
             max_queue_items=self._config.max_queue_items,
-            observer=self._metrics,
+            observer=self._observer,
         )
 
     def _queued_tokens(self) -> float:
@@ -150,7 +163,9 @@ class RewardServer:
     async def _load(self, model: str) -> Scorer:
         """A reward model of another name with this server's settings, for the admin calls."""
         config = replace(self._config, model=model, judge=None)
-        return await asyncio.to_thread(load_scorer, config)
+        scorer = await asyncio.to_thread(load_scorer, config)
+        _settle()
+        return scorer
 
 
 def _interceptors(config: ServeConfig) -> list[TokenInterceptor]:
@@ -203,7 +218,7 @@ async def serve(config: ServeConfig, load: Callable[[], Awaitable[Scorer]]) -> N
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = RewardServer(config)
+    server = RewardServer(config, _traces(config))
     address = await server.start()
     stopping: asyncio.Future[bool] = asyncio.ensure_future(stop.wait())
     loading = asyncio.ensure_future(load())
@@ -213,8 +228,10 @@ async def serve(config: ServeConfig, load: Callable[[], Awaitable[Scorer]]) -> N
             return
         scorer = await loading
         broken = await server.open(scorer)
+        _settle()
         also = "" if server.http_address is None else f" and {server.http_address}"
         print(f"serving {scorer.name} version={scorer.version} on {address}{also}", flush=True)
+        del scorer, loading  # the registry alone holds a model, and lets it go when it is unloaded
         if config.ready_file is not None:
             write_atomic(config.ready_file, address)
         await _first(stopping, broken)
@@ -226,6 +243,31 @@ async def serve(config: ServeConfig, load: Callable[[], Awaitable[Scorer]]) -> N
             config.ready_file.unlink(missing_ok=True)
         if not await server.drain():
             print(f"rlaif: requests were still in flight after {config.drain_timeout_s:g} s", flush=True)
+
+
+def _traces(config: ServeConfig) -> Traces | None:
+    """What the flags want to be traced.
+
+    Raises:
+        ConfigError: OpenTelemetry is not installed.
+    """
+    if config.otlp_endpoint is None:
+        return None
+    try:
+        from reward_server.traces import Traces
+    except ImportError as err:
+        raise ConfigError("--otlp_endpoint needs OpenTelemetry: pip install 'rlaif[otel]'") from err
+    return Traces.to_collector(config.otlp_endpoint)
+
+
+def _settle() -> None:
+    """Keep the garbage collector away from what is there to stay.
+
+    A full collection walks the 400,000 objects of PyTorch and transformers and holds every thread for 0.2 s, health
+    checks among them. Models that are unloaded are freed all the same: by their reference counts.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 async def _first(*futures: asyncio.Future[Any]) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -20,7 +19,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from protos.rlaif.reward.v1 import reward_pb2 as pb
 from reward_server import wire
 from reward_server.batcher import Overloaded, Priority, Report, TooLate
-from reward_server.observe import Observer, Silent
+from reward_server.observe import Call, Observer
 from reward_server.registry import Model, ModelRegistry, NoSuchModel, TooManyModels
 from reward_server.scorers.base import Failure, Outcome, Scorer, Task
 from rlaif.errors import RlaifError
@@ -82,7 +81,7 @@ class RewardService:
         load: Load,
         observer: Observer | None = None,
     ) -> None:
-        self._observer = observer or Silent()
+        self._observer = observer or Observer()
         self._max_items = max_items
         self._max_request_bytes = max_request_bytes
         self._max_stream_requests = max_stream_requests
@@ -115,17 +114,21 @@ class RewardService:
         INVALID_ARGUMENT, where grpc's own parsing step would answer UNKNOWN with a Python class name.
         """
         reward = {
-            "Score": self._unary("Score", self.score, pb.ScoreRequest),
+            "Score": self._unary(SERVICE, "Score", self.score, pb.ScoreRequest),
             "ScoreStream": grpc.stream_stream_rpc_method_handler(
                 self._stream, request_deserializer=None, response_serializer=_serialize
             ),
-            "Compare": self._unary("Compare", self.compare, pb.CompareRequest),
-            "GetInfo": self._unary("GetInfo", self.info, pb.GetInfoRequest),
+            "Compare": self._unary(SERVICE, "Compare", self.compare, pb.CompareRequest),
+            "GetInfo": self._unary(SERVICE, "GetInfo", self.info, pb.GetInfoRequest),
         }
         admin = {
-            "LoadModel": self._unary("LoadModel", self.load_model, pb.LoadModelRequest),
-            "ActivateModel": self._unary("ActivateModel", self.activate_model, pb.ActivateModelRequest),
-            "UnloadModel": self._unary("UnloadModel", self.unload_model, pb.UnloadModelRequest),
+            "LoadModel": self._unary(ADMIN_SERVICE, "LoadModel", self.load_model, pb.LoadModelRequest),
+            "ActivateModel": self._unary(
+                ADMIN_SERVICE, "ActivateModel", self.activate_model, pb.ActivateModelRequest
+            ),
+            "UnloadModel": self._unary(
+                ADMIN_SERVICE, "UnloadModel", self.unload_model, pb.UnloadModelRequest
+            ),
         }
         return (
             grpc.method_handlers_generic_handler(SERVICE, reward),
@@ -260,7 +263,9 @@ class RewardService:
                     ErrorInfo(reason="DEADLINE_TOO_SHORT", domain=wire.DOMAIN),
                 ) from err
         computed = iter(report.outcomes)
-        return [t if isinstance(t, Failure) else next(computed) for t in tasks], report
+        outcomes = [t if isinstance(t, Failure) else next(computed) for t in tasks]
+        self._observer.answered(model.scorer, outcomes, report)
+        return outcomes, report
 
     # ---- streams ----
 
@@ -270,18 +275,26 @@ class RewardService:
         room = asyncio.Semaphore(self._max_stream_requests)
         open_tasks: set[asyncio.Task[None]] = set()
 
+        headers = _headers(context)
+
         async def answer(envelope: pb.ScoreStreamRequest) -> None:
             response = pb.ScoreStreamResponse(request_id=envelope.request_id)
-            try:
-                scored = await self._score(
-                    envelope.request, context.time_remaining(), Priority.BULK, wait_s=math.inf
-                )
-                response.response.CopyFrom(scored)
-            except Refusal as err:
-                response.error.CopyFrom(err.status)
-            except Exception:
-                _LOG.exception("a request of a stream failed")
-                response.error.CopyFrom(status_pb2.Status(code=code_pb2.INTERNAL, message="internal error"))
+            call = Call("ScoreStream", headers, SERVICE)
+            with self._observer.during(call):
+                try:
+                    scored = await self._score(
+                        envelope.request, context.time_remaining(), Priority.BULK, wait_s=math.inf
+                    )
+                    response.response.CopyFrom(scored)
+                    call.code = "OK"
+                except Refusal as err:
+                    response.error.CopyFrom(err.status)
+                    call.code = _NAMES[err.status.code].name
+                except Exception:
+                    _LOG.exception("a request of a stream failed")
+                    internal = status_pb2.Status(code=code_pb2.INTERNAL, message="internal error")
+                    response.error.CopyFrom(internal)
+                    call.code = "INTERNAL"
             await answers.put(response)
 
         async def read() -> None:
@@ -406,29 +419,28 @@ class RewardService:
 
     def _unary(
         self,
+        service: str,
         method: str,
         behaviour: Callable[[Request, float | None], Awaitable[Response]],
         request_class: type[Request],
     ) -> grpc.RpcMethodHandler[bytes, bytes]:
-        async def call(data: bytes, context: Context) -> Response:
-            started = time.monotonic()
-            code = "CANCELLED"
-            try:
-                response = await behaviour(_parse(request_class, data), context.time_remaining())
-                code = "OK"
-                return response
-            except Refusal as err:
-                code = _NAMES[err.status.code].name
-                await _abort(context, err.status)
-                raise
-            except Exception:
-                code = "UNKNOWN"
-                raise
-            finally:
-                self._observer.call(method, code, time.monotonic() - started)
+        async def answer(data: bytes, context: Context) -> Response:
+            call = Call(method, _headers(context), service)
+            with self._observer.during(call):
+                try:
+                    response = await behaviour(_parse(request_class, data), context.time_remaining())
+                    call.code = "OK"
+                    return response
+                except Refusal as err:
+                    call.code = _NAMES[err.status.code].name
+                    await _abort(context, err.status)
+                    raise
+                except Exception:
+                    call.code = "UNKNOWN"
+                    raise
 
         return grpc.unary_unary_rpc_method_handler(
-            cast("Any", call), request_deserializer=None, response_serializer=_serialize
+            cast("Any", answer), request_deserializer=None, response_serializer=_serialize
         )
 
     def _counted(self) -> _InFlight:
@@ -463,6 +475,11 @@ def _parse(request_class: type[Request], data: bytes) -> Request:
     except DecodeError as err:
         name = request_class.DESCRIPTOR.full_name
         raise Refusal(code_pb2.INVALID_ARGUMENT, f"the message is no valid {name}") from err
+
+
+def _headers(context: Context) -> dict[str, str]:
+    """The text metadata of a call."""
+    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 def _serialize(message: Message) -> bytes:

@@ -97,6 +97,22 @@ COMMANDS = (
         "score", "score a file of conversations with a reward server",
         "policy_trainer.config:ScoreConfig", "policy_trainer.score:run",
     ),
+    Command(
+        "models list", "the models that a reward server holds",
+        "policy_trainer.config:ModelsConfig", "policy_trainer.admin:list_models",
+    ),
+    Command(
+        "models load", "load a reward model beside the one that serves, or swap to it",
+        "policy_trainer.config:LoadModelConfig", "policy_trainer.admin:load",
+    ),
+    Command(
+        "models activate", "let a loaded model serve from now on",
+        "policy_trainer.config:ActivateModelConfig", "policy_trainer.admin:activate",
+    ),
+    Command(
+        "models unload", "free a model that does not serve",
+        "policy_trainer.config:UnloadModelConfig", "policy_trainer.admin:unload",
+    ),
 )  # fmt: skip
 
 

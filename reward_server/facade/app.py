@@ -21,7 +21,7 @@ from reward_server.config import ServeConfig
 from reward_server.facade import decisions, openrlhf, vllm
 from reward_server.facade.body import read
 from reward_server.facade.faults import Fault, refused, reply
-from reward_server.observe import Observer
+from reward_server.observe import Call, Observer
 from reward_server.scorers.base import Failure, Scorer, ScoreTask, Task
 from reward_server.security import RenewingContext, Role, Tokens
 from reward_server.service import Answer, Refusal, RewardService
@@ -210,16 +210,13 @@ class Facade:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        started = time.monotonic()
-        status = 499  # the client went away
-        try:
+        resource = request.match_info.route.resource
+        method = "other" if resource is None else f"{request.method} {resource.canonical}"
+        call = Call(method, request.headers, code="499")  # the client went away
+        with self._observer.during(call):
             response = await self._guarded(request, handler)
-            status = response.status
+            call.code = str(response.status)
             return response
-        finally:
-            resource = request.match_info.route.resource
-            method = "other" if resource is None else f"{request.method} {resource.canonical}"
-            self._observer.call(method, str(status), time.monotonic() - started)
 
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:

@@ -30,6 +30,7 @@ from reward_server.scorers.base import (
 )
 from reward_server.server import RewardServer
 from reward_server.service import SERVICE
+from reward_server.traces import Traces
 
 
 class LengthScorer:
@@ -113,10 +114,10 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(scorer: Scorer, **flags: Any) -> AsyncIterator[Served]:
+async def serving(scorer: Scorer, *, traces: Traces | None = None, **flags: Any) -> AsyncIterator[Served]:
     """A server on a free loopback port with this scorer, drained at the end."""
     config = ServeConfig(model=scorer.name, port=0, **flags)
-    server = RewardServer(config)
+    server = RewardServer(config, traces)
     address = await server.start()
     await server.open(scorer)
     async with grpc.aio.insecure_channel(address) as channel:

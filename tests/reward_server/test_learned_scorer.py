@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import json
+import os
 import random
+import signal
 import struct
+import weakref
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from protos.rlaif.reward.v1 import reward_pb2 as pb
+from protos.rlaif.reward.v1 import reward_pb2_grpc
+from reward_server.config import ServeConfig
 from reward_server.model import load_backbone, load_reward_model, scores
 from reward_server.scorers.base import Scored, ScoreTask
 from reward_server.scorers.learned import LearnedScorer
+from reward_server.server import serve
 from rlaif.chat import BUILTIN_TEMPLATES
 from rlaif.errors import ModelError
 from rlaif.types import Message, to_dicts, user_prompt
@@ -191,3 +200,39 @@ def test_the_last_token_is_read_even_when_it_is_eos(tmp_path: Path) -> None:
         by_hand = (hidden @ model.score.weight.T)[0, -1, 0].item()
         padded = scores(model, [ids, [0, *range(60, 80)]])[0].item()
     assert padded == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_an_unloaded_model_is_freed_without_a_garbage_collection(checkpoint: Path, tmp_path: Path) -> None:
+    """A server keeps what it has loaded from the collector, so nothing but reference counts may have to free it."""
+    ready = tmp_path / "address"
+    weights: list[weakref.ref[torch.Tensor]] = []
+
+    async def first() -> LearnedScorer:
+        scorer = load(checkpoint)
+        weights.extend(map(weakref.ref, scorer._forward._model.parameters()))
+        return scorer
+
+    async def swap() -> None:
+        config = ServeConfig(model=str(checkpoint), port=0, ready_file=ready, device="cpu")
+        serving = asyncio.create_task(serve(config, first))
+        while not ready.exists():
+            await asyncio.sleep(0.01)
+        async with grpc.aio.insecure_channel(ready.read_text()) as channel:
+            stub: Any = reward_pb2_grpc.RewardServiceStub(channel)  # type: ignore[no-untyped-call]
+            admin: Any = reward_pb2_grpc.ModelAdminServiceStub(channel)  # type: ignore[no-untyped-call]
+            old = (await stub.Score(score_request("a", "a" * 40))).model.version
+            other = tiny.save_classifier(tmp_path / "other", seed=1)
+            await admin.LoadModel(pb.LoadModelRequest(model=str(other), activate=True))
+            await stub.Score(score_request("a"))
+            assert all(weight() is not None for weight in weights)
+            await admin.UnloadModel(pb.UnloadModelRequest(version=old))
+            assert weights and not any(weight() is not None for weight in weights)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await serving
+
+    gc.disable()
+    try:
+        asyncio.run(swap())
+    finally:
+        gc.unfreeze()
+        gc.enable()
