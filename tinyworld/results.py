@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from labeler.agreement import agreements, bootstrap_interval, cohen_kappa, same_position
+from rlaif.agreement import agreements, bootstrap_interval, cohen_kappa, same_position
 from rlaif.records import Quarantine, read_candidates
 from tinyworld.gold import gold_prefers, gold_utility, review
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from labeler.agreement import agreement, bootstrap_interval, cohen_kappa, preference_kappa, same_position
+from rlaif.agreement import agreement, bootstrap_interval, cohen_kappa, preference_kappa, same_position
 
 
 def mean(values: np.ndarray) -> float:
