@@ -136,6 +136,27 @@ def mean(values: Floats) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
+def pearson(x: ArrayLike, y: ArrayLike) -> float:
+    """Pearson's correlation of two (N,) columns, in [-1, 1]; NaN where one of them does not vary."""
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if len(a) < 2 or a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's rank correlation of two (N,) columns, ties sharing their mean rank; NaN where one does not vary."""
+    return pearson(_ranks(x), _ranks(y))
+
+
+def _ranks(values: ArrayLike) -> Floats:
+    _, inverse, counts = np.unique(
+        np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True
+    )
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[inverse], dtype=np.float64)
+
+
 def finite(value: float) -> float | None:
     """The number, or None where it is NaN or infinite: a finding that cannot be had."""
     return float(value) if np.isfinite(value) else None

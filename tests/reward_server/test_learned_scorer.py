@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from protos.rlaif.reward.v1 import reward_pb2 as pb
-from reward_server.model import load_backbone, load_reward_model, scores
+from reward_server.forward import scores
+from reward_server.model import load_backbone, load_reward_model
 from reward_server.scorers.base import Scored, ScoreTask
 from reward_server.scorers.learned import LearnedScorer
 from rlaif.chat import BUILTIN_TEMPLATES
