@@ -31,15 +31,12 @@ def _head(found: Found) -> str:
 
 
 def _members(found: Found) -> str:
-    rows = [
-        (m["name"], percent_interval(m["accuracy"]), number(m["log_loss"]), _correlation(m))
-        for m in found["members"]
-    ]
-    return "## Members\n\n" + table(("", "accuracy, %", "log loss", "rank correlation with the scores"), rows)
-
-
-def _correlation(found: Found) -> str:
-    return interval(found["spearman"]) if found.get("spearman") else "-"
+    heads: tuple[str, ...] = ("", "accuracy, %", "log loss")
+    rows = [(m["name"], percent_interval(m["accuracy"]), number(m["log_loss"])) for m in found["members"]]
+    if "scores" in found:
+        heads = (*heads, "Spearman")
+        rows = [(*row, interval(m["spearman"])) for row, m in zip(rows, found["members"], strict=True)]
+    return "## Members\n\n" + table(heads, rows)
 
 
 def _scores(found: Found) -> str:

@@ -43,9 +43,10 @@ def add_adapters(model: PreTrainedModel, config: RewardModelConfig) -> PeftModel
             ),
         )
     except ValueError as err:
-        detail = " ".join(str(err).split())[:200]
+        detail = " ".join(str(err).split())[:120]
         raise ConfigError(
-            f"LoRA cannot be applied: {detail} (--lora_target_modules names layers, all-linear takes them all)"
+            f"LoRA cannot be applied to {', '.join(targets) or 'this architecture'}: give other "
+            f"--lora_target_modules, names of layers or all-linear ({detail})"
         ) from err
 
 

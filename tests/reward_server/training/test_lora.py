@@ -76,7 +76,7 @@ def test_an_encoders_new_pooler_and_head_are_trained_whole() -> None:
 
 def test_what_cannot_be_adapted_is_said_in_a_line(tmp_path: Path) -> None:
     model, _ = load_backbone(str(tiny.save_language_model(tmp_path)), chat_template=None, seed=0)
-    with pytest.raises(ConfigError, match=r"LoRA cannot be applied: .*nothere"):
+    with pytest.raises(ConfigError, match="LoRA cannot be applied to nothere: "):
         add_adapters(model, config(Path(), Path(), Path(), use_peft=True, lora_target_modules=("nothere",)))
     with pytest.raises(ConfigError, match="--no_disable_dropout"):
         config(Path(), Path(), Path(), use_peft=True, lora_dropout=0.1)
