@@ -32,7 +32,9 @@ def _head(found: Found) -> str:
 
 def _members(found: Found) -> str:
     heads: tuple[str, ...] = ("", "accuracy, %", "log loss")
-    rows = [(m["name"], percent_interval(m["accuracy"]), number(m["log_loss"])) for m in found["members"]]
+    rows: list[tuple[str, ...]] = [
+        (m["name"], percent_interval(m["accuracy"]), number(m["log_loss"])) for m in found["members"]
+    ]
     if "scores" in found:
         heads = (*heads, "Spearman")
         rows = [(*row, interval(m["spearman"])) for row, m in zip(rows, found["members"], strict=True)]
