@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from labeler.agreement import agreements, bootstrap_interval
 from policy_trainer.client import RewardClient
-from reward_server.train import is_held_out
+from reward_server.training.data import is_held_out
+from rlaif.agreement import agreements, bootstrap_interval
 from rlaif.records import Quarantine, read_preferences
 from rlaif.types import PreferenceRow, with_response
 

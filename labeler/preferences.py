@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from labeler.agreement import agreement, bootstrap_interval, preference_kappa
 from labeler.budget import Price
 from labeler.journal import Usage
 from labeler.outputs import MESSAGES
 from labeler.rubric import Rubric
+from rlaif.agreement import agreement, bootstrap_interval, preference_kappa
 from rlaif.types import Judgment, Message, Pair, Preference, to_dicts
 
 VOTE = pa.struct([("judge", pa.string()), ("chosen_prob", pa.float64())])

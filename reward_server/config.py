@@ -1,83 +1,14 @@
-"""The flags of `rlaif train rm` and `rlaif serve`. Imports neither torch nor grpc."""
+"""The flags of `rlaif serve`. Imports neither torch nor grpc."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from rlaif.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
-@dataclass(frozen=True)
-class RewardModelConfig:
-    """Train a reward model on soft preferences: a backbone with one scalar output."""
-
-    model_name_or_path: str
-    """Backbone: any sequence classifier with one output, or a causal or masked LM that gets a scalar head."""
-    dataset: Path
-    """Preference dataset: a folder written by `rlaif label pairs`, or a Parquet or JSONL file of pairs."""
-    output_dir: Path
-    """Where the reward model, its metrics and its checkpoint go."""
-    eval_dataset: Path | None = None
-    """Held-out preferences. Without it, `--eval_fraction` of the prompts of `--dataset` are held out."""
-    eval_fraction: float = 0.1
-    """Share of prompts held out, chosen by a hash of prompt and seed; all pairs of a prompt stay together."""
-    chat_template: str | None = None
-    """Chat template: `plain`, `transcript` or a Jinja file. By default the tokenizer's own."""
-    max_length: int = 1024
-    """Longest conversation in tokens; longer ones lose the oldest tokens of their prompt."""
-    learning_rate: float = 2e-5
-    """Peak learning rate of AdamW."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the learning rate after the warm-up; linear and cosine end at 0."""
-    warmup_ratio: float = 0.1
-    """Share of all steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay, on matrices only."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    num_train_epochs: int = 1
-    """Passes over the training pairs."""
-    per_device_train_batch_size: int = 32
-    """Pairs in one optimiser step."""
-    micro_batch_tokens: int = 4096
-    """Padded tokens in one forward pass. A matter of memory and speed: the step is the same whatever it is."""
-    freeze_layers: int = 0
-    """Keep the embeddings and the first n layers as they were pretrained (0 trains everything)."""
-    disable_dropout: bool = True
-    """Train without dropout, so that both responses of a pair are read by the same network."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the weights while training."""
-    logging_steps: int = 10
-    """Write metrics every n steps."""
-    save_steps: int = 100
-    """Write a checkpoint to resume from every n steps, and after each epoch."""
-    seed: int = 0
-    """Seed of the head, the order of pairs, the held-out split and dropout."""
-
-    VOLATILE: ClassVar[frozenset[str]] = frozenset({"logging_steps", "save_steps", "micro_batch_tokens"})
-
-    def __post_init__(self) -> None:
-        """Refuse combinations that cannot work."""
-        if self.eval_dataset is None and not 0.0 < self.eval_fraction < 1.0:
-            raise ConfigError(f"--eval_fraction must be between 0 and 1, not {self.eval_fraction}")
-        for name in (
-            "max_length",
-            "num_train_epochs",
-            "per_device_train_batch_size",
-            "micro_batch_tokens",
-            "logging_steps",
-            "save_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.learning_rate <= 0:
-            raise ConfigError(f"--learning_rate must be positive, not {self.learning_rate}")
-        if not 0.0 <= self.warmup_ratio <= 1.0:
-            raise ConfigError(f"--warmup_ratio must be between 0 and 1, not {self.warmup_ratio}")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from reward_server.model import pad
 from reward_server.plan import Costs, Group, Ids, plan
 
 _CPU = Costs(overhead=48, best_tokens=2048)
@@ -25,6 +24,38 @@ model of 8 B to 1 B parameters."""
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _PROBE = 24
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Right-padded input_ids (N, T) and attention_mask (N, T), int64; mask 1 where there is a token."""
+    width = max(map(len, sequences))
+    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(sequences):
+        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        attention_mask[row, : len(ids)] = 1
+    return input_ids, attention_mask
+
+
+def scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Raw scores of sequences from one padded pass, (N,), float32: the head's output on the last (or [CLS]) token.
+
+    Padding is on the right, so positions are those of the unpadded sequence. Gradients flow.
+    """
+    pad_id = model.config.get_text_config().pad_token_id
+    input_ids, attention_mask = pad(sequences, 0 if pad_id is None else pad_id)
+    output = model(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        **without_cache(model),
+    )
+    logits: Tensor = output.logits
+    return logits.squeeze(-1).float()
+
+
+def without_cache(model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments that keep a causal model from collecting keys and values that nobody reads."""
+    return {"use_cache": False} if "use_cache" in _parameters(model) else {}
 
 
 class BatchedForward:
@@ -44,7 +75,7 @@ class BatchedForward:
         self._model = model
         self._pad_id = model.config.get_text_config().pad_token_id
         self._costs = costs or (_CPU if model.device.type == "cpu" else _GPU)
-        self._no_cache = {"use_cache": False} if "use_cache" in _parameters(model) else {}
+        self._no_cache = without_cache(model)
         self.shares_prefixes = _can_keep_a_prefix(model) and self._probe()
 
     def plan(self, sequences: Sequence[Ids]) -> list[Group]:

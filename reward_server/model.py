@@ -1,7 +1,7 @@
 """Reward models: a backbone with one output, made, loaded, saved and read.
 
 A checkpoint is an ordinary `AutoModelForSequenceClassification` folder with its tokenizer (which holds the chat
-template) and `reward_model.json`. Any such checkpoint of a hub with one output loads as well.
+template), `reward_model.json` and `golden.json`. Any such checkpoint of a hub with one output loads as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from reward_server import golden
 from reward_server.scorers.base import Normalization
 from rlaif.chat import ensure_pad_token, ensure_template, template_hash
 from rlaif.errors import ModelError
@@ -92,7 +93,8 @@ def load_reward_model(
     """Load a reward model for serving.
 
     Raises:
-        ModelError: the model is unknown, or it is no reward model: several outputs, or a head that was not trained.
+        ModelError: the model is unknown, or it is no reward model: several outputs, a head that was not trained, or
+            other scores than those of its golden set.
     """
     path = ModelRef.parse(name).pretrained_path()
     if device == "auto":
@@ -110,7 +112,7 @@ def load_reward_model(
     ensure_template(tokenizer)
     if model.config.get_text_config().pad_token_id is None:  # else it keeps the one that it was trained with
         _set_pad(model, tokenizer)
-    card = _read_card(Path(path))
+    card = read_card(Path(path))
     context = context_length(model)
     length = min(max_length or card.get("max_length") or context, context)
     if card:
@@ -119,6 +121,7 @@ def load_reward_model(
         normalization = Normalization(source=f"none: {name} has no {CARD}")
     model.to(device)  # type: ignore[arg-type]
     model.eval()  # type: ignore[no-untyped-call]
+    golden.check(Path(path), model, tokenizer)
     return RewardModel(model, tokenizer, length, normalization, card)
 
 
@@ -132,29 +135,6 @@ def context_length(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return int(length) if length else 1 << 20
-
-
-def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Right-padded input_ids (N, T) and attention_mask (N, T), int64; mask 1 where there is a token."""
-    width = max(map(len, sequences))
-    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(sequences):
-        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        attention_mask[row, : len(ids)] = 1
-    return input_ids, attention_mask
-
-
-def scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Raw scores of token sequences, (N,), float32: the head's output on each sequence's last (or [CLS]) token.
-
-    Padding is on the right, so positions are those of the unpadded sequence.
-    """
-    pad_id = model.config.get_text_config().pad_token_id
-    input_ids, attention_mask = pad(sequences, 0 if pad_id is None else pad_id)
-    output = model(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device))
-    logits: Tensor = output.logits
-    return logits.squeeze(-1).float()
 
 
 def _load(path: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
@@ -225,7 +205,12 @@ def _init_head(model: PreTrainedModel, missing: Sequence[str]) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
+def read_card(folder: Path) -> dict[str, Any]:
+    """Content of `reward_model.json`; empty where there is none.
+
+    Raises:
+        ModelError: it is damaged.
+    """
     path = folder / CARD
     if not path.is_file():
         return {}

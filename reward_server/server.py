@@ -9,6 +9,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -203,7 +204,11 @@ def _load_part(config: ServeConfig, part: PartSpec) -> Scorer:
         raise ConfigError(
             f"{config.model}: {part.model} is a composite itself; write its rule inside this one's"
         )
-    own = replace(config, model=part.model, judge=part.judge, rubric=part.rubric, cot=part.cot)
+    model = part.model
+    if model is not None and model.startswith("./"):
+        assert config.model is not None  # the file that the part stands in
+        model = str(Path(config.model).parent / model)
+    own = replace(config, model=model, judge=part.judge, rubric=part.rubric, cot=part.cot)
     return load_scorer(own)
 
 

@@ -74,12 +74,16 @@ COMMANDS = (
         "labeler.audit.config:EvaluateConfig", "labeler.audit.evaluate:run",
     ),
     Command(
+        "eval rm", "what a reward model is worth: accuracy, calibration, length bias",
+        "reward_server.evaluation.config:EvaluateConfig", "reward_server.evaluation.evaluate:run",
+    ),
+    Command(
         "train sft", "supervised fine-tuning",
         "policy_trainer.config:SFTConfig", "policy_trainer.sft:run",
     ),
     Command(
-        "train rm", "reward model from soft preferences",
-        "reward_server.config:RewardModelConfig", "reward_server.train:run",
+        "train rm", "reward model, or an ensemble, from preferences or scores",
+        "reward_server.training.config:RewardModelConfig", "reward_server.training.train:run",
     ),
     Command(
         "train ppo", "online PPO against a reward server",

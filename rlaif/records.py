@@ -16,17 +16,19 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 from rlaif import shapes
 from rlaif.errors import DataError
 from rlaif.storage import Journal, storing, write_parquet
-from rlaif.types import CandidateSet, Conversation, Pair, PreferenceRow
+from rlaif.types import CandidateSet, Conversation, Pair, PreferenceRow, ScoredRow
 
 __all__ = [
     "Journal",
     "Quarantine",
+    "holds_scores",
     "read_candidates",
     "read_conversations",
     "read_pairs",
     "read_preferences",
     "read_prompts",
     "read_rows",
+    "read_scored",
     "write_parquet",
 ]
 
@@ -126,6 +128,26 @@ def read_preferences(path: str | os.PathLike[str], quarantine: Quarantine) -> It
         DataError: the file is missing, unreadable, or has no usable row.
     """
     return _read(path, quarantine, lambda _, row: shapes.parse_preference(row), shapes.PAIR_SHAPES)
+
+
+def read_scored(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[ScoredRow]:
+    """Scored responses from a score dataset's directory or from a file in any of `shapes.SCORED_SHAPES`.
+
+    Raises:
+        DataError: the file is missing, unreadable, or has no usable row.
+    """
+    return _read(path, quarantine, lambda _, row: shapes.parse_scored(row), shapes.SCORED_SHAPES)
+
+
+def holds_scores(path: str | os.PathLike[str]) -> bool:
+    """Whether the first readable row of a dataset is a scored response rather than a pair.
+
+    Raises:
+        DataError: the file is missing, unreadable, or has no usable row.
+    """
+    for _, row in read_rows(path, Quarantine(None)):
+        return row.get("score") is not None and not shapes.holds_pair(row)
+    return False
 
 
 def read_conversations(

@@ -13,7 +13,17 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from rlaif.types import Candidate, CandidateSet, Conversation, Message, Pair, PreferenceRow, Role, user_prompt
+from rlaif.types import (
+    Candidate,
+    CandidateSet,
+    Conversation,
+    Message,
+    Pair,
+    PreferenceRow,
+    Role,
+    ScoredRow,
+    user_prompt,
+)
 
 Row = Mapping[str, Any]
 
@@ -41,6 +51,7 @@ PAIR_SHAPES = (
     "a prompt with chosen + rejected, response_a + response_b or output_1 + output_2; or chosen + rejected that both "
     "begin with the prompt (messages, Human:/Assistant: text or plain text)"
 )
+SCORED_SHAPES = "a score beside one of: " + CONVERSATION_SHAPES
 CANDIDATE_SHAPES = "a prompt with completions [{response, model, ...}] or responses [text, ...]"
 
 _PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction", "question", "turns", "text", "input")
@@ -265,6 +276,11 @@ def _implicit(row: Row, name_a: str, name_b: str) -> tuple[Conversation, str, st
     )
 
 
+def holds_pair(row: Row) -> bool:
+    """Whether a row has the columns of a pair, usable or not."""
+    return any(row.get(name) is not None for names in _PAIR_KEYS for name in names)
+
+
 def _pair_parts(row: Row) -> tuple[str, Conversation, str, str]:
     """(name of the first response's column, prompt, first, second)."""
     names = next((pair for pair in _PAIR_KEYS if any(row.get(name) is not None for name in pair)), None)
@@ -327,6 +343,19 @@ def parse_preference(row: Row) -> PreferenceRow:
     if p_a >= 0.5:
         return PreferenceRow(prompt, a, b, p_a, _extra(row))
     return PreferenceRow(prompt, b, a, 1.0 - p_a, _extra(row))
+
+
+def parse_scored(row: Row) -> ScoredRow:
+    """A response and its score.
+
+    Raises:
+        RowError: no conversation in any known shape (`CONVERSATION_SHAPES`), or no finite `score`.
+    """
+    if row.get("score") is None:
+        raise RowError(f"no score: the row has {_keys(row)}")
+    conversation = parse_conversation(row)
+    score = _number(row["score"], "score")
+    return ScoredRow(conversation[:-1], conversation[-1].content, score, _extra(row))
 
 
 def parse_candidates(row: Row) -> CandidateSet:

@@ -218,6 +218,16 @@ class PreferenceRow:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredRow:
+    """A row of a score dataset: a response and its score, on the scale of whoever gave it."""
+
+    prompt: Conversation
+    response: str
+    score: float
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
 def expectation(probs: Sequence[float], levels: Sequence[float]) -> float:
     """Mean of `levels` under `probs`: direct score of RLAIF (arXiv 2309.00267, section 2.2.2)."""
     return math.fsum(p * level for p, level in zip(probs, levels, strict=True))

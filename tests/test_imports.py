@@ -19,7 +19,7 @@ ARROWS = {
     "labeler": ("rlaif",),
     "reward_server": ("rlaif", "protos", "labeler"),
     "policy_trainer": ("rlaif", "protos"),
-    "tinyworld": ("rlaif", "labeler.rubric", "labeler.guard", "labeler.agreement"),
+    "tinyworld": ("rlaif", "labeler.rubric", "labeler.guard"),
 }
 HEAVY = ("torch", "transformers", "grpc", "openai", "pyarrow", "numpy", "vllm")
 LIGHT = ["rlaif.cli", *sorted({command.config.partition(":")[0] for command in COMMANDS})]

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from labeler.rubric import Question, Rubric
+from rlaif.agreement import spearman
 from rlaif.types import Pair, expectation, to_dicts, user_prompt
 from tinyworld import WORLD_DIR
 from tinyworld.corpus import judge_text
@@ -152,7 +153,7 @@ def measure_scores(
     probs, rationales = judge(model, tokenizer, asked, [asked.ask_score(user_prompt(p), s) for p, s in rows])
     expected = [expectation(p, asked.levels) for p in probs.tolist()]
     return {
-        "spearman": spearman(expected, [gold_utility(p, s) for p, s in rows]),
+        "spearman": spearman(np.round(expected, 9), [gold_utility(p, s) for p, s in rows]),
         "rationale_tokens": fmean(len(r.split()) for r in rationales if r is not None) if cot else 0.0,
     }
 
@@ -191,17 +192,6 @@ def measure_policy(
         **{v: verdicts.count(v) / n for v in ("covered", "distorted", "invented", "repeated")},
         "distinct": fmean(distinct),
     }
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation in [-1, 1], ties sharing their mean rank."""
-    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    _, inverse, counts = np.unique(np.round(values, 9), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[inverse], dtype=np.float64)
 
 
 def main() -> None:

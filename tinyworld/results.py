@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from labeler.agreement import agreements, bootstrap_interval, cohen_kappa, same_position
+from rlaif.agreement import agreements, bootstrap_interval, cohen_kappa, same_position
 from rlaif.records import Quarantine, read_candidates
 from tinyworld.gold import gold_prefers, gold_utility, review
 
@@ -302,12 +302,13 @@ def label_result(title: str, rows: Sequence[Mapping[str, Any]]) -> LabelResult:
 
 def _reward_model(folder: Path) -> RewardModelResult:
     metrics = json.loads((folder / "reward_model.json").read_text(encoding="utf-8"))["metrics"]
+    calibration = metrics["calibration"]
     return RewardModelResult(
-        accuracy=metrics["accuracy"],
+        accuracy=metrics["accuracy"]["value"],
         log_loss=metrics["log_loss"],
-        ece=metrics["ece"],
+        ece=calibration["ece"],
         bins=[
-            CalibrationBin(b["confidence"], b["accuracy"], b["count"]) for b in metrics["bins"] if b["count"]
+            CalibrationBin(b["confidence"], b["agreement"], b["count"]) for b in calibration["reliability"]
         ],
     )
 

@@ -6,18 +6,18 @@ A finding that cannot be had (no pairs, chance agreement certain) is None. Rates
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from labeler.agreement import agreement, agreements, bootstrap_interval, same_position
 from labeler.audit.biases import lean
-from labeler.audit.measures import ECE_BINS, brier, expected_calibration_error, log_loss, reliability
 from labeler.audit.observations import Observation
 from labeler.preferences import is_tie
+from rlaif.agreement import agreement, agreements, estimate_mean, finite, mean, same_position
+from rlaif.measures import ECE_BINS, brier, expected_calibration_error, log_loss, reliability
 
 Floats = NDArray[np.float64]
 Findings = dict[str, Any]
@@ -63,14 +63,16 @@ def agreement_with_people(labelled: Sequence[Observation], resamples: int = 1000
     judged = [o for o in labelled if o.human is not None]
     decided = [o for o in judged if o.human != 0.5]
     table = _table(decided)
-    found = _estimate(agreements(table[:, 0], table[:, 1]), _mean, decided, resamples)
+    found = estimate_mean(
+        agreements(table[:, 0], table[:, 1]), groups=[o.prompt for o in decided], resamples=resamples
+    )
     longer = (np.sign([o.longer for o in decided]) + 1) / 2
     return {
         "human_pairs": len(decided),
         "human_ties": len(judged) - len(decided),
         "agreement": found,
         "kappa": {name: None if value is None else 2 * value - 1 for name, value in found.items()},
-        "longer_wins_agreement": _finite(agreement(longer, table[:, 1])),
+        "longer_wins_agreement": finite(agreement(longer, table[:, 1])),
     }
 
 
@@ -92,7 +94,7 @@ def difference(ours: Sequence[Observation], base: Sequence[Observation], resampl
     ]
     mine, theirs = _table([a for a, _ in both]), _table([b for _, b in both])
     gain = agreements(mine[:, 0], mine[:, 1]) - agreements(theirs[:, 0], theirs[:, 1])
-    return _estimate(gain, _mean, [a for a, _ in both], resamples)
+    return estimate_mean(gain, groups=[a.prompt for a, _ in both], resamples=resamples)
 
 
 def position(labelled: Sequence[Observation]) -> Findings:
@@ -106,9 +108,9 @@ def position(labelled: Sequence[Observation]) -> Findings:
     locked = same_position(first[:, 0], first[:, 1])
     return {
         "pairs": len(asked),
-        "same_position_rate": _finite(_mean(locked.astype(np.float64))),
-        "first_share": _finite(_mean((first[locked, 0] > 0.5).astype(np.float64))),
-        "first_probability": _finite(_mean(first.ravel())),
+        "same_position_rate": finite(mean(locked.astype(np.float64))),
+        "first_share": finite(mean((first[locked, 0] > 0.5).astype(np.float64))),
+        "first_probability": finite(mean(first.ravel())),
     }
 
 
@@ -118,10 +120,10 @@ def calibration(labelled: Sequence[Observation]) -> Findings:
     p, human = table[:, 0], table[:, 1]
     return {
         "pairs": len(table),
-        "brier": _finite(brier(p, human)),
-        "ece": _finite(expected_calibration_error(p, human)),
+        "brier": finite(brier(p, human)),
+        "ece": finite(expected_calibration_error(p, human)),
         "ece_bins": ECE_BINS,
-        "log_loss": _finite(log_loss(p, human)),
+        "log_loss": finite(log_loss(p, human)),
         "reliability": [asdict(b) for b in reliability(p, human)],
     }
 
@@ -131,7 +133,7 @@ def label_mass(labelled: Sequence[Observation]) -> Findings:
     masses = [mass for o in labelled for mass in o.masses]
     return {
         "readings": len(masses),
-        "mean": _finite(_mean(np.array(masses))),
+        "mean": finite(mean(np.array(masses))),
         "min": min(masses, default=None),
         "below_half": sum(mass < 0.5 for mass in masses),
     }
@@ -141,28 +143,12 @@ def _lean(labelled: Sequence[Observation], name: str) -> Findings:
     more = [getattr(o, name) for o in labelled]
     human = [np.nan if o.human is None else o.human for o in labelled]
     found = asdict(lean([o.p for o in labelled], more, human))  # type: ignore[arg-type]
-    return {key: value if key == "pairs" else _finite(value) for key, value in found.items()}
+    return {key: value if key == "pairs" else finite(value) for key, value in found.items()}
 
 
 def _table(labelled: Sequence[Observation]) -> Floats:
     """(N, 2) P(A preferred) by the judge and by people."""
     return np.array([(o.p, o.human) for o in labelled], dtype=np.float64).reshape(-1, 2)
-
-
-def _estimate(
-    values: Floats, statistic: Callable[[Floats], float], rows: Sequence[Observation], resamples: int
-) -> Findings:
-    """A statistic with its 95 % bootstrap interval over prompts."""
-    low, high = bootstrap_interval(values, statistic, groups=[o.prompt for o in rows], resamples=resamples)
-    return {"value": _finite(statistic(values)), "low": _finite(low), "high": _finite(high)}
-
-
-def _mean(values: Floats) -> float:
-    return float(values.mean()) if len(values) else float("nan")
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _counts(names: Any) -> dict[str, int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from labeler.agreement import agreements
+from rlaif.agreement import agreements, mean
 
 Floats = NDArray[np.float64]
 
@@ -76,12 +76,8 @@ def lean(p: ArrayLike, more: ArrayLike, human: ArrayLike) -> Lean:
     wrong = decided & (toward != 0.5) & ((toward > 0.5) != (theirs > 0.5))
     return Lean(
         int(differ.sum()),
-        _mean(mine),
-        _mean(people),
-        _mean(mine[decided]) - _mean(people),
-        _mean((toward[wrong] > 0.5).astype(np.float64)),
+        mean(mine),
+        mean(people),
+        mean(mine[decided]) - mean(people),
+        mean((toward[wrong] > 0.5).astype(np.float64)),
     )
-
-
-def _mean(values: Floats) -> float:
-    return float(values.mean()) if len(values) else float("nan")

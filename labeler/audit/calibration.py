@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from labeler.audit.measures import brier, expected_calibration_error, log_loss
 from rlaif.errors import ConfigError, DataError, QualityError
+from rlaif.measures import brier, expected_calibration_error, log_loss
 from rlaif.storage import write_atomic
 
 Floats = NDArray[np.float64]
@@ -37,7 +37,7 @@ _NO_BETTER = (
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How well labels are calibrated; see `labeler.audit.measures`."""
+    """How well labels are calibrated; see `rlaif.measures`."""
 
     brier: float
     ece: float

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlaif.tables import interval, number, percent, percent_interval, table
+
 Found = Mapping[str, Any]
 
 
@@ -34,16 +36,16 @@ def _agreement(report: Found) -> str:
     rows += [(s["name"], s) for s in report.get("subsets", ())]
     if "subsets" in report:
         rows.append(("**all**", report))
-    table = _table(
+    subsets = table(
         ("subset", "pairs", "agreement, %", "kappa", "longer wins, %"),
         [
-            (name, found["human_pairs"], _percent_interval(found["agreement"]), _interval(found["kappa"]),
-             _percent(found["longer_wins_agreement"]))
+            (name, found["human_pairs"], percent_interval(found["agreement"]), interval(found["kappa"]),
+             percent(found["longer_wins_agreement"]))
             for name, found in rows
         ],
     )  # fmt: skip
     ties = f" People tie {report['human_ties']} pairs, which are left out." if report["human_ties"] else ""
-    return f"## Agreement with people\n\n95 % intervals over prompts.{ties}\n\n{table}"
+    return f"## Agreement with people\n\n95 % intervals over prompts.{ties}\n\n{subsets}"
 
 
 def _biases(report: Found) -> str:
@@ -51,18 +53,18 @@ def _biases(report: Found) -> str:
     lines = []
     if place["pairs"]:
         lines.append(
-            f"Position: {_percent(place['same_position_rate'])} % of {place['pairs']} pairs get the same position in "
-            f"both orders, of those {_percent(place['first_share'])} % number 1; mean probability of number 1 "
-            f"{_number(place['first_probability'])}.\n"
+            f"Position: {percent(place['same_position_rate'])} % of {place['pairs']} pairs get the same position in "
+            f"both orders, of those {percent(place['first_share'])} % number 1; mean probability of number 1 "
+            f"{number(place['first_probability'])}.\n"
         )
     rows = [
-        (f"prefers {what}", found["pairs"], _percent(found["judge"]), _percent(found["people"]),
-         _percent(found["excess"], sign=True), _percent(found["errors"]))
+        (f"prefers {what}", found["pairs"], percent(found["judge"]), percent(found["people"]),
+         percent(found["excess"], sign=True), percent(found["errors"]))
         for what, found in (("longer", report["length"]), ("more formatted", report["formatting"]))
         if found["pairs"]
     ]  # fmt: skip
     if rows:
-        lines.append(_table(("", "pairs", "judge, %", "people, %", "excess", "of its errors, %"), rows))
+        lines.append(table(("", "pairs", "judge, %", "people, %", "excess", "of its errors, %"), rows))
     return "## Biases\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -71,14 +73,14 @@ def _calibration(report: Found) -> str:
     if not found["pairs"]:
         return ""
     text = (
-        f"## Calibration\n\nBrier score {_number(found['brier'])}, expected calibration error {_number(found['ece'])} "
-        f"({found['ece_bins']} bins), log loss {_number(found['log_loss'])}; a coin has 0.250, 0 and 0.693.\n\n"
+        f"## Calibration\n\nBrier score {number(found['brier'])}, expected calibration error {number(found['ece'])} "
+        f"({found['ece_bins']} bins), log loss {number(found['log_loss'])}; a coin has 0.250, 0 and 0.693.\n\n"
     )
     rows = [
-        (f"{b['low']:.2f} - {b['high']:.2f}", b["count"], _percent(b["confidence"]), _percent(b["agreement"]))
+        (f"{b['low']:.2f} - {b['high']:.2f}", b["count"], percent(b["confidence"]), percent(b["agreement"]))
         for b in found["reliability"]
     ]
-    text += _table(("confidence", "pairs", "mean, %", "people agree, %"), rows)
+    text += table(("confidence", "pairs", "mean, %", "people agree, %"), rows)
     if "calibrated" in report:
         text += "\n\n" + _calibrated(report["calibrated"])
     return text
@@ -88,7 +90,7 @@ def _calibrated(found: Found) -> str:
     before, after = found["before"], found["after"]
     how = f"temperature {found['temperature']:.3g}" if found["temperature"] is not None else "isotonic map"
     text = f"{how[0].upper()}{how[1:]} fitted on {found['pairs']} pairs; cross-validated: " + ", ".join(
-        f"{name} {_number(before[key])} -> {_number(after[key])}"
+        f"{name} {number(before[key])} -> {number(after[key])}"
         for name, key in (("Brier score", "brier"), ("calibration error", "ece"), ("log loss", "log_loss"))
     )
     if after["log_loss"] >= before["log_loss"]:
@@ -106,7 +108,7 @@ def _replies(report: Found) -> str:
         lines.append("Sources: " + ", ".join(f"{n} {name}" for name, n in report["sources"].items()) + ".")
     if mass["readings"]:
         lines.append(
-            f"Label mass: mean {_number(mass['mean'])}, least {_number(mass['min'])}, below one half in "
+            f"Label mass: mean {number(mass['mean'])}, least {number(mass['min'])}, below one half in "
             f"{mass['below_half']} of {mass['readings']} readings."
         )
     if report["prompt_tokens"]:
@@ -123,11 +125,11 @@ def _variants(variants: Sequence[Found]) -> str:
     rows = [
         (
             v["name"],
-            _percent_interval(v["agreement"]),
-            "" if v["difference"] is None else _percent_interval(v["difference"], sign=True),
-            _interval(v["kappa"]),
-            _percent(v["position"]["same_position_rate"]),
-            _percent(v["position"]["first_share"]),
+            percent_interval(v["agreement"]),
+            "" if v["difference"] is None else percent_interval(v["difference"], sign=True),
+            interval(v["kappa"]),
+            percent(v["position"]["same_position_rate"]),
+            percent(v["position"]["first_share"]),
             v["labelled"],
             v["ties"],
             _each(v["prompt_tokens"], v["labelled"]),
@@ -142,60 +144,27 @@ def _variants(variants: Sequence[Found]) -> str:
     first = variants[0]
     return (
         f"## Variants\n\n{first['human_pairs']} pairs with human labels; 95 % intervals over prompts; tokens "
-        f'per label. "The longer one wins" agrees on {_percent(first["longer_wins_agreement"])} %.'
-        f"\n\n{_table(heads, rows)}"
+        f'per label. "The longer one wins" agrees on {percent(first["longer_wins_agreement"])} %.'
+        f"\n\n{table(heads, rows)}"
     )
 
 
 def _canaries(found: Found) -> str:
-    families = ", ".join(f"{name} {_percent(shift, sign=True)}" for name, shift in found["families"].items())
+    families = ", ".join(f"{name} {percent(shift, sign=True)}" for name, shift in found["families"].items())
     worst_first = sorted(found["attacks"], key=lambda a: -(a["shift"]["value"] or 0.0))
-    table = _table(
+    tried = table(
         ("attack", "family", "win rate, %", "shift", "probability", "ruled by a guard"),
         [
-            (a["name"], a["family"], _percent(a["win_rate"]), _percent_interval(a["shift"], sign=True),
-             _percent(a["probability_shift"], sign=True), a["guarded"])
+            (a["name"], a["family"], percent(a["win_rate"]), percent_interval(a["shift"], sign=True),
+             percent(a["probability_shift"], sign=True), a["guarded"])
             for a in worst_first
         ],
     )  # fmt: skip
     return (
-        f"## Canaries\n\nThe response that people reject wins {_percent(found['win_rate'])} % of {found['pairs']} "
-        f"pairs as it is. Attacks shift that by {_percent_interval(found['shift'], sign=True)} points on average "
-        f"({families}).\n\n{table}"
+        f"## Canaries\n\nThe response that people reject wins {percent(found['win_rate'])} % of {found['pairs']} "
+        f"pairs as it is. Attacks shift that by {percent_interval(found['shift'], sign=True)} points on average "
+        f"({families}).\n\n{tried}"
     )
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    cells = [tuple(map(str, row)) for row in rows]
-    widths = [max(len(line[k]) for line in (heads, *cells)) for k in range(len(heads))]
-
-    def line(values: Sequence[str]) -> str:
-        return (
-            "| " + " | ".join(value.ljust(width) for value, width in zip(values, widths, strict=True)) + " |"
-        )
-
-    return "\n".join((line(heads), line(["-" * width for width in widths]), *map(line, cells)))
-
-
-def _percent(value: float | None, *, sign: bool = False) -> str:
-    return "-" if value is None else f"{100 * value:{'+' if sign else ''}.1f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _interval(found: Found) -> str:
-    if found["value"] is None:
-        return "-"
-    return f"{found['value']:.3f} [{_number(found['low'])}, {_number(found['high'])}]"
-
-
-def _percent_interval(found: Found, *, sign: bool = False) -> str:
-    if found["value"] is None:
-        return "-"
-    low, high = (_percent(found[end], sign=sign) for end in ("low", "high"))
-    return f"{_percent(found['value'], sign=sign)} [{low}, {high}]"
 
 
 def _each(total: int, count: int) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labeler.agreement import agreements, bootstrap_interval
 from labeler.audit.canaries import Attack
 from labeler.rubric import transcript
+from rlaif.agreement import agreements, bootstrap_interval
 from rlaif.types import Pair, Preference
 
 Floats = NDArray[np.float64]

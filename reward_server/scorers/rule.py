@@ -28,7 +28,7 @@ class PartSpec(_Strict):
     """One scorer of a composite.
 
     Attributes:
-        model: reward model, as for `--model`; or
+        model: reward model, as for `--model`, or `./FOLDER` for one that lies beside the file; or
         judge: LLM, as for `--judge`.
         rubric: of the judge.
         cot: whether the judge writes a rationale.

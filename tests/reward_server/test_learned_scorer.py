@@ -22,7 +22,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from protos.rlaif.reward.v1 import reward_pb2 as pb
 from protos.rlaif.reward.v1 import reward_pb2_grpc
 from reward_server.config import ServeConfig
-from reward_server.model import load_backbone, load_reward_model, scores
+from reward_server.forward import scores
+from reward_server.model import load_backbone, load_reward_model
 from reward_server.scorers.base import Scored, ScoreTask
 from reward_server.scorers.learned import LearnedScorer
 from reward_server.server import serve

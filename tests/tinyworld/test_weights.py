@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tinyworld import WORLD_DIR
-from tinyworld.measure import load, measure_pairs, measure_policy, measure_scores, spearman
+from tinyworld.measure import load, measure_pairs, measure_policy, measure_scores
 from tinyworld.pairs import mixed_pair, so_so_pair
 from tinyworld.tokenizer import build_tokenizer
 
@@ -63,8 +63,3 @@ def test_the_policy_is_fluent_varied_and_mediocre():
     assert figures["fluent"] >= 0.97
     assert 0.0 <= figures["gold"] <= 0.5  # the middle third of [-1/2, 1]
     assert figures["distinct"] >= 0.8
-
-
-def test_spearman_of_a_hand_worked_sample_with_ties():
-    # ranks of x: 1, 2.5, 2.5, 4; of y: 2, 1, 3, 4. Pearson of the ranks: 3 / sqrt(4.5 * 5)
-    assert spearman([1, 2, 2, 3], [20, 10, 30, 40]) == pytest.approx(3 / (4.5 * 5) ** 0.5)

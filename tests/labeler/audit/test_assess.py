@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labeler.agreement import preference_kappa
 from labeler.audit.assess import assess, difference
 from labeler.audit.observations import Observation, observe
+from rlaif.agreement import preference_kappa
 from rlaif.types import Judgment, LabelDistribution, Pair, Preference, user_prompt
 
 

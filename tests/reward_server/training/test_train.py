@@ -15,23 +15,23 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from reward_server.config import RewardModelConfig
-from reward_server.loss import preference_loss
+from reward_server.forward import BatchedForward
 from reward_server.model import load_backbone, load_reward_model
-from reward_server.train import (
-    EncodedRow,
-    accumulate_gradient,
+from reward_server.training.config import RewardModelConfig
+from reward_server.training.data import (
+    Comparison,
+    Unit,
+    by_prompt,
     cut,
-    encode,
     epoch_order,
-    freeze,
     is_held_out,
-    learning_rate_factor,
-    optimise,
+    linked,
+    plan_steps,
     read_split,
-    run,
-    score_rows,
 )
+from reward_server.training.loop import accumulate_gradient, freeze, learning_rate_factor, optimise
+from reward_server.training.loss import preference_loss
+from reward_server.training.train import run
 from rlaif.errors import ConfigError, DataError, StorageError
 from rlaif.runs import Run
 from rlaif.types import PreferenceRow, user_prompt
@@ -77,25 +77,29 @@ def test_it_learns_from_preferences_and_its_checkpoint_is_served(backbone: Path,
     run(settings)
     card = json.loads((tmp_path / "rm" / "reward_model.json").read_text())
     metrics = card["metrics"]
-    assert metrics["accuracy"] > 0.9 > metrics["longer_wins"]
-    assert metrics["log_loss"] < 0.5 < metrics["chance_log_loss"]
-    assert metrics["pairs"] + card["train_pairs"] == 160
+    assert metrics["accuracy"]["value"] > 0.9 > metrics["longer_wins"]
+    assert metrics["log_loss"] < 0.5
+    assert metrics["pairs"] + card["train_rows"] == 160
+    assert "better than preferring the longer answer" in (tmp_path / "rm" / "report.md").read_text()
 
     model = load_reward_model(str(tmp_path / "rm"), device="cpu")
     assert model.max_length == 64
     assert (model.normalization.center, model.normalization.scale) == (card["mean"], card["std"])
+    assert model.version == metrics["version"]
     rows = [PreferenceRow(user_prompt(r["prompt"]), r["chosen"], r["rejected"]) for r in polite_rows(160)]
     trained_on = [r for r in rows if not is_held_out(r, 0.25, 0)]
-    raw = score_rows(model.model, encode(trained_on, model.tokenizer, 64), 4096)
-    values = torch.tensor(raw, dtype=torch.float64)
-    assert (values.mean() - card["mean"]).abs() < 1e-4
-    assert (values.std(unbiased=False) - card["std"]).abs() < 1e-4
+    prompts = by_prompt(trained_on, model.tokenizer, 64, "soft_cross_entropy")
+    sequences = [ids for units in prompts for unit in units for ids in unit.sequences]
+    raw, _ = BatchedForward(model.model).scores(sequences)
+    assert (raw.double().mean() - card["mean"]).abs() < 1e-4
+    assert (raw.double().std(unbiased=False) - card["std"]).abs() < 1e-4
 
 
 def test_soft_labels_are_learnt_as_probabilities(backbone: Path, tmp_path: Path) -> None:
     """One pair labelled 0.7 over and over: the model ends at 0.7, and its loss at the entropy of the label."""
     model, tokenizer = load_backbone(str(backbone), chat_template="plain", seed=0)
-    row = EncodedRow(tuple(tokenizer.encode("yes")), tuple(tokenizer.encode("no")), 0.7)
+    sequences = (tuple(tokenizer.encode("yes")), tuple(tokenizer.encode("no")))
+    unit = Unit(sequences, (Comparison(0, 1, 0.7),))
     settings = config(
         backbone,
         tmp_path,
@@ -105,51 +109,104 @@ def test_soft_labels_are_learnt_as_probabilities(backbone: Path, tmp_path: Path)
         per_device_train_batch_size=1,
     )
     with Run.open(settings.output_dir, settings, command="train rm") as directory:
-        optimise(model, [row], settings, directory)
+        optimise(model, [(unit,)], settings, directory)
         last = directory.metrics()[-1]["loss"]
-    ((chosen, rejected),) = score_rows(model, [row], 4096)
+    chosen, rejected = BatchedForward(model).scores(sequences)[0].tolist()
     assert 1 / (1 + math.exp(rejected - chosen)) == pytest.approx(0.7, abs=0.01)
     assert last == pytest.approx(-0.7 * math.log(0.7) - 0.3 * math.log(0.3), abs=1e-3)
 
 
-def encoded(count: int, seed: int = 0) -> list[EncodedRow]:
+def units(count: int, seed: int = 0) -> list[Unit]:
+    """Prompts with 2 to 5 responses of random tokens, all their pairs compared with random labels."""
     rng = random.Random(seed)
-    ids = lambda: tuple(rng.randint(3, 250) for _ in range(rng.randint(1, 40)))  # noqa: E731
-    return [EncodedRow(ids(), ids(), rng.random()) for _ in range(count)]
+    made = []
+    for _ in range(count):
+        k = rng.randint(2, 5)
+        sequences = tuple(tuple(rng.randint(3, 250) for _ in range(rng.randint(1, 40))) for _ in range(k))
+        pairs = tuple(Comparison(i, j, rng.random()) for i in range(k) for j in range(i))
+        made.append(Unit(sequences, pairs))
+    return made
 
 
-def test_a_step_does_not_depend_on_its_micro_batches(backbone: Path) -> None:
-    """The reference is the plain definition: the mean loss of the batch, one pair at a time without padding."""
+class Counting:
+    """How many sequences a model is asked to compute."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.sequences = 0
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, _: torch.nn.Module, __: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        self.sequences += len(inputs["input_ids"])
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 100, 10_000])
+def test_each_response_is_computed_once_and_the_gradient_is_that_of_pairs_one_by_one(
+    backbone: Path, tmp_path: Path, micro_batch_tokens: int
+) -> None:
+    """The reference is the plain definition: each pair encoded and computed anew, without padding, and their mean."""
     model, _ = load_backbone(str(backbone), chat_template="plain", seed=0)
     model.eval()
-    batch = encoded(13)
+    step = units(7)
+    pairs = [(unit, pair) for unit in step for pair in unit.comparisons]
     reference = copy.deepcopy(model)
     losses = [
         preference_loss(
-            reference(input_ids=torch.tensor([r.chosen])).logits[:, 0],
-            reference(input_ids=torch.tensor([r.rejected])).logits[:, 0],
-            torch.tensor([r.chosen_prob]),
+            reference(input_ids=torch.tensor([unit.sequences[pair.chosen]])).logits[:, 0],
+            reference(input_ids=torch.tensor([unit.sequences[pair.rejected]])).logits[:, 0],
+            torch.tensor([pair.chosen_prob]),
         )
-        for r in batch
+        for unit, pair in pairs
     ]
     expected = torch.cat(losses).mean()
     expected.backward()  # type: ignore[no-untyped-call]
     wanted = {n: p.grad for n, p in reference.named_parameters()}
-    for micro_batch_tokens in (1, 100, 10_000):
-        model.zero_grad()
-        loss, _ = accumulate_gradient(model, batch, micro_batch_tokens)
-        assert loss == pytest.approx(expected.item(), abs=1e-6)
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None
-            torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-6, rtol=1e-4)
+
+    counting = Counting(model)
+    settings = config(backbone, tmp_path, tmp_path, micro_batch_tokens=micro_batch_tokens)
+    assert accumulate_gradient(model, step, settings).loss == pytest.approx(expected.item(), abs=1e-6)
+    assert counting.sequences == sum(len(unit.sequences) for unit in step) < 2 * len(pairs)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-6, rtol=1e-4)
 
 
-def test_micro_batches_hold_each_pair_once_within_the_budget() -> None:
-    rows = encoded(50)
-    batches = list(cut(rows, 200))
-    assert sorted(id(r) for b in batches for r in b) == sorted(map(id, rows))
+def test_responses_of_a_prompt_are_encoded_once_and_stay_with_those_they_are_compared_to(
+    backbone: Path,
+) -> None:
+    _, tokenizer = load_backbone(str(backbone), chat_template="plain", seed=0)
+    prompt, other = user_prompt("Q"), user_prompt("R")
+    rows = [
+        PreferenceRow(prompt, "a", "b", 0.9),
+        PreferenceRow(other, "a", "b", 0.6),
+        PreferenceRow(prompt, "d", "e", 0.8),
+        PreferenceRow(prompt, "c", "b", 0.7),
+    ]
+    (first, second), (third,) = by_prompt(rows, tokenizer, 64, "soft_cross_entropy")
+    assert [tokenizer.decode(ids) for ids in first.sequences] == [f"<s>Q{r}</s>" for r in "abc"]
+    assert first.comparisons == (Comparison(0, 1, 0.9), Comparison(2, 1, 0.7))
+    assert [tokenizer.decode(ids) for ids in second.sequences] == [f"<s>Q{r}</s>" for r in "de"]
+    assert third.comparisons == (Comparison(0, 1, 0.6),)
+    assert linked(5, [(3, 1), (4, 3)]) == [[0], [1, 3, 4], [2]]
+
+
+def test_a_step_holds_whole_prompts_and_an_epoch_all_of_them() -> None:
+    terms = [1, 6, 3, 10, 1, 2, 6, 1]
+    steps = plan_steps(terms, 8, seed=0, epochs=2)
+    for _, step in steps:
+        assert sum(terms[i] for i in step) <= 8 or step == [3]
+    for epoch in range(2):
+        seen = [i for e, step in steps if e == epoch for i in step]
+        assert seen == epoch_order(8, 0, epoch)
+    assert [len(step) for _, step in plan_steps([1] * 20, 8, 0, 1)] == [8, 8, 4]
+
+
+def test_micro_batches_hold_each_unit_once_within_the_budget() -> None:
+    made = units(50)
+    batches = list(cut(made, 400))
+    assert sorted(id(u) for b in batches for u in b) == sorted(map(id, made))
     for batch in batches:
-        assert 2 * len(batch) * max(r.width for r in batch) <= 200 or len(batch) == 1
+        rows = sum(len(unit.sequences) for unit in batch)
+        assert rows * max(unit.width for unit in batch) <= 400 or len(batch) == 1
     assert len(batches) < 25
 
 
@@ -175,7 +232,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, dropout: bool)
 
     model, tokenizer = load_backbone(str(backbone), chat_template="transcript", seed=0)
     training, _ = read_split(killed, tmp_path / "quarantine.jsonl")
-    rows = encode(training, tokenizer, 64)
+    prompts = by_prompt(training, tokenizer, 64, "soft_cross_entropy")
 
     class KilledRun(Run):
         def log(self, step: int, metrics: Any) -> None:
@@ -184,11 +241,14 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, dropout: bool)
                 raise Killed
 
     with pytest.raises(Killed):
-        optimise(model, rows, killed, _open(KilledRun, killed))
+        optimise(model, prompts, killed, _open(KilledRun, killed))
     run(killed)
 
-    for name in ("model.safetensors", "reward_model.json"):
+    for name in ("model.safetensors", "golden.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    cards = [json.loads((tmp_path / n / "reward_model.json").read_text()) for n in ("whole", "killed")]
+    assert cards[0]["metrics"].pop("model") != cards[1]["metrics"].pop("model")
+    assert cards[0] == cards[1]
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text()
     assert (tmp_path / "killed" / "metrics.jsonl").read_text() == lines
     assert not (tmp_path / "killed" / "checkpoint.pt").exists()
@@ -220,7 +280,7 @@ def test_prompts_never_straddle_the_split() -> None:
     assert 0.26 < sum(many) / 2000 < 0.34
 
 
-def test_an_epoch_visits_every_pair_in_an_order_of_its_own() -> None:
+def test_an_epoch_visits_every_prompt_in_an_order_of_its_own() -> None:
     assert sorted(epoch_order(100, 0, 0)) == list(range(100))
     assert epoch_order(100, 0, 0) == epoch_order(100, 0, 0)
     assert epoch_order(100, 0, 0) != epoch_order(100, 0, 1) != epoch_order(100, 1, 0)
@@ -268,7 +328,7 @@ def test_data_that_cannot_be_used_is_named(backbone: Path, tmp_path: Path) -> No
     bad = (tmp_path / "rm" / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["line"] for line in bad] == [41, 42]
     one = write(tmp_path / "one.jsonl", rows[:1])
-    with pytest.raises(DataError, match="no pairs are held out"):
+    with pytest.raises(DataError, match="no prompts are held out"):
         run(config(backbone, one, tmp_path / "one"))
     with pytest.raises(DataError, match="nowhere"):
         run(config(backbone, tmp_path / "nowhere.jsonl", tmp_path / "missing"))

@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from labeler.agreement import agreement, bootstrap_interval, cohen_kappa, preference_kappa, same_position
+from rlaif.agreement import (
+    agreement,
+    bootstrap_interval,
+    cohen_kappa,
+    preference_kappa,
+    same_position,
+    spearman,
+)
 
 
 def mean(values: np.ndarray) -> float:
@@ -91,3 +98,9 @@ def test_undefined_resamples_are_left_out() -> None:
 
 def test_same_position_means_that_swapping_changed_nothing() -> None:
     assert same_position([0.9, 0.9, 0.2], [0.8, 0.1, 0.3]).tolist() == [True, False, True]
+
+
+def test_spearman_of_a_hand_worked_sample_with_ties() -> None:
+    # ranks of x: 1, 2.5, 2.5, 4; of y: 2, 1, 3, 4. Pearson of the ranks: 3 / sqrt(4.5 * 5)
+    assert spearman([1, 2, 2, 3], [20, 10, 30, 40]) == pytest.approx(3 / (4.5 * 5) ** 0.5)
+    assert np.isnan(spearman([1, 2], [3, 3]))

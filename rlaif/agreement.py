@@ -1,4 +1,4 @@
-"""How well labels agree with human (or gold) labels. Pure functions of arrays; numpy only."""
+"""How well labels agree with human (or gold) labels, and bootstrap intervals. Pure functions of arrays; numpy only."""
 
 from __future__ import annotations
 
@@ -114,6 +114,52 @@ def bootstrap_interval(
         return float("nan"), float("nan")
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def estimate_mean(
+    values: ArrayLike, *, groups: Sequence[Hashable] | None = None, resamples: int = 1000
+) -> dict[str, float | None]:
+    """Mean of rows with its 95 % bootstrap interval, as `value`, `low` and `high`; None for no rows.
+
+    Args:
+        values: (N,) one number a row.
+        groups: (N,) what is drawn together; see `bootstrap_interval`.
+        resamples: number of resamples.
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    low, high = bootstrap_interval(rows, mean, groups=groups, resamples=resamples)
+    return {"value": finite(mean(rows)), "low": finite(low), "high": finite(high)}
+
+
+def mean(values: Floats) -> float:
+    """Mean of (N,) values; NaN for none."""
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def pearson(x: ArrayLike, y: ArrayLike) -> float:
+    """Pearson's correlation of two (N,) columns, in [-1, 1]; NaN where one of them does not vary."""
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if len(a) < 2 or a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's rank correlation of two (N,) columns, ties sharing their mean rank; NaN where one does not vary."""
+    return pearson(_ranks(x), _ranks(y))
+
+
+def _ranks(values: ArrayLike) -> Floats:
+    _, inverse, counts = np.unique(
+        np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True
+    )
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[inverse], dtype=np.float64)
+
+
+def finite(value: float) -> float | None:
+    """The number, or None where it is NaN or infinite: a finding that cannot be had."""
+    return float(value) if np.isfinite(value) else None
 
 
 def same_position(first_ab: ArrayLike, first_ba: ArrayLike) -> NDArray[np.bool_]:

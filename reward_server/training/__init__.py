@@ -1,0 +1,1 @@
+"""Training of reward models: data, losses, the loop, LoRA, ensembles."""
