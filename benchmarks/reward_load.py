@@ -68,19 +68,34 @@ def group(rng: random.Random, count: int, prompt: int, response: int) -> list[Ch
     return [Chat(asked, text(rng, response)) for _ in range(count)]
 
 
-class RewardServerProcess:
-    """`rlaif serve` in a process of its own; use as a context manager."""
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
-    def __init__(self, folder: Path, model: Path, **flags: Any) -> None:
+
+class RewardServerProcess:
+    """`rlaif serve` in a process of its own; use as a context manager.
+
+    Args:
+        folder: for its files.
+        model: what it serves.
+        python: the interpreter, if not this one.
+        flags: of the command.
+    """
+
+    def __init__(
+        self, folder: Path, model: Path | str, *, python: str = sys.executable, **flags: Any
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self._ready = folder / "address"
         self._ready.unlink(missing_ok=True)
         self._log = folder / "serve.log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._metrics_port = probe.getsockname()[1]
+        self._metrics_port = free_port()
         own = {"port": 0, "ready_file": self._ready, "metrics_port": self._metrics_port, **flags}
         arguments = [f"--{name}={value}" for name, value in own.items()]
-        self._command = harness.rlaif("serve", f"--model={model}", *arguments)
+        self._command = [python, *harness.rlaif("serve", f"--model={model}", *arguments)[1:]]
 
     def __enter__(self) -> RewardServerProcess:
         with self._log.open("wb") as log:

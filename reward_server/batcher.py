@@ -29,6 +29,7 @@ from reward_server.scorers.base import (
     TaskError,
     finite,
 )
+from rlaif.errors import EndpointError
 
 _LOG = logging.getLogger(__name__)
 
@@ -99,7 +100,6 @@ class _Request:
     done: asyncio.Future[None]
     deadline: float
     priority: Priority
-    alone: bool
     pending: int
     context: Context = field(default_factory=copy_context)
     first_cut: float | None = None
@@ -160,6 +160,7 @@ class Batcher:
         self._tokenizer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-tokenize")
         self._lanes: list[asyncio.Task[None]] = []
         self._rate = _Rate()
+        self._gone: Failure | None = None
 
     @property
     def queued_tokens(self) -> int:
@@ -191,7 +192,6 @@ class Batcher:
         time_left_s: float | None = None,
         *,
         priority: Priority = Priority.INTERACTIVE,
-        alone: bool = False,
         wait_s: float = 0.0,
     ) -> Report:
         """One outcome per task, in order. Cancelling this call removes its items from the queue.
@@ -200,7 +200,6 @@ class Batcher:
             tasks: what to score.
             time_left_s: until the caller's deadline; items whose turn comes later are not computed.
             priority: interactive items go first.
-            alone: compute every item in a batch of its own, so that its score does not depend on neighbours.
             wait_s: how long to wait for room in a full queue before being refused; infinite never refuses. Only
                 so many items wait for room as the queue holds: further ones are refused at once.
 
@@ -223,7 +222,7 @@ class Batcher:
 
         outcomes: list[Outcome | None] = [p if isinstance(p, Failure) else None for p in prepared]
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        request = _Request(outcomes, done, deadline, priority, alone, pending=outcomes.count(None))
+        request = _Request(outcomes, done, deadline, priority, pending=outcomes.count(None))
         entries = [_Entry(request, i, p) for i, p in enumerate(prepared) if isinstance(p, Prepared)]
         cost = sum(e.item.tokens for e in entries)
         if entries:
@@ -280,6 +279,10 @@ class Batcher:
         ahead = cost + sum(e.item.tokens for p in Priority if p <= request.priority for e in self._queues[p])
         if time.monotonic() + self._rate.seconds(ahead) > deadline:
             raise TooLate
+        if self._gone is not None:
+            for entry in entries:
+                self._deliver(entry, self._gone)
+            return
         self._queues[request.priority] += entries
         self._queued_items += len(entries)
         self._queued_tokens += cost
@@ -359,12 +362,12 @@ class Batcher:
             if tokens > _WINDOW_BATCHES * self._max_batch_tokens:
                 break
         first = window[0]
-        if first.request.alone:
+        if first.item.alone:
             return [first]
         limit = self.scorer.max_batch_items or len(window)
         batch: list[_Entry] = []
         left = self._max_batch_tokens
-        for prefix, family in self._by_fit([e for e in window if not e.request.alone]):
+        for prefix, family in self._by_fit([e for e in window if not e.item.alone]):
             whole = prefix + sum(e.item.tokens - prefix for e in family)
             if batch and left < whole <= self._max_batch_tokens:
                 continue  # it fits into another batch as a whole
@@ -418,7 +421,15 @@ class Batcher:
     async def _compute(self, batch: list[_Entry]) -> None:
         started = time.monotonic()
         items = [e.item for e in batch]
-        outcomes = await self._score(items)
+        try:
+            outcomes = await self._score(items)
+        except EndpointError as err:  # nothing will be computed any more
+            self._gone = Failure("unavailable", str(err))
+            waiting = [e for queue in self._queues.values() for e in queue]
+            for entry in (*batch, *waiting):
+                self._deliver(entry, self._gone)
+            await self._remove(set(map(id, waiting)))
+            raise
         seconds = time.monotonic() - started
         tokens = sum(item.tokens for item in items)
         padded = self.scorer.cost(items)
@@ -439,6 +450,8 @@ class Batcher:
             outcomes = await self.scorer.score(items)
             if len(outcomes) != len(items):
                 raise RuntimeError(f"{self.scorer.name} gave {len(outcomes)} outcomes for {len(items)} items")
+        except EndpointError:
+            raise
         except Exception as err:
             size = self.scorer.cost(items)
             if isinstance(err, OutOfMemory) and len(items) > 1:

@@ -16,8 +16,8 @@ class ServeConfig:
     """Serve rewards over gRPC: `--model` for a learned reward model, or `--judge` for an LLM that scores directly."""
 
     model: str | None = None
-    """Reward model: a folder of `rlaif train rm`, any sequence classifier with one output, or a .yaml file with parts
-    and a rule that makes one score of theirs."""
+    """Reward model: a folder of `rlaif train rm` or any sequence classifier with one output, vllm:NAME_OR_PATH for the
+    same in vLLM's engine, or a .yaml file with parts and a rule that makes one score of theirs."""
     judge: str | None = None
     """Judge: tinyworld:judge, hf:NAME_OR_PATH or openai:NAME@BASE_URL."""
     rubric: str = "helpfulness-score"
@@ -60,7 +60,7 @@ class ServeConfig:
     ready_file: Path | None = None
     """Written with HOST:PORT once the server answers."""
     device: str = "auto"
-    """Where a reward model runs: cpu, cuda, cuda:1 ...; auto takes a GPU if there is one."""
+    """Where a reward model runs: cpu, cuda, cuda:1 ...; auto takes a GPU if there is one. Not for vllm: models."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of a reward model; auto keeps the checkpoint's on a GPU and takes float32 on a CPU."""
     max_length: int | None = None

@@ -96,7 +96,6 @@ def load_reward_model(
         ModelError: the model is unknown, or it is no reward model: several outputs, a head that was not trained, or
             other scores than those of its golden set.
     """
-    path = ModelRef.parse(name).pretrained_path()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted: torch.dtype | str = dtype
@@ -104,7 +103,21 @@ def load_reward_model(
         wanted = torch.float32  # half precision on a CPU is slow and, for some operations, missing
     elif dtype != "auto":
         wanted = getattr(torch, dtype)
-    model, tokenizer, missing = _load(path, wanted)
+    reward_model = read_reward_model(name, dtype=wanted, max_length=max_length)
+    reward_model.model.to(device)  # type: ignore[arg-type]
+    return reward_model
+
+
+def read_reward_model(
+    name: str, *, dtype: torch.dtype | str = "auto", max_length: int | None = None
+) -> RewardModel:
+    """Read and check a reward model, its weights in main memory; the dtype `auto` keeps the checkpoint's.
+
+    Raises:
+        ModelError: as for `load_reward_model`.
+    """
+    path = ModelRef.parse(name).pretrained_path()
+    model, tokenizer, missing = _load(path, dtype)
     if missing:
         raise ModelError(
             f"{name} has no trained scalar head ({', '.join(missing)} missing): train one with rlaif train rm"
@@ -119,7 +132,6 @@ def load_reward_model(
         normalization = Normalization(card["mean"], card["std"], card["source"])
     else:
         normalization = Normalization(source=f"none: {name} has no {CARD}")
-    model.to(device)  # type: ignore[arg-type]
     model.eval()  # type: ignore[no-untyped-call]
     golden.check(Path(path), model, tokenizer)
     return RewardModel(model, tokenizer, length, normalization, card)

@@ -81,8 +81,8 @@ def families(
     as long as its parts, each with a longer one, cost less than the whole; `overhead` is that of `Costs`.
     """
     order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
-    last = [_pooled(sequences[i], pad_id) for i in order]
-    common = [
+    last = [pooled(sequences[i], pad_id) for i in order]
+    common = [  # the token that the head reads must not be part of a shared prefix
         min(common_prefix(sequences[a], sequences[b]), last[n], last[n + 1])
         for n, (a, b) in enumerate(pairwise(order))
     ]
@@ -107,8 +107,8 @@ def common_prefix(a: Ids, b: Ids) -> int:
     return low
 
 
-def _pooled(sequence: Ids, pad_id: int | None) -> int:
-    """Index of the token that the head reads, which must not be part of a shared prefix."""
+def pooled(sequence: Ids, pad_id: int | None) -> int:
+    """Index of the token that the head of a causal model reads: the last one that is not PAD."""
     last = len(sequence) - 1
     while last > 0 and sequence[last] == pad_id:
         last -= 1

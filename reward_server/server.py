@@ -28,6 +28,7 @@ from reward_server.scorers.rule import PartSpec
 from reward_server.security import Role, TokenInterceptor, Tokens, server_credentials
 from reward_server.service import ADMIN_SERVICE, SERVICE, RewardService
 from rlaif.errors import ConfigError
+from rlaif.models import ModelRef
 from rlaif.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -190,6 +191,10 @@ def load_scorer(config: ServeConfig) -> Scorer:
     assert config.model is not None
     if config.model.endswith(SUFFIXES):
         return CompositeScorer.open(config.model, partial(_load_part, config))
+    if ModelRef.parse(config.model).backend == "vllm":
+        from reward_server.scorers.vllm import VLLMScorer
+
+        return VLLMScorer.open(config)
     from reward_server.model import load_reward_model
     from reward_server.scorers.learned import LearnedScorer
 

@@ -159,7 +159,6 @@ class RewardService:
                 tasks,
                 time_left_s,
                 priority=wire.PRIORITY.get(request.priority, Priority.INTERACTIVE),
-                alone=request.deterministic,
             )
             return wire.compare_response(request, outcomes, report, model)
 
@@ -222,7 +221,6 @@ class RewardService:
                 tasks,
                 time_left_s,
                 priority=wire.PRIORITY.get(request.priority, default),
-                alone=request.deterministic,
                 wait_s=wait_s,
             )
             return wire.score_response(request, outcomes, report, model)
@@ -234,7 +232,6 @@ class RewardService:
         time_left_s: float | None,
         *,
         priority: Priority = Priority.INTERACTIVE,
-        alone: bool = False,
         wait_s: float = 0.0,
     ) -> tuple[list[Outcome], Report]:
         """Outcomes in the order of `tasks`, failures among them as they are."""
@@ -246,7 +243,6 @@ class RewardService:
                     valid,
                     time_left_s,
                     priority=priority,
-                    alone=alone,
                     wait_s=wait_s,
                 )
             except Overloaded as err:

@@ -97,7 +97,9 @@ def score_tasks(request: pb.ScoreRequest) -> list[Task | Failure]:
         elif len(conversation) == 1:
             tasks.append(Failure("invalid", "the conversation has no prompt before the assistant turn"))
         else:
-            tasks.append(ScoreTask(conversation, truncation, request.with_rationale))
+            tasks.append(
+                ScoreTask(conversation, truncation, request.with_rationale, alone=request.deterministic)
+            )
     return tasks
 
 
@@ -112,7 +114,8 @@ def compare_tasks(request: pb.CompareRequest) -> list[Task | Failure]:
         elif prompt[-1].role != "user":
             tasks.append(Failure("invalid", "the prompt must end with a user turn"))
         else:
-            tasks.append(CompareTask(types.Pair(prompt, item.response_a, item.response_b), truncation))
+            pair = types.Pair(prompt, item.response_a, item.response_b)
+            tasks.append(CompareTask(pair, truncation, alone=request.deterministic))
     return tasks
 
 

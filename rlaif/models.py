@@ -86,3 +86,12 @@ class ModelRef:
                 )
             return str(folder)
         raise ModelError(f"{self} has no weights here: this task needs hf:NAME_OR_PATH or tinyworld:NAME")
+
+
+def cannot_load(ref: ModelRef, err: Exception) -> ModelError:
+    """The one line for a model that does not load."""
+    detail = " ".join(str(err).split())
+    hint = "" if "/" in ref.name else f"; if it runs behind an endpoint, write openai:{ref.name}@BASE_URL"
+    return ModelError(
+        f"model {ref} cannot be loaded: {detail[:200]}{'...' if len(detail) > 200 else ''}{hint}"
+    )

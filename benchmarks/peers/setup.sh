@@ -4,8 +4,11 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 environments=${1:?usage: peers/setup.sh DIR}
 python=${PYTHON:-python3.11}
-for name in server distilabel curator alpaca_eval; do
+for name in server distilabel curator alpaca_eval openrlhf; do
   "$python" -m venv "$environments/$name"
   "$environments/$name/bin/pip" install --quiet --disable-pip-version-check -r "$here/$name/requirements.txt"
+  if [ "$name" = openrlhf ]; then # its dependencies are those of the requirements that serve_rm imports
+    "$environments/$name/bin/pip" install --quiet --disable-pip-version-check --no-deps openrlhf==0.11.2
+  fi
   "$environments/$name/bin/pip" freeze > "$environments/$name/installed.txt"
 done

@@ -23,12 +23,11 @@ from labeler.backends.local import (
     LocalModel,
     Request,
     TokenReadings,
-    cannot_load,
     load_tokenizer,
     weights_hash,
 )
 from labeler.llm import Abilities, LLMOptions
-from rlaif.models import ModelRef
+from rlaif.models import ModelRef, cannot_load
 
 _CACHE_BYTES = 2 * 2**30
 """Memory that one batch's key-value cache may take; it bounds rows x tokens of a batch."""

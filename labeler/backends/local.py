@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from labeler.backends.labels import Tokens, find_aliases, find_spellings, label_distribution, label_reads
 from labeler.llm import Abilities, Generation, LabelReading, RequestFailed
 from rlaif.chat import render
-from rlaif.errors import DataError, ModelError
-from rlaif.models import ModelRef
+from rlaif.errors import DataError
+from rlaif.models import ModelRef, cannot_load
 from rlaif.types import Conversation, Message, to_dicts
 
 _TAIL = 4
@@ -270,15 +270,6 @@ def load_tokenizer(ref: ModelRef, path: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as err:
         raise cannot_load(ref, err) from err
     return tokenizer
-
-
-def cannot_load(ref: ModelRef, err: Exception) -> ModelError:
-    """The one line for a model that does not load."""
-    detail = " ".join(str(err).split())
-    hint = "" if "/" in ref.name else f"; if it runs behind an endpoint, write openai:{ref.name}@BASE_URL"
-    return ModelError(
-        f"model {ref} cannot be loaded: {detail[:200]}{'...' if len(detail) > 200 else ''}{hint}"
-    )
 
 
 def weights_hash(path: str) -> str:

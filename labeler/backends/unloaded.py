@@ -13,13 +13,12 @@ from labeler.backends.local import (
     LocalModel,
     Request,
     TokenReadings,
-    cannot_load,
     load_tokenizer,
     weights_hash,
 )
 from labeler.dry_run import PrefixCache
 from labeler.llm import Abilities
-from rlaif.models import ModelRef
+from rlaif.models import ModelRef, cannot_load
 
 _ENDLESS = 2**31
 

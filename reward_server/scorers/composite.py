@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from reward_server.scorers.base import (
     Task,
     TaskError,
     finite,
+    preference,
 )
 from reward_server.scorers.rule import CompositeFile, PartSpec, evaluate
 from rlaif.errors import ConfigError
@@ -84,7 +84,10 @@ class CompositeScorer:
             tasks = [task]
         elif isinstance(task, CompareTask):
             pair = task.pair
-            tasks = [ScoreTask(with_response(pair.prompt, r), task.truncation) for r in (pair.a, pair.b)]
+            tasks = [
+                ScoreTask(with_response(pair.prompt, r), task.truncation, alone=task.alone)
+                for r in (pair.a, pair.b)
+            ]
         else:
             raise TaskError(
                 "unsupported", "a composite reads conversations: a prompt and a response, or messages"
@@ -151,8 +154,7 @@ class CompositeScorer:
         read = [o for outcomes in responses for o in outcomes if isinstance(o, Scored)]
         tokens, cached = sum(o.tokens for o in read), sum(o.cached for o in read)
         if isinstance(item.task, CompareTask):
-            difference = numbers[0] - numbers[1]
-            p_a = 1 / (1 + math.exp(-difference)) if difference > -700 else 0.0
+            p_a = preference(numbers[0] - numbers[1])
             return Compared(p_a, tokens=tokens, truncated=item.truncated, cached=cached)
         rationale = next((o.rationale for o in read if o.rationale is not None), None)
         return Scored(numbers[0], tokens=tokens, truncated=item.truncated, cached=cached, rationale=rationale)

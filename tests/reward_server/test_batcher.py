@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from reward_server.batcher import Batcher, Overloaded, Priority, TooLate
 from reward_server.scorers.base import Failure, Outcome, OutOfMemory, Prepared, Scored, ScoreTask, Task
+from rlaif.errors import EndpointError
 from rlaif.types import Message, user_prompt
 from tests.reward_server.fakes import LengthScorer
 
 
-def task(length: int) -> Task:
-    return ScoreTask((*user_prompt("q"), Message("assistant", "x" * length)))
+def task(length: int, *, alone: bool = False) -> Task:
+    return ScoreTask((*user_prompt("q"), Message("assistant", "x" * length)), alone=alone)
 
 
 def batcher(scorer: LengthScorer, **limits: int) -> Batcher:
@@ -161,7 +162,7 @@ def test_items_that_must_not_depend_on_neighbours_have_a_batch_of_their_own() ->
         first = asyncio.ensure_future(queue.submit([task(1)]))
         await scorer.started.wait()
         together = asyncio.ensure_future(queue.submit([task(4)] * 3))
-        apart = asyncio.ensure_future(queue.submit([task(5)] * 2, alone=True))
+        apart = asyncio.ensure_future(queue.submit([task(5, alone=True)] * 2))
         while queue.queued_tokens != 22:
             await asyncio.sleep(0.001)
         scorer.gate.set()
@@ -375,5 +376,34 @@ def test_interactive_items_fill_a_batch_before_bulk_items_nearer_in_length() -> 
         await asyncio.gather(first, bulk, quick)
         await queue.stop()
         assert [[len(text) for text in batch] for batch in scorer.batches] == [[1], [20, 9], [20]]
+
+    asyncio.run(scenario())
+
+
+def test_what_waits_for_a_model_that_is_gone_is_told_so_and_computing_ends() -> None:
+    class Gone(LengthScorer):
+        """A model in another process, which ends while it computes."""
+
+        async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
+            await super().score(batch)
+            raise EndpointError("the engine has ended")
+
+    async def scenario() -> None:
+        scorer = Gone()
+        scorer.gate.clear()
+        queue = batcher(scorer, max_batch_tokens=10)
+        broken = queue.start()
+        requests = [asyncio.ensure_future(queue.submit([task(9)] * 2)) for _ in range(3)]
+        while queue.queued_tokens != 45:
+            await asyncio.sleep(0.001)
+        scorer.gate.set()
+        gone = Failure("unavailable", "the engine has ended")
+        for report in await asyncio.gather(*requests):
+            assert report.outcomes == [gone, gone]
+        with pytest.raises(EndpointError):
+            await broken
+        assert (await queue.submit([task(3)])).outcomes == [gone]  # prepared too late to be refused
+        assert len(scorer.batches) == 1
+        await queue.stop()
 
     asyncio.run(scenario())

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from google.rpc import code_pb2
 
 from labeler.backends.scripted import Asked, ScriptedModel
@@ -13,8 +16,10 @@ from labeler.judge import Judge
 from labeler.llm import RequestFailed
 from labeler.rubric import Rubric, RubricFile
 from protos.rlaif.reward.v1 import reward_pb2 as pb
+from reward_server.config import ServeConfig
 from reward_server.scorers.judge import JudgeScorer
 from rlaif.errors import ConfigError
+from tests.labeler.tiny import WORDS, save_tiny, tiny_model, tiny_tokenizer
 from tests.reward_server.fakes import conversation, score_request, serving
 
 SCORE = RubricFile(
@@ -72,6 +77,36 @@ def test_a_score_is_the_expectation_over_the_levels_with_its_distribution() -> N
             assert (info.normalization.center, info.normalization.scale) == (5.5, 4.5)
 
     asyncio.run(scenario())
+
+
+def test_a_direct_score_is_that_of_the_full_softmax_of_transformers(tmp_path: Path) -> None:
+    """A real model through the whole server: the expectation over the ten labels by hand from its logits."""
+    folder = save_tiny(tmp_path / "lm")
+    rubric = tmp_path / "score.yaml"
+    written = SCORE.model_copy(update={"ask_rationale": "", "rationale_cue": "", "ending": "w5 :"})
+    rubric.write_text(yaml.safe_dump(written.model_dump(mode="json", exclude_defaults=True)))
+    responses = [" ".join(f"w{(7 * i + j) % 40}" for j in range(1 + 5 * i % 13)) for i in range(40)]
+
+    async def scenario() -> pb.ScoreResponse:
+        config = ServeConfig(judge=f"hf:{folder}", rubric=str(rubric), cot=False, device="cpu")
+        async with serving(JudgeScorer.open(config)) as served:
+            answer: pb.ScoreResponse = await served.stub.Score(score_request(*responses))
+            return answer
+
+    answer = asyncio.run(scenario())
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    label_ids = [WORDS.index(str(i)) for i in range(1, 11)]
+    found = []
+    for response, outcome in zip(responses, answer.outcomes, strict=True):
+        ids = tokenizer(f"<s> q -> {response} | w5 :", add_special_tokens=False, return_tensors="pt")
+        with torch.no_grad():
+            p = model(**ids).logits[0, -1].double().softmax(-1)[label_ids]
+        expected = float((p * torch.arange(1, 11)).sum() / p.sum())
+        assert outcome.score.raw == pytest.approx(expected, abs=1e-4)
+        assert outcome.score.distribution.mass == pytest.approx(float(p.sum()), abs=1e-4)
+        assert list(outcome.score.distribution.probability) == pytest.approx((p / p.sum()).tolist(), abs=1e-4)
+        found.append(expected)
+    assert max(found) - min(found) > 2
 
 
 def test_the_rationale_is_sent_only_when_asked_for() -> None:

@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import grpc
 import pytest
 
 from protos.rlaif.reward.v1 import reward_pb2_grpc
+from reward_server.config import ServeConfig
+from reward_server.server import load_scorer
+from rlaif.errors import ConfigError, ModelError
 from tests.reward_server import tiny
 from tests.reward_server.fakes import score_request
 
@@ -63,3 +67,12 @@ def test_a_model_that_is_no_reward_model_is_one_line_and_an_exit_code(tmp_path: 
     )
     assert done.returncode == 4
     assert "no trained scalar head" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_model_in_vllm_is_refused_by_one_line_where_it_cannot_be(tmp_path: Path) -> None:
+    named = f"vllm:{tiny.save_classifier(tmp_path / 'rm')}"
+    with pytest.raises(ConfigError, match="--device cpu is not for vllm:"):
+        load_scorer(ServeConfig(model=named, device="cpu"))
+    if find_spec("vllm") is None:
+        with pytest.raises(ModelError, match="pip install"):
+            load_scorer(ServeConfig(model=named))

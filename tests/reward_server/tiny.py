@@ -29,17 +29,19 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def config(**changes: object) -> LlamaConfig:
     """A Llama of two layers and width 32 with room for 128 tokens."""
     return LlamaConfig(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        **changes,
+        **{
+            "vocab_size": 259,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+            **changes,
+        }
     )
 
 
@@ -51,10 +53,10 @@ def save_language_model(folder: Path, seed: int = 0, **changes: object) -> Path:
     return folder
 
 
-def save_classifier(folder: Path, num_labels: int = 1, seed: int = 0) -> Path:
+def save_classifier(folder: Path, num_labels: int = 1, seed: int = 0, **changes: object) -> Path:
     """A sequence classifier as others publish them: no `reward_model.json`, and no chat template."""
     torch.manual_seed(seed)
-    model = LlamaForSequenceClassification(config(num_labels=num_labels))
+    model = LlamaForSequenceClassification(config(num_labels=num_labels, **changes))
     torch.nn.init.normal_(model.score.weight)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
