@@ -103,15 +103,13 @@ def load_reward_model(
         wanted = torch.float32  # half precision on a CPU is slow and, for some operations, missing
     elif dtype != "auto":
         wanted = getattr(torch, dtype)
-    reward_model = read_reward_model(name, dtype=wanted, max_length=max_length)
-    reward_model.model.to(device)  # type: ignore[arg-type]
-    return reward_model
+    return read_reward_model(name, device=device, dtype=wanted, max_length=max_length)
 
 
 def read_reward_model(
-    name: str, *, dtype: torch.dtype | str = "auto", max_length: int | None = None
+    name: str, *, device: str = "cpu", dtype: torch.dtype | str = "auto", max_length: int | None = None
 ) -> RewardModel:
-    """Read and check a reward model, its weights in main memory; the dtype `auto` keeps the checkpoint's.
+    """Read a reward model and check it where it will compute; the dtype `auto` keeps the checkpoint's.
 
     Raises:
         ModelError: as for `load_reward_model`.
@@ -132,6 +130,7 @@ def read_reward_model(
         normalization = Normalization(card["mean"], card["std"], card["source"])
     else:
         normalization = Normalization(source=f"none: {name} has no {CARD}")
+    model.to(device)  # type: ignore[arg-type]
     model.eval()  # type: ignore[no-untyped-call]
     golden.check(Path(path), model, tokenizer)
     return RewardModel(model, tokenizer, length, normalization, card)
