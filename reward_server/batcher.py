@@ -114,7 +114,10 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Rate:
-    """Tokens per second over recent batches, for estimates."""
+    """Tokens per second over recent batches that left others waiting, for estimates.
+
+    A batch that takes all there is tells what was asked for, not what the device can do.
+    """
 
     tokens_per_s: float = 0.0
 
@@ -324,7 +327,7 @@ class Batcher:
         while True:
             batch = await self._cut()
             if batch:
-                await self._compute(batch)
+                await self._compute(batch, busy=self._queued_items > 0)
             else:
                 self._arrived.clear()
                 await self._arrived.wait()
@@ -411,14 +414,15 @@ class Batcher:
         self._since_bulk = 0
         return [bulk[0], *interactive, *bulk[1:]]
 
-    async def _compute(self, batch: list[_Entry]) -> None:
+    async def _compute(self, batch: list[_Entry], *, busy: bool) -> None:
         started = time.monotonic()
         items = [e.item for e in batch]
         outcomes = await self._score(items)
         seconds = time.monotonic() - started
         tokens = sum(item.tokens for item in items)
         padded = self.scorer.cost(items)
-        self._rate.update(tokens, seconds)
+        if busy:  # then all lanes are
+            self._rate.update(tokens * self.scorer.parallel_batches, seconds)
         self._observer.batch(len(batch), tokens, padded, seconds)
         for request in {id(e.request): e.request for e in batch}.values():
             request.compute_s += seconds
