@@ -128,7 +128,9 @@ def test_a_request_that_cannot_be_done_in_time_is_refused_before_it_is_queued() 
 
 
 @pytest.mark.parametrize(
-    ("lanes", "before", "then"), [(1, [1], [60] * 64), (8, [1] * 16, [1] * 300)], ids=["a small batch", "lanes"]
+    ("lanes", "before", "then"),
+    [(1, [1], [60] * 64), (8, [1] * 16, [1] * 300)],
+    ids=["a small batch", "lanes"],
 )
 def test_no_request_is_refused_for_a_deadline_that_the_device_can_meet(
     lanes: int, before: list[int], then: list[int]

@@ -141,7 +141,7 @@ def test_an_item_whose_deadline_passed_while_queued_is_not_computed() -> None:
         async with serving(scorer) as served:
             running = asyncio.ensure_future(served.stub.Score(score_request("first")))
             await scorer.started.wait()
-            late = [served.stub.Score(score_request("late"), timeout=0.05) for _ in range(5)]
+            late = [served.stub.Score(score_request("late"), timeout=0.05) for _ in range(200)]
             for call in late:
                 assert (await refusal(call)).code() == grpc.StatusCode.DEADLINE_EXCEEDED
             await asyncio.sleep(0.1)  # the server's clock reaches the deadline a moment after the caller's
