@@ -272,6 +272,23 @@ def test_a_batch_too_large_for_the_device_is_split_and_the_budget_learned() -> N
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("bad", [{0}, {63}, {21}, {20, 21}, {0, 31, 32, 63}, set(range(64))], ids=str)
+def test_bad_items_fail_alone_after_few_passes(bad: set[int]) -> None:
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        queue = batcher(scorer, max_batch_tokens=10**6)
+        queue.start()
+        texts = ["poison" if i in bad else "x" * (i + 1) for i in range(64)]
+        tasks: list[Task] = [ScoreTask((*user_prompt("q"), Message("assistant", t))) for t in texts]
+        outcomes = (await queue.submit(tasks)).outcomes
+        await queue.stop()
+        assert {i for i, o in enumerate(outcomes) if isinstance(o, Failure)} == bad
+        assert all(o.raw == i + 1 for i, o in enumerate(outcomes) if isinstance(o, Scored))
+        assert len(scorer.batches) - 1 <= len(bad) * (6 + 2), "⌈log2 64⌉ + 2 for each"
+
+    asyncio.run(scenario())
+
+
 def test_a_cancelled_request_leaves_the_queue_and_is_not_computed() -> None:
     async def scenario() -> None:
         scorer = LengthScorer()
