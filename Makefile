@@ -12,11 +12,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 DEMO_ARGS ?=
 TEST_ARGS ?=
+SOAK_MINUTES ?= 30
 
 # The CPU build of PyTorch has this exact version; with an NVIDIA driver the default build is the CUDA one.
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 
-.PHONY: help venv demo test test-vllm check format protos protos-check protos-fresh docker-lint clean
+.PHONY: help venv demo test soak foreign test-vllm check format protos protos-check protos-fresh docker-lint clean
 
 help:  ## what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +44,14 @@ demo: $(VENV)/.runtime  ## the whole loop in the embedded world, then the report
 # The test models are so small that a second thread only waits for the first.
 test: $(VENV)/.dev  ## all tests that need neither a GPU nor vLLM
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(TEST_ARGS)
+
+soak: $(VENV)/.dev  ## the reward server's hardening tests at full length: about SOAK_MINUTES=30 and half an hour more
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --soak --soak_minutes $(SOAK_MINUTES) --timeout 0 -s \
+		tests/hardening tests/integration/test_replicas.py $(TEST_ARGS)
+
+foreign: $(VENV)/.dev  ## clients and proxies of others: installs what it can, then runs them against the reward server
+	PYTHON=$(BIN)/python tests/foreign/install.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/foreign $(TEST_ARGS)
 
 check: $(VENV)/.dev protos-fresh protos-check docker-lint  ## what CI checks before the tests
 	$(BIN)/ruff check .

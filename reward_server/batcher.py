@@ -119,7 +119,10 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Rate:
-    """Tokens per second over recent batches, for estimates."""
+    """Tokens per second over recent batches that left others waiting, for estimates.
+
+    A batch that takes all there is tells what was asked for, not what the device can do.
+    """
 
     tokens_per_s: float = 0.0
 
@@ -331,7 +334,7 @@ class Batcher:
         while True:
             batch = await self._cut()
             if batch:
-                await self._compute(batch)
+                await self._compute(batch, busy=self._queued_items > 0)
             else:
                 self._arrived.clear()
                 await self._arrived.wait()
@@ -418,7 +421,7 @@ class Batcher:
         self._since_bulk = 0
         return [bulk[0], *interactive, *bulk[1:]]
 
-    async def _compute(self, batch: list[_Entry]) -> None:
+    async def _compute(self, batch: list[_Entry], *, busy: bool) -> None:
         started = time.monotonic()
         items = [e.item for e in batch]
         try:
@@ -433,7 +436,8 @@ class Batcher:
         seconds = time.monotonic() - started
         tokens = sum(item.tokens for item in items)
         padded = self.scorer.cost(items)
-        self._rate.update(tokens, seconds)
+        if busy:  # then all lanes are
+            self._rate.update(tokens * self.scorer.parallel_batches, seconds)
         requests = {id(e.request): e.request for e in batch}.values()
         self._observer.batch(len(batch), tokens, padded, seconds, [r.context for r in requests])
         for request in requests:
@@ -445,24 +449,53 @@ class Batcher:
             self._deliver(entry, outcome)
 
     async def _score(self, items: list[Prepared]) -> list[Outcome]:
-        """Score a batch; if it fails, halve it until only the item to blame is left with the failure."""
+        """Score a batch: one too large for the device is halved, one that fails is searched for the item to blame."""
         try:
-            outcomes = await self.scorer.score(items)
-            if len(outcomes) != len(items):
-                raise RuntimeError(f"{self.scorer.name} gave {len(outcomes)} outcomes for {len(items)} items")
+            return await self._forward(items)
         except EndpointError:
             raise
         except Exception as err:
-            size = self.scorer.cost(items)
-            if isinstance(err, OutOfMemory) and len(items) > 1:
-                self._max_batch_tokens = max(1, min(self._max_batch_tokens, size // 2))
-                self._observer.out_of_memory()
-                _LOG.warning("out of memory at %d tokens; batches hold %d now", size, self._max_batch_tokens)
             if len(items) == 1:
                 _LOG.warning("an item of %d tokens failed in the model: %r", items[0].tokens, err)
                 return [Failure("model_failed", "the model failed on this item; the server's log says how")]
-            middle = len(items) // 2
-            return [*await self._score(items[:middle]), *await self._score(items[middle:])]
+            if not isinstance(err, OutOfMemory):
+                return await self._isolate(items)
+        size = self.scorer.cost(items)
+        self._max_batch_tokens = max(1, min(self._max_batch_tokens, size // 2))
+        self._observer.out_of_memory()
+        _LOG.warning("out of memory at %d tokens; batches hold %d now", size, self._max_batch_tokens)
+        middle = len(items) // 2
+        return [*await self._score(items[:middle]), *await self._score(items[middle:])]
+
+    async def _isolate(self, items: list[Prepared]) -> list[Outcome]:
+        """Outcomes of a batch that fails as a whole: binary search for the item to blame, then the rest as one batch.
+
+        Takes ⌈log2 n⌉ + 2 passes for one bad item, where halving both sides would take twice as many. An item is tried
+        alone before it is blamed.
+        """
+        outcomes: dict[int, Outcome] = {}
+        aside: list[int] = []
+        low, high = 0, len(items)
+        while high - low > 1:
+            middle = (low + high) // 2
+            try:
+                outcomes.update(zip(range(low, middle), await self._forward(items[low:middle]), strict=True))
+            except EndpointError:
+                raise
+            except Exception:  # the search goes on where it fails, and ends at one item with its reason
+                aside += range(middle, high)
+                high = middle
+            else:
+                low = middle
+        outcomes.update(zip([low], await self._score(items[low:high]), strict=True))
+        if aside:
+            outcomes.update(zip(aside, await self._score([items[i] for i in aside]), strict=True))
+        return [outcomes[i] for i in range(len(items))]
+
+    async def _forward(self, items: list[Prepared]) -> list[Outcome]:
+        outcomes = await self.scorer.score(items)
+        if len(outcomes) != len(items):
+            raise RuntimeError(f"{self.scorer.name} gave {len(outcomes)} outcomes for {len(items)} items")
         return [finite(o) for o in outcomes]
 
     def _deliver(self, entry: _Entry, outcome: Outcome) -> None:

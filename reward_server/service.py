@@ -116,7 +116,7 @@ class RewardService:
         reward = {
             "Score": self._unary(SERVICE, "Score", self.score, pb.ScoreRequest),
             "ScoreStream": grpc.stream_stream_rpc_method_handler(
-                self._stream, request_deserializer=None, response_serializer=_serialize
+                cast("Any", self._stream), request_deserializer=None, response_serializer=_serialize
             ),
             "Compare": self._unary(SERVICE, "Compare", self.compare, pb.CompareRequest),
             "GetInfo": self._unary(SERVICE, "GetInfo", self.info, pb.GetInfoRequest),
@@ -265,7 +265,7 @@ class RewardService:
 
     # ---- streams ----
 
-    async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Message]:
+    async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
         """Answer requests as they are done; read on only while few enough are unanswered."""
         answers: asyncio.Queue[pb.ScoreStreamResponse | None] = asyncio.Queue()
         room = asyncio.Semaphore(self._max_stream_requests)
@@ -311,11 +311,13 @@ class RewardService:
         ender = asyncio.create_task(end())
         try:
             while (response := await answers.get()) is not None:
-                yield response
+                await context.write(response)
                 room.release()
             await ender
         except Refusal as err:
             await _abort(context, err.status)
+        except grpc.aio.InternalError:
+            _LOG.debug("the caller of a stream left while it was being answered")
         finally:
             for task in (reader, ender, *open_tasks):
                 task.cancel()

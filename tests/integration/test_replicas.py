@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,48 +15,14 @@ import trustme
 from policy_trainer.client import Access, AsyncRewardClient, RewardClient
 from rlaif.errors import RewardServerError
 from rlaif.types import Conversation, user_prompt, with_response
+from tests.reward_server.process import ServerProcess
 
 pytestmark = pytest.mark.slow
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Replica:
-    """A server process on a port that it keeps over restarts."""
-
-    def __init__(self, folder: Path, *flags: str) -> None:
-        self.port = free_port()
-        self.flags = flags
-        self.ready = folder / f"ready-{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self.ready.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "tests.reward_server.length_server", str(self.port), str(self.ready)]
-        self.process = subprocess.Popen([*command, *self.flags])
-        until = time.monotonic() + 60
-        while not self.ready.exists():
-            assert self.process.poll() is None and time.monotonic() < until, "the server did not start"
-            time.sleep(0.02)
-
-    def end(self, number: int) -> int:
-        assert self.process is not None
-        if self.process.poll() is None:
-            os.kill(self.process.pid, number)
-        return self.process.wait(30)
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-
 @pytest.fixture
-def replicas(tmp_path: Path) -> Iterator[list[Replica]]:
-    both = [Replica(tmp_path), Replica(tmp_path)]
+def replicas(tmp_path: Path) -> Iterator[list[ServerProcess]]:
+    both = [ServerProcess(tmp_path), ServerProcess(tmp_path)]
     for one in both:
         one.start()
     yield both
@@ -112,7 +74,9 @@ class Load:
             thread.join(60)
 
 
-def test_no_call_fails_when_a_replica_is_killed_comes_back_or_is_drained(replicas: list[Replica]) -> None:
+def test_no_call_fails_when_a_replica_is_killed_comes_back_or_is_drained(
+    replicas: list[ServerProcess],
+) -> None:
     first, second = replicas
     with RewardClient(f"{first.address},{second.address}", give_up_after_s=30) as client:
         assert client.wait_ready(30).name == "length"
@@ -127,8 +91,23 @@ def test_no_call_fails_when_a_replica_is_killed_comes_back_or_is_drained(replica
         assert load.wrong == []
 
 
+def test_no_call_fails_while_replicas_are_restarted_one_after_the_other(
+    replicas: list[ServerProcess], request: pytest.FixtureRequest
+) -> None:
+    restarts = 10 if request.config.getoption("--soak") else 2
+    with RewardClient(",".join(r.address for r in replicas), give_up_after_s=30) as client:
+        client.wait_ready(30)
+        with Load(client) as load:
+            for number in range(restarts):
+                load.more(30)
+                assert replicas[number % 2].end(signal.SIGTERM) == 0
+                replicas[number % 2].start()
+            load.more(30)
+        assert load.wrong == []
+
+
 def test_replicas_are_used_in_turn_and_one_that_joins_gets_its_share(
-    replicas: list[Replica], tmp_path: Path
+    replicas: list[ServerProcess], tmp_path: Path
 ) -> None:
     first, second = replicas
     second.end(signal.SIGKILL)
@@ -143,7 +122,7 @@ def test_replicas_are_used_in_turn_and_one_that_joins_gets_its_share(
         assert load.wrong == []
 
 
-def test_when_no_replica_is_left_the_client_says_so_in_one_line(replicas: list[Replica]) -> None:
+def test_when_no_replica_is_left_the_client_says_so_in_one_line(replicas: list[ServerProcess]) -> None:
     with RewardClient(",".join(r.address for r in replicas), give_up_after_s=0.5) as client:
         client.wait_ready(30)
         for one in replicas:
@@ -161,7 +140,7 @@ def test_tls_and_a_token_open_a_guarded_server_to_both_clients(tmp_path: Path) -
     leaf.private_key_pem.write_to_path(str(key))
     ca.cert_pem.write_to_path(str(roots))
     tokens.write_text("score open-sesame\n")
-    replica = Replica(tmp_path, f"tls_cert={cert}", f"tls_key={key}", f"token_file={tokens}")
+    replica = ServerProcess(tmp_path, tls_cert=cert, tls_key=key, token_file=tokens)
     replica.start()
     try:
         with RewardClient(replica.address, access=Access("open-sesame", roots)) as client:

@@ -128,6 +128,34 @@ def test_a_request_that_cannot_be_done_in_time_is_refused_before_it_is_queued() 
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("lanes", "before", "then"),
+    [(1, [1], [60] * 64), (8, [1] * 16, [1] * 300)],
+    ids=["a small batch", "lanes"],
+)
+def test_no_request_is_refused_for_a_deadline_that_the_device_can_meet(
+    lanes: int, before: list[int], then: list[int]
+) -> None:
+    class Slow(LengthScorer):
+        parallel_batches = lanes
+        max_batch_items = 0 if lanes == 1 else 1
+
+        async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
+            await asyncio.sleep(0.01)
+            return await super().score(batch)
+
+    async def scenario() -> None:
+        queue = batcher(Slow(), max_batch_tokens=10**4)
+        queue.start()
+        # One token in 0.01 s, by one lane, would make 38 s of the first case and 3 s of the second.
+        await queue.submit([task(n) for n in before])
+        report = await queue.submit([task(n) for n in then], time_left_s=2.5)
+        await queue.stop()
+        assert len(report.outcomes) == len(then)
+
+    asyncio.run(scenario())
+
+
 def test_interactive_items_go_first_and_bulk_is_not_starved() -> None:
     async def scenario() -> None:
         scorer = LengthScorer()
@@ -241,6 +269,23 @@ def test_a_batch_too_large_for_the_device_is_split_and_the_budget_learned() -> N
         assert [len(batch) for batch in scorer.batches] == [
             len(b) for b in scorer.batches if len(b) * 4 <= 16
         ]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("bad", [{0}, {63}, {21}, {20, 21}, {0, 31, 32, 63}, set(range(64))], ids=str)
+def test_bad_items_fail_alone_after_few_passes(bad: set[int]) -> None:
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        queue = batcher(scorer, max_batch_tokens=10**6)
+        queue.start()
+        texts = ["poison" if i in bad else "x" * (i + 1) for i in range(64)]
+        tasks: list[Task] = [ScoreTask((*user_prompt("q"), Message("assistant", t))) for t in texts]
+        outcomes = (await queue.submit(tasks)).outcomes
+        await queue.stop()
+        assert {i for i, o in enumerate(outcomes) if isinstance(o, Failure)} == bad
+        assert all(o.raw == i + 1 for i, o in enumerate(outcomes) if isinstance(o, Scored))
+        assert len(scorer.batches) - 1 <= len(bad) * (6 + 2), "⌈log2 64⌉ + 2 for each"
 
     asyncio.run(scenario())
 

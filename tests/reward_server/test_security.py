@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,9 @@ def test_mutual_tls_lets_in_only_clients_of_its_authority(files: Files) -> None:
             assert await score_through(address, trusting(files.ca, own)) == "OK"
             assert await score_through(address, trusting(files.ca)) == "UNAVAILABLE"
             assert await score_through(address, trusting(files.ca, foreign)) == "UNAVAILABLE"
+            past = datetime.now(UTC) - timedelta(days=1)
+            expired = files.ca.issue_cert("trainer", not_before=past - timedelta(days=1), not_after=past)
+            assert await score_through(address, trusting(files.ca, expired)) == "UNAVAILABLE"
 
     asyncio.run(scenario())
 
