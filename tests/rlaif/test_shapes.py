@@ -360,3 +360,14 @@ def test_refused_conversations_say_why(row: dict[str, Any], reason: str) -> None
     with pytest.raises(RowError) as caught:
         shapes.parse_conversation(row)
     assert reason in str(caught.value)
+
+
+def test_a_scored_response_needs_a_finite_score() -> None:
+    row = {"prompt": [USER], "response": "It is blue.", "judge": "j"}
+    scored = shapes.parse_scored({**row, "score": 7})
+    assert (scored.prompt, scored.response, scored.score) == (PROMPT, "It is blue.", 7.0)
+    assert scored.extra["judge"] == "j"
+    for score, reason in ((None, "no score"), ("high", "score must be a finite number")):
+        with pytest.raises(RowError, match=reason):
+            shapes.parse_scored({**row, "score": score})
+    assert shapes.holds_pair({"chosen": "a"}) and not shapes.holds_pair(row)
