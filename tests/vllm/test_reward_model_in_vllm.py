@@ -99,6 +99,9 @@ def serving(folder: Path, ready: Path) -> Iterator[Running]:
             stub = reward_pb2_grpc.RewardServiceStub(channel)  # type: ignore[no-untyped-call]
             yield Running(process, stub, folder)
     finally:
+        if process.poll() is None:
+            for pid in engines(process.pid):  # which outlive a server that is killed
+                os.kill(pid, signal.SIGKILL)
         process.kill()
         process.wait()
 
