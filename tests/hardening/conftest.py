@@ -39,11 +39,17 @@ def server(tmp_path: Path) -> Iterator[ServerProcess]:
 
 
 class Neighbour:
-    """A well-behaved client that scores one item at a time; an answer that is wrong or missing raises."""
+    """A well-behaved client that scores one item at a time; an answer that is wrong or missing raises.
+
+    Attributes:
+        latencies_s: of its calls, in seconds.
+        batches_s: model time of the batches that answered them.
+    """
 
     def __init__(self, stub: Any) -> None:
         self._stub = stub
         self.latencies_s: list[float] = []
+        self.batches_s: list[float] = []
 
     async def ask(self, calls: int, pause_s: float = 0.0) -> None:
         """Make so many calls, one after the other."""
@@ -51,6 +57,7 @@ class Neighbour:
             started = time.monotonic()
             answer = await self._stub.Score(score_request("x" * (number % 50)), timeout=30)
             self.latencies_s.append(time.monotonic() - started)
+            self.batches_s.append(answer.timing.compute_us / 1e6)
             assert [o.score.raw for o in answer.outcomes] == [number % 50]
             await asyncio.sleep(pause_s)
 
