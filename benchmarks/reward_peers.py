@@ -232,7 +232,9 @@ def main() -> int:
         clients |= {OFF: classify_client(peers[OFF]), ON: classify_client(peers[ON])}
         clients[OPENRLHF] = get_reward_client(peers[OPENRLHF])
         for number in range(-1, args.rounds):  # the first one warms up
-            rng = random.Random(number)
+            rng = random.Random(
+                f"round {number}"
+            )  # a number would seed -1 and 1 alike, and caches know a text again
             for each in loads:
                 names = {n for c in comparisons if c.load == each.name for n in (c.ours, c.peer)}
                 messages = each.make(rng)[: 2 if number < 0 else None]
