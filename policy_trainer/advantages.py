@@ -1,4 +1,8 @@
-"""Generalised advantage estimation and whitening over the tokens that count."""
+"""Advantage estimators: how much better than expected a token was, with a critic or without.
+
+`estimate` chooses one; the others are its parts. Those that compare the responses to one prompt (a group) take the
+reward of a response as a whole and give all of its tokens the same advantage.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from policy_trainer.config import AdvantageEstimator
+
+STD_EPSILON = 1e-4
+"""Added to a group's standard deviation, as in TRL: a group whose rewards are all equal has advantages of 0."""
+
 
 class Advantages(NamedTuple):
     """Shapes (N, R); 0 where the mask is False.
 
     Attributes:
-        advantages: A_t, not whitened.
-        returns: A_t + V_t, the target of the critic; never whitened.
+        advantages: A_t.
+        returns: what was earned from this token on, the target of a critic; never whitened.
     """
 
     advantages: Tensor
@@ -26,6 +35,105 @@ class Moments(NamedTuple):
     mean: float
     variance: float
     size: int
+
+
+def estimate(
+    estimator: AdvantageEstimator,
+    rewards: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    groups: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+) -> Advantages:
+    """The advantages that the policy learns from.
+
+    `gae` and `reinforce` are whitened over all tokens of the batch. `reinforce` is REINFORCE (Williams, 1992) on
+    discounted returns: GAE with V = 0 and lambda = 1; whitening subtracts the batch's mean as the baseline and
+    scales, which makes it REINFORCE++ (Hu et al., arXiv 2501.03262).
+
+    Args:
+        estimator: which one.
+        rewards: (N, R), of the responses to learn from.
+        values: (N, R), of the critic; 0 where there is none.
+        response_mask: (N, R) bool.
+        groups: (N,) int64, equal for responses to the same prompt.
+        gamma: discount, in [0, 1]; of `gae` and `reinforce`.
+        lam: lambda, in [0, 1]; of `gae`.
+
+    Raises:
+        ValueError: the estimator compares responses and one of them is alone in its group.
+    """
+    if estimator in ("gae", "reinforce"):
+        found = gae(rewards, values, response_mask, gamma=gamma, lam=lam if estimator == "gae" else 1.0)
+        whitened = whiten(found.advantages, response_mask, moments(found.advantages, response_mask))
+        return found._replace(advantages=whitened)
+    earned = rewards.sum(dim=1)
+    of_response = {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo}[estimator](earned, groups)
+    return Advantages(*(t.unsqueeze(1) * response_mask for t in (of_response, earned)))
+
+
+def rloo(rewards: Tensor, groups: Tensor) -> Tensor:
+    """REINFORCE with the leave-one-out baseline (Ahmadian et al., arXiv 2402.14740, equation 8).
+
+        A_i = r_i - 1/(n-1) sum_{j != i} r_j = n/(n-1) (r_i - mean)
+
+    Args:
+        rewards: (N,), of whole responses; the KL penalty is inside if it counts at all.
+        groups: (N,) int64; each group has at least two members.
+
+    Returns:
+        (N,).
+
+    Raises:
+        ValueError: a group has one member.
+    """
+    group = group_moments(rewards, groups)
+    return (rewards - group.mean) * (group.size / (group.size - 1))
+
+
+def grpo(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Group-relative advantages (Shao et al., arXiv 2402.03300, section 4.1.2): A_i = (r_i - mean) / std.
+
+    The standard deviation divides by n - 1, as in TRL and verl. Arguments, result and errors as in `rloo`.
+    """
+    group = group_moments(rewards, groups)
+    return (rewards - group.mean) / (group.std + STD_EPSILON)
+
+
+def dr_grpo(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Group-relative advantages as Dr. GRPO has them (Liu et al., arXiv 2503.20783): A_i = r_i - mean.
+
+    Without the standard deviation, questions that are nearly always or nearly never answered weigh no more than
+    others. Arguments, result and errors as in `rloo`.
+    """
+    return rewards - group_moments(rewards, groups).mean
+
+
+class GroupMoments(NamedTuple):
+    """Of each response's group, (N,): mean, standard deviation over n - 1, and number of members n."""
+
+    mean: Tensor
+    std: Tensor
+    size: Tensor
+
+
+def group_moments(rewards: Tensor, groups: Tensor) -> GroupMoments:
+    """Moments of the groups that (N,) rewards fall into, at each response; sums are taken in float64.
+
+    Raises:
+        ValueError: a group has one member, so there is nothing to compare it with.
+    """
+    _, member, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+    if bool((counts < 2).any()):
+        raise ValueError("a group has fewer than two responses")
+    size = counts.double()
+    sums = torch.zeros_like(size)
+    mean = sums.index_add(0, member, rewards.double()) / size
+    squares = sums.index_add(0, member, (rewards.double() - mean[member]).square())
+    std = (squares / (size - 1)).sqrt()
+    return GroupMoments(*(t[member].to(rewards.dtype) for t in (mean, std, size)))
 
 
 def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, lam: float) -> Advantages:

@@ -8,6 +8,9 @@ from typing import ClassVar, Literal
 
 from rlaif.errors import ConfigError
 
+AdvantageEstimator = Literal["gae", "reinforce", "rloo", "grpo", "dr_grpo"]
+KLEstimator = Literal["k1", "k2", "k3"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -127,40 +130,49 @@ class OnlineConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(OnlineConfig):
-    """Improve a policy by PPO against a reward server."""
+    """Improve a policy by PPO, REINFORCE, RLOO, GRPO or Dr. GRPO against a reward server."""
 
+    advantage_estimator: AdvantageEstimator = "gae"
+    """`gae` has a critic. `reinforce` takes the batch's mean as baseline, `rloo` the mean of a prompt's other
+    responses, `grpo` the group's mean and std, `dr_grpo` the group's mean. docs/training.md says more."""
+    num_generations: int = 1
+    """Responses sampled per prompt. rloo, grpo and dr_grpo compare them with each other and need at least 2."""
     max_steps: int = 100
-    """Steps; each samples rollout_batch_size responses and learns from them."""
+    """Steps; each samples num_generations responses to rollout_batch_size prompts and learns from them."""
     num_ppo_epochs: int = 4
     """Passes over each step's responses."""
     num_mini_batches: int = 1
     """Optimiser steps per pass."""
     critic_learning_rate: float = 1e-5
-    """Peak learning rate of the critic's AdamW."""
+    """Peak learning rate of the critic's AdamW (gae)."""
     critic_warmup_steps: int = 0
-    """First steps in which only the critic learns."""
+    """First steps in which only the critic learns (gae)."""
     value_head: Literal["separate", "shared"] = "separate"
-    """A critic of its own, or a value head on the policy's trunk (half the memory and time)."""
+    """A critic of its own, or a value head on the policy's trunk (half the memory and time); gae alone has either."""
     critic_init: str = "policy"
     """Where a separate critic starts: `policy`, or the folder of a reward model with the policy's tokenizer."""
     kl_coef: float = 0.05
-    """Weight of the KL to the reference in the reward (per token, k1)."""
+    """Weight of the KL to the reference, in the reward or in the loss."""
+    use_kl_loss: bool | None = None
+    """KL in the loss, or (False) in the reward, per token as k1. By default in the loss for grpo and dr_grpo alone."""
+    kl_estimator: KLEstimator = "k3"
+    """How KL in the loss is estimated. Each has the gradient of the reverse KL; k1 is noisiest."""
     target_kl: float | None = None
     """Steer kl_coef towards this KL per response, in nats (Ziegler et al.); None keeps it fixed."""
     kl_horizon: float = 10_000.0
     """Episodes over which an adaptive kl_coef reacts."""
     gamma: float = 1.0
-    """Discount."""
+    """Discount (gae and reinforce; the others reward a response as a whole)."""
     lam: float = 0.95
-    """Lambda of generalised advantage estimation."""
+    """Lambda of generalised advantage estimation (gae)."""
     cliprange: float = 0.2
     """Clip range of the probability ratio."""
     cliprange_value: float = 0.2
-    """Clip range of the critic's move."""
+    """Clip range of the critic's move (gae)."""
     vf_coef: float = 0.1
-    """Weight of the value loss."""
+    """Weight of the value loss (gae)."""
     whiten_rewards: bool = False
-    """Scale token rewards to unit variance over the batch, keeping their mean."""
+    """Scale token rewards to unit variance over the batch, keeping their mean (gae and reinforce)."""
     reward_clip: float | None = None
     """Clip normalised scores to [-x, x]; None does not clip."""
     missing_eos_penalty: float = 0.0
@@ -176,10 +188,17 @@ class PPOConfig(OnlineConfig):
         require(self.max_steps > 0, "max_steps", self.max_steps, "at least 1")
         require(self.num_ppo_epochs > 0, "num_ppo_epochs", self.num_ppo_epochs, "at least 1")
         require(
-            0 < self.num_mini_batches <= self.rollout_batch_size,
+            0 < self.num_mini_batches <= self.responses_per_step,
             "num_mini_batches",
             self.num_mini_batches,
-            "between 1 and rollout_batch_size",
+            "between 1 and the responses of a step (rollout_batch_size * num_generations)",
+        )
+        fewest = 2 if self.grouped else 1
+        require(
+            self.num_generations >= fewest,
+            "num_generations",
+            self.num_generations,
+            f"at least {fewest} with advantage_estimator {self.advantage_estimator}",
         )
         require(self.kl_coef >= 0, "kl_coef", self.kl_coef, "at least 0")
         require(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "positive")
@@ -191,6 +210,38 @@ class PPOConfig(OnlineConfig):
         require(self.reward_clip is None or self.reward_clip > 0, "reward_clip", self.reward_clip, "positive")
         if self.value_head == "shared" and self.critic_init != "policy":
             raise ConfigError("critic_init names a separate critic: use it with value_head separate")
+        if not self.has_critic and (self.critic_init != "policy" or self.critic_warmup_steps):
+            raise ConfigError(
+                f"advantage_estimator {self.advantage_estimator} has no critic: leave out critic_init and "
+                "critic_warmup_steps, or use gae"
+            )
+        if self.grouped and self.whiten_rewards:
+            raise ConfigError(
+                f"advantage_estimator {self.advantage_estimator} rewards a response as a whole: whiten_rewards, which "
+                "scales the rewards of tokens, goes with gae and reinforce"
+            )
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether values are learned; the other estimators have no critic at all."""
+        return self.advantage_estimator == "gae"
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a response is compared with the others of its prompt."""
+        return self.advantage_estimator in ("rloo", "grpo", "dr_grpo")
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Where the KL to the reference counts: in the loss, otherwise in the reward."""
+        if self.use_kl_loss is None:
+            return self.advantage_estimator in ("grpo", "dr_grpo")
+        return self.use_kl_loss
+
+    @property
+    def responses_per_step(self) -> int:
+        """Responses sampled in one step."""
+        return self.rollout_batch_size * self.num_generations
 
 
 @dataclass(frozen=True, kw_only=True)

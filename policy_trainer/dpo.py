@@ -96,7 +96,8 @@ def train(config: DPOConfig, source: RewardSource) -> None:
                 if round_ is None:
                     try:
                         round_ = trainer.collect()
-                        check_missing(round_.rewards, config.max_missing_rewards, trainer.step + 1)
+                        scored = [i for i, r in enumerate(round_.rewards) if r.value is not None]
+                        check_missing(round_.rewards, scored, config.max_missing_rewards, trainer.step + 1)
                     except (RewardServerError, QualityError):
                         trainer.save()
                         raise

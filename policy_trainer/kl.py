@@ -8,24 +8,23 @@ With samples y ~ pi and d = log pi(y) - log pi_ref(y), Schulman ("Approximating 
 
 That is about *values*. As a term of a loss, the gradient of E[k1] with fixed samples is zero in expectation, that
 of k2 is the gradient of the reverse KL, and that of k3 the gradient of the *forward* KL. k1 therefore belongs
-in the reward, where no gradient flows through it, and k2 in a loss.
+in the reward, where no gradient flows through it; `ppo_losses.kl_loss` mends the gradients for the loss.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Estimator = Literal["k1", "k2", "k3"]
+from policy_trainer.config import KLEstimator
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to this size before `exp`: e^20 is far outside any trust region and still finite."""
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator = "k1") -> Tensor:
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator = "k1") -> Tensor:
     """Per-token estimate of KL(pi || pi_ref) in nats, for tokens sampled from pi.
 
     Args:

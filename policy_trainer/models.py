@@ -122,27 +122,20 @@ class ValueModel(nn.Module):
 
 
 class Evaluation(NamedTuple):
-    """What policy and critic say of a batch; shapes (N, R), see `TokenLogprobs`."""
+    """What policy and critic say of a batch; shapes (N, R), see `TokenLogprobs`. No values without a critic."""
 
     logprobs: Tensor
-    values: Tensor
+    values: Tensor | None
     entropy: Tensor | None
 
 
 class ActorCritic(nn.Module):
-    """The policy with either a critic of its own (`critic`) or a value head on its trunk (`value_head`)."""
+    """The policy and what gives values: a critic of its own, a linear head on the policy's trunk, or nothing."""
 
-    def __init__(self, policy: PreTrainedModel, critic: ValueModel | None) -> None:
+    def __init__(self, policy: PreTrainedModel, critic: ValueModel | nn.Linear | None) -> None:
         super().__init__()
         self.policy = policy
         self.critic = critic
-        self.value_head: nn.Linear | None = None
-        if critic is None:
-            if not has_plain_head(policy):
-                raise ModelError("this architecture transforms its logits: use --value_head separate")
-            self.value_head = nn.Linear(hidden_size(policy), 1, device=policy.device)
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
         self.eval()
 
     def forward(
@@ -155,41 +148,35 @@ class ActorCritic(nn.Module):
         with_entropy: bool = False,
     ) -> Evaluation:
         """Log-probabilities at the sampling temperature and values of every response position."""
-        if self.critic is not None:
-            read = token_logprobs(
-                self.policy, input_ids, attention_mask, response_len, temperature, with_entropy=with_entropy
-            )
-            return Evaluation(
-                read.logprobs, self.critic(input_ids, attention_mask, response_len), read.entropy
-            )
-        assert self.value_head is not None
-        hidden = response_hidden(self.policy.base_model, input_ids, attention_mask, response_len)
-        targets = input_ids[:, -response_len:]
-        read = logprobs_from_hidden(self.policy, hidden, targets, temperature, with_entropy=with_entropy)
-        return Evaluation(read.logprobs, self.value_head(hidden.float()).squeeze(-1), read.entropy)
-
-    def value_parameters(self) -> list[nn.Parameter]:
-        """What the critic's optimiser owns: the separate critic, or the value head alone."""
-        module = self.critic if self.critic is not None else self.value_head
-        assert module is not None
-        return list(module.parameters())
-
-    def value_state(self) -> dict[str, Tensor]:
-        """Weights outside the policy's own checkpoint."""
-        module = self.critic if self.critic is not None else self.value_head
-        assert module is not None
-        return module.state_dict()
-
-    def load_value_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `value_state`."""
-        module = self.critic if self.critic is not None else self.value_head
-        assert module is not None
-        module.load_state_dict(state)
+        if isinstance(self.critic, nn.Linear):
+            hidden = response_hidden(self.policy.base_model, input_ids, attention_mask, response_len)
+            targets = input_ids[:, -response_len:]
+            read = logprobs_from_hidden(self.policy, hidden, targets, temperature, with_entropy=with_entropy)
+            return Evaluation(read.logprobs, self.critic(hidden.float()).squeeze(-1), read.entropy)
+        read = token_logprobs(
+            self.policy, input_ids, attention_mask, response_len, temperature, with_entropy=with_entropy
+        )
+        values = None if self.critic is None else self.critic(input_ids, attention_mask, response_len)
+        return Evaluation(read.logprobs, values, read.entropy)
 
 
 def hidden_size(model: PreTrainedModel) -> int:
     """Width of the trunk's output."""
     return int(model.config.get_text_config().hidden_size)
+
+
+def build_value_head(policy: PreTrainedModel) -> nn.Linear:
+    """A scalar head for the policy's own trunk; all values start at 0, as in `ValueModel`.
+
+    Raises:
+        ModelError: the trunk's output is not what the policy's head reads.
+    """
+    if not has_plain_head(policy):
+        raise ModelError("this architecture transforms its logits: use --value_head separate")
+    head = nn.Linear(hidden_size(policy), 1, device=policy.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def build_critic(policy: PreTrainedModel, critic_init: str) -> ValueModel:

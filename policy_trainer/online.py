@@ -51,20 +51,27 @@ def check_context(config: OnlineConfig, policy: PreTrainedModel, prompts: Prompt
         )
 
 
-def check_missing(rewards: Sequence[Reward], allowed: float, step: int) -> None:
+def comparable(scored: Sequence[int], groups: Sequence[int]) -> list[int]:
+    """Those of the responses `scored` that are not alone in their group; `groups` has the group of every response."""
+    sizes = Counter(groups[i] for i in scored)
+    return [i for i in scored if sizes[groups[i]] > 1]
+
+
+def check_missing(rewards: Sequence[Reward], kept: Sequence[int], allowed: float, step: int) -> None:
     """Refuse to learn from a step of which too little is known.
 
     Args:
         rewards: of one step.
+        kept: the responses that are left to learn from.
         allowed: largest share that may be missing.
         step: for the message.
 
     Raises:
-        QualityError: more are missing, or all but one; the message has the most frequent reason.
+        QualityError: more are missing, or fewer than two are left; the message has the most frequent reason.
     """
     reasons = Counter(r.reason or "no reason given" for r in rewards if r.value is None)
     missing = reasons.total()
-    if missing > allowed * len(rewards) or len(rewards) - missing < 2:
+    if missing > allowed * len(rewards) or len(kept) < 2:
         reason, count = reasons.most_common(1)[0]
         raise QualityError(
             f"{missing} of {len(rewards)} rewards are missing at step {step}, {count} because: {reason}; the run "

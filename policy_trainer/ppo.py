@@ -1,7 +1,8 @@
 """`rlaif train ppo`: PPO on language models, with rewards from a server in another process.
 
-The loop in `train` follows "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031). All arithmetic is
-in `rewards`, `advantages`, `ppo_losses` and `kl`; this file decides what is computed when.
+The loop in `train` follows "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031); REINFORCE, RLOO, GRPO
+and Dr. GRPO are the same loop with other advantages and no critic. All arithmetic is in `rewards`, `advantages`,
+`ppo_losses` and `kl`; this file decides what is computed when.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from policy_trainer import optim
-from policy_trainer.advantages import gae, moments, whiten
-from policy_trainer.batching import SequenceBatch, collate, length_buckets
+from policy_trainer.advantages import estimate, moments, whiten
+from policy_trainer.batching import length_buckets
 from policy_trainer.checkpoint import (
     Checkpoint,
     load_latest,
@@ -28,18 +29,26 @@ from policy_trainer.checkpoint import (
 )
 from policy_trainer.client import RewardClient
 from policy_trainer.config import PPOConfig
+from policy_trainer.episodes import Episodes, Reading, mean_raw, scatter, transcripts
 from policy_trainer.kl import KLController
 from policy_trainer.logprobs import token_logprobs
-from policy_trainer.models import ActorCritic, build_critic, eos_token_ids, fingerprint, load_policy
-from policy_trainer.online import Prompts, check_context, check_missing, load_prompts
-from policy_trainer.ppo_losses import policy_loss, value_loss
-from policy_trainer.reward_source import Reward, RewardSource
+from policy_trainer.models import (
+    ActorCritic,
+    build_critic,
+    build_value_head,
+    eos_token_ids,
+    fingerprint,
+    load_policy,
+)
+from policy_trainer.online import Prompts, check_context, check_missing, comparable, load_prompts
+from policy_trainer.ppo_losses import kl_loss, policy_loss, value_loss
+from policy_trainer.reward_source import RewardSource
 from policy_trainer.rewards import adjust_scores, token_rewards
-from policy_trainer.rollout import HFRollout, Sampled, decode_response
+from policy_trainer.rollout import HFRollout, decode_response
 from policy_trainer.selfcheck import self_check
 from rlaif.errors import ModelError, QualityError, RewardServerError
 from rlaif.runs import Run, progress
-from rlaif.types import Conversation, to_dicts, with_response
+from rlaif.types import with_response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,8 +95,8 @@ def train(config: PPOConfig, source: RewardSource) -> None:
             while trainer.step < config.max_steps:
                 clock = Clock()
 
-                # 1. Sample one response per prompt. Which prompts, and how they are answered, follows from the
-                #    seed and the step alone.
+                # 1. Sample responses. Which prompts, and how they are answered, follows from the seed and the
+                #    step alone.
                 episodes = trainer.rollout()
                 clock.lap("rollout")
 
@@ -96,39 +105,48 @@ def train(config: PPOConfig, source: RewardSource) -> None:
                 read = trainer.read(episodes)
                 clock.lap("forward")
 
-                # 3. A missing reward takes its response out of everything that follows.
+                # 3. A missing reward takes its response out of everything that follows, and with it a response that
+                #    was to be compared with it alone.
                 rewards = pending.result()
                 clock.lap("reward")
+                scored = [i for i, r in enumerate(rewards) if r.value is not None]
+                kept = comparable(scored, episodes.groups) if config.grouped else scored
                 try:
-                    check_missing(rewards, config.max_missing_rewards, trainer.step + 1)
+                    check_missing(rewards, kept, config.max_missing_rewards, trainer.step + 1)
                 except QualityError:
                     trainer.save()
                     raise
-                kept = [i for i, r in enumerate(rewards) if r.value is not None]
                 mask = read.mask[kept]
-                scores = torch.tensor([r.value for r in rewards if r.value is not None])
+                groups = torch.tensor(episodes.groups)[kept]
+                scores = torch.tensor([rewards[i].value for i in kept])
                 finished = torch.tensor([episodes.sampled[i].finished for i in kept])
 
-                # 4. Token rewards: the KL penalty on each token, the score on the last.
+                # 4. Token rewards: the KL penalty on each token unless it is in the loss, the score on the last.
                 adjusted = adjust_scores(
                     scores, finished, clip=config.reward_clip, missing_eos_penalty=config.missing_eos_penalty
                 )
-                shaped = token_rewards(
-                    adjusted, read.logprobs[kept], read.ref_logprobs[kept], mask, trainer.kl.coef
-                )
+                penalty = 0.0 if config.kl_in_loss else trainer.kl.coef
+                shaped = token_rewards(adjusted, read.logprobs[kept], read.ref_logprobs[kept], mask, penalty)
                 per_token = shaped.rewards
                 if config.whiten_rewards:
                     per_token = whiten(per_token, mask, moments(per_token, mask), shift_mean=False)
 
-                # 5. Advantages, whitened over the tokens of the whole batch; returns stay as they are.
-                estimated = gae(per_token, read.values[kept], mask, gamma=config.gamma, lam=config.lam)
-                advantages = whiten(estimated.advantages, mask, moments(estimated.advantages, mask))
+                # 5. Advantages, over the whole batch.
+                estimated = estimate(
+                    config.advantage_estimator,
+                    per_token,
+                    read.values[kept],
+                    mask,
+                    groups,
+                    gamma=config.gamma,
+                    lam=config.lam,
+                )
 
                 # 6. Epochs, minibatches, micro-batches.
                 stats = trainer.update(
                     episodes,
                     read,
-                    scatter(advantages, kept, read.mask),
+                    scatter(estimated.advantages, kept, read.mask),
                     scatter(estimated.returns, kept, read.mask),
                     kept,
                 )
@@ -138,7 +156,7 @@ def train(config: PPOConfig, source: RewardSource) -> None:
                 mean_kl = float(shaped.kl.mean())
                 trainer.step += 1
                 metrics = {
-                    "episode": trainer.step * config.rollout_batch_size,
+                    "episode": trainer.step * config.responses_per_step,
                     "objective/kl": mean_kl,
                     "objective/kl_coef": trainer.kl.coef,
                     "objective/entropy": float(-read.logprobs[kept][mask].sum()) / len(kept),
@@ -146,10 +164,11 @@ def train(config: PPOConfig, source: RewardSource) -> None:
                     "objective/rlhf_reward": float((shaped.non_score + adjusted).mean()),
                     "objective/scores": float(scores.mean()),
                     "objective/scores_std": float(scores.std(correction=0)),
-                    "objective/scores_raw": mean_raw(rewards),
+                    "objective/scores_raw": mean_raw([rewards[i] for i in kept]),
                     **stats,
                     "val/num_eos_tokens": int(finished.sum()),
-                    "reward/missing": len(rewards) - len(kept),
+                    "reward/missing": len(rewards) - len(scored),
+                    **(group_metrics(adjusted, groups, config.rollout_batch_size) if config.grouped else {}),
                     "response/length": float(mask.sum()) / len(kept),
                     "lr": trainer.learning_rate(config.learning_rate, trainer.step - 1),
                     **clock.times(),
@@ -167,45 +186,6 @@ def train(config: PPOConfig, source: RewardSource) -> None:
         save_final(config.output_dir, trainer.model.policy, trainer.tokenizer)
 
 
-class Episodes(NamedTuple):
-    """One step's responses; all lists have N items.
-
-    Attributes:
-        prompt_ids: token ids with the generation prompt.
-        sampled: ids and the engine's own log-probabilities.
-        conversations: prompt and response as text, for the reward server.
-    """
-
-    prompt_ids: list[list[int]]
-    sampled: list[Sampled]
-    conversations: list[Conversation]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of prompt and response."""
-        return [len(p) + len(s.response_ids) for p, s in zip(self.prompt_ids, self.sampled, strict=True)]
-
-    def collate(self, rows: Sequence[int]) -> SequenceBatch:
-        """The padded batch of some rows."""
-        return collate([self.prompt_ids[i] for i in rows], [self.sampled[i].response_ids for i in rows])
-
-
-class Reading(NamedTuple):
-    """What the models say of a step's responses before any update; (N, R) on the CPU, 0 at padding.
-
-    Attributes:
-        mask: bool, True = a response token that counts.
-        logprobs: of the policy that sampled, by the trainer's own forward.
-        ref_logprobs: of the reference.
-        values: of the critic.
-    """
-
-    mask: Tensor
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-
-
 @dataclass
 class Trainer:
     """Everything that has a state, and the operations of the loop on it."""
@@ -217,7 +197,7 @@ class Trainer:
     tokenizer: PreTrainedTokenizerBase
     prompts: Prompts
     policy_optimizer: torch.optim.AdamW
-    value_optimizer: torch.optim.AdamW
+    value_optimizer: torch.optim.AdamW | None
     kl: KLController
     reward_version: str
     step: int = 0
@@ -242,19 +222,23 @@ class Trainer:
         # The reference is named by the config and never by a checkpoint: a resumed run keeps its anchor.
         reference = load_policy(config.ref_model or config.model_name_or_path, dtype=config.dtype).model
         reference.requires_grad_(False)
-        critic = build_critic(policy, config.critic_init) if config.value_head == "separate" else None
-        model = ActorCritic(policy, critic)
+        critic = None
+        if config.has_critic:
+            separate = config.value_head == "separate"
+            critic = build_critic(policy, config.critic_init) if separate else build_value_head(policy)
         prompts = load_prompts(config, tokenizer)
         check_context(config, policy, prompts)
         trainer = cls(
             config=config,
-            model=model,
+            model=ActorCritic(policy, critic),
             reference=reference,
             reference_id=fingerprint(reference),
             tokenizer=tokenizer,
             prompts=prompts,
             policy_optimizer=optim.adamw(policy.parameters(), config.learning_rate, config),
-            value_optimizer=optim.adamw(model.value_parameters(), config.critic_learning_rate, config),
+            value_optimizer=None
+            if critic is None
+            else optim.adamw(critic.parameters(), config.critic_learning_rate, config),
             kl=KLController(config.kl_coef, config.target_kl, config.kl_horizon),
             reward_version=source.info().version,
         )
@@ -276,6 +260,7 @@ class Trainer:
         prompt_ids = [self.prompts.ids[i] for i in chosen]
         sampled = self.engine.generate(
             prompt_ids,
+            num_return_sequences=config.num_generations,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             seed=optim.step_seed(config.seed, _SAMPLING, self.step),
@@ -287,7 +272,7 @@ class Trainer:
             )
             for s in sampled
         ]
-        return Episodes(prompt_ids, sampled, conversations)
+        return Episodes([prompt_ids[s.prompt_index] for s in sampled], sampled, conversations)
 
     @torch.no_grad()
     def read(self, episodes: Episodes) -> Reading:
@@ -305,9 +290,10 @@ class Trainer:
                 inputs = (batch.input_ids, batch.attention_mask, batch.response_len)
                 own = self.model(*inputs, self.config.temperature)
                 ref = token_logprobs(self.reference, *inputs, self.config.temperature).logprobs
-                found = (batch.response_mask, own.logprobs, ref, own.values)
-                for target, values in zip(reading, found, strict=True):
-                    target[rows, : batch.response_len] = (values * batch.response_mask).cpu()
+                values = torch.zeros_like(ref) if own.values is None else own.values
+                found = (batch.response_mask, own.logprobs, ref, values)
+                for target, part in zip(reading, found, strict=True):
+                    target[rows, : batch.response_len] = (part * batch.response_mask).cpu()
         return reading
 
     def minibatches(self, episodes: Episodes, epoch: int) -> list[list[list[int]]]:
@@ -333,18 +319,18 @@ class Trainer:
         Args:
             episodes: N responses.
             read: what was known before the update.
-            advantages: (N, R), whitened.
+            advantages: (N, R).
             returns: (N, R).
-            kept: the responses that have a reward.
+            kept: the responses to learn from.
         """
         config = self.config
         known = frozenset(kept)
         learns = self.step >= config.critic_warmup_steps
         optim.set_learning_rate(self.policy_optimizer, self.learning_rate(config.learning_rate, self.step))
-        optim.set_learning_rate(
-            self.value_optimizer, self.learning_rate(config.critic_learning_rate, self.step)
-        )
-        sums = torch.zeros(len(_STATS), dtype=torch.float64)
+        if self.value_optimizer is not None:
+            rate = self.learning_rate(config.critic_learning_rate, self.step)
+            optim.set_learning_rate(self.value_optimizer, rate)
+        sums: dict[str, float] = {}
         tokens_seen = 0
         for epoch in range(config.num_ppo_epochs):
             for minibatch in self.minibatches(episodes, epoch):
@@ -352,16 +338,29 @@ class Trainer:
                 micro_batches = [rows for rows in micro_batches if rows]
                 if not micro_batches:
                     continue
-                # One division by the tokens of the whole minibatch: the gradient does not depend on its cut.
-                tokens = int(read.mask[[i for rows in micro_batches for i in rows]].sum())
+                # One division by a number of the whole minibatch: the gradient does not depend on its cut.
+                rows_seen = [i for rows in micro_batches for i in rows]
+                tokens = int(read.mask[rows_seen].sum())
+                divisor = self.loss_divisor(tokens, len(rows_seen))
                 self.model.zero_grad(set_to_none=True)
                 for rows in micro_batches:
-                    sums += self.accumulate(episodes, read, advantages, returns, rows, tokens, learns)
+                    found = self.accumulate(episodes, read, advantages, returns, rows, divisor, learns)
+                    sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
                 tokens_seen += tokens
                 self.apply_gradients(learns)
-        mean = dict(zip(_STATS, (sums / tokens_seen).tolist(), strict=True))
+        mean = {name: value / tokens_seen for name, value in sums.items()}
         mean["val/ratio_var"] = max(0.0, mean.pop("ratio_sq") - mean["val/ratio"] ** 2)
         return mean
+
+    def loss_divisor(self, tokens: int, responses: int) -> int:
+        """What the sums of a minibatch's losses are divided by.
+
+        Its tokens (verl's `token-mean`, DAPO); for Dr. GRPO the tokens that its responses could have had, so that
+        a token weighs the same in a minibatch of short responses and in one of long ones (arXiv 2503.20783).
+        """
+        if self.config.advantage_estimator == "dr_grpo":
+            return responses * self.config.max_new_tokens
+        return tokens
 
     def accumulate(
         self,
@@ -370,34 +369,44 @@ class Trainer:
         advantages: Tensor,
         returns: Tensor,
         rows: Sequence[int],
-        tokens: int,
+        divisor: int,
         policy_learns: bool,
-    ) -> Tensor:
-        """Add the gradient of one micro-batch; returns the sums named by `_STATS`."""
+    ) -> dict[str, float]:
+        """Add the gradient of one micro-batch; returns sums over its tokens by the names that TRL gives their means.
+
+        `ratio_sq` is for `val/ratio_var`.
+        """
         config = self.config
         batch = episodes.collate(rows).to(self.device)
-        old_logprobs, old_values, advantage, target = (
+        mask = batch.response_mask
+        old_logprobs, ref_logprobs, old_values, advantage, target = (
             t[rows, : batch.response_len].to(self.device)
-            for t in (read.logprobs, read.values, advantages, returns)
+            for t in (read.logprobs, read.ref_logprobs, read.values, advantages, returns)
         )
         now = self.model(
             batch.input_ids, batch.attention_mask, batch.response_len, config.temperature, with_entropy=True
         )
-        policy = policy_loss(now.logprobs, old_logprobs, advantage, batch.response_mask, config.cliprange)
-        value = value_loss(now.values, old_values, target, batch.response_mask, config.cliprange_value)
-        loss = config.vf_coef * value.loss + (policy.loss if policy_learns else 0.0)
-        torch.autograd.backward(loss / tokens)
-        entropy = now.entropy[batch.response_mask].sum()
-        stats = (
-            policy.loss,
-            value.loss,
-            policy.approx_kl,
-            policy.clipped,
-            entropy,
-            policy.ratio,
-            policy.ratio_sq,
-        )
-        return torch.stack([t.detach().double().cpu() for t in (*stats, value.clipped)])
+        assert now.entropy is not None
+        policy = policy_loss(now.logprobs, old_logprobs, advantage, mask, config.cliprange)
+        loss = policy.loss if policy_learns else torch.zeros_like(policy.loss)
+        sums = {
+            "loss/policy_avg": policy.loss,
+            "policy/approxkl_avg": policy.approx_kl,
+            "policy/clipfrac_avg": policy.clipped,
+            "policy/entropy_avg": now.entropy[mask].sum(),
+            "val/ratio": policy.ratio,
+            "ratio_sq": policy.ratio_sq,
+        }
+        if config.kl_in_loss and policy_learns:
+            kl = kl_loss(now.logprobs, old_logprobs, ref_logprobs, mask, config.kl_estimator)
+            loss = loss + self.kl.coef * kl
+            sums["loss/kl_avg"] = kl
+        if now.values is not None:
+            value = value_loss(now.values, old_values, target, mask, config.cliprange_value)
+            loss = config.vf_coef * value.loss + loss
+            sums |= {"loss/value_avg": value.loss, "val/clipfrac_avg": value.clipped}
+        torch.autograd.backward(loss / divisor)
+        return {name: t.item() for name, t in sums.items()}
 
     def apply_gradients(self, policy_learns: bool) -> None:
         """Clip and step both optimisers; in the critic's warm-up the policy stays as it is.
@@ -407,11 +416,13 @@ class Trainer:
         """
         norm = self.config.max_grad_norm
         policy_parameters = list(self.model.policy.parameters())
-        optim.clip_gradients(self.model.value_parameters(), norm, "critic")
+        if self.model.critic is not None:
+            optim.clip_gradients(list(self.model.critic.parameters()), norm, "critic")
         if policy_learns:
             optim.clip_gradients(policy_parameters, norm, "policy")
             self.policy_optimizer.step()
-        self.value_optimizer.step()
+        if self.value_optimizer is not None:
+            self.value_optimizer.step()
 
     def learning_rate(self, peak: float, step: int) -> float:
         """The learning rate of a step."""
@@ -443,21 +454,23 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the completed steps."""
+        state = {"policy_optimizer": self.policy_optimizer.state_dict()}
+        if self.model.critic is not None and self.value_optimizer is not None:
+            state |= {
+                "value": self.model.critic.state_dict(),
+                "value_optimizer": self.value_optimizer.state_dict(),
+            }
         save_checkpoint(
             self.config.output_dir,
             self.step,
             policy=self.model.policy,
             tokenizer=self.tokenizer,
-            state={
-                "value": self.model.value_state(),
-                "policy_optimizer": self.policy_optimizer.state_dict(),
-                "value_optimizer": self.value_optimizer.state_dict(),
-            },
+            state=state,
             info={
                 "kl_coef": self.kl.coef,
                 "reference": self.reference_id,
                 "reward_version": self.reward_version,
-                "episodes": self.step * self.config.rollout_batch_size,
+                "episodes": self.step * self.config.responses_per_step,
             },
             keep=self.config.save_total_limit,
         )
@@ -480,9 +493,10 @@ class Trainer:
                 f"the reward server serves version {self.reward_version}, this run began with "
                 f"{info['reward_version']}: serve that model again or start with a fresh --output_dir"
             )
-        self.model.load_value_state(state["value"])
         self.policy_optimizer.load_state_dict(state["policy_optimizer"])
-        self.value_optimizer.load_state_dict(state["value_optimizer"])
+        if self.model.critic is not None and self.value_optimizer is not None:
+            self.model.critic.load_state_dict(state["value"])
+            self.value_optimizer.load_state_dict(state["value_optimizer"])
         self.kl = replace(self.kl, coef=info["kl_coef"])
         self.step = checkpoint.step
         restore_rng(state["rng"])
@@ -491,19 +505,6 @@ class Trainer:
     def device(self) -> torch.device:
         """Where the policy is."""
         return self.model.policy.device
-
-
-_STATS = (
-    "loss/policy_avg",
-    "loss/value_avg",
-    "policy/approxkl_avg",
-    "policy/clipfrac_avg",
-    "policy/entropy_avg",
-    "val/ratio",
-    "ratio_sq",
-    "val/clipfrac_avg",
-)
-"""What `Trainer.accumulate` sums over tokens, in order. Names are TRL's; `ratio_sq` becomes `val/ratio_var`."""
 
 
 class Clock:
@@ -524,31 +525,10 @@ class Clock:
         return {**self._laps, "time/step": time.perf_counter() - self._start}
 
 
-def scatter(rows: Tensor, kept: Sequence[int], like: Tensor) -> Tensor:
-    """Put (len(kept), R) rows back to their places among N; 0 elsewhere. `like` is (N, R)."""
-    out = torch.zeros(like.shape, dtype=rows.dtype)
-    out[kept] = rows
-    return out
-
-
-def mean_raw(rewards: Sequence[Reward]) -> float | None:
-    """Mean of the scorer's own outputs; None if it gave none."""
-    raw = [r.raw for r in rewards if r.raw is not None]
-    return sum(raw) / len(raw) if raw else None
-
-
-def transcripts(
-    episodes: Episodes, rewards: Sequence[Reward], kept: Sequence[int], kl: Tensor
-) -> list[dict[str, Any]]:
-    """Rows for `samples/`: what was asked, what was answered, what it earned."""
-    return [
-        {
-            "prompt": to_dicts(episodes.conversations[i][:-1]),
-            "response": episodes.conversations[i][-1].content,
-            "reward": rewards[i].value,
-            "raw": rewards[i].raw,
-            "kl": float(kl[at]),
-            "finished": episodes.sampled[i].finished,
-        }
-        for at, i in enumerate(kept)
-    ]
+def group_metrics(scores: Tensor, groups: Tensor, sampled: int) -> dict[str, float]:
+    """How many of `sampled` groups had too few rewards, and in which share of the others all were equal."""
+    spread = [bool((of := scores[groups == g]).max() > of.min()) for g in set(groups.tolist())]
+    return {
+        "reward/dropped_groups": sampled - len(spread),
+        "reward/frac_zero_std": 1 - sum(spread) / len(spread),
+    }

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from policy_trainer.kl import MAX_LOG_RATIO
+from policy_trainer.config import KLEstimator
+from policy_trainer.kl import MAX_LOG_RATIO, kl_estimate
 
 
 class PolicyLoss(NamedTuple):
@@ -97,3 +98,37 @@ def value_loss(
         loss=torch.maximum(plain, clipped)[response_mask].sum() / 2,
         clipped=(clipped > plain)[response_mask].sum(),
     )
+
+
+def kl_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    response_mask: Tensor,
+    estimator: KLEstimator,
+) -> Tensor:
+    """KL(pi || pi_ref) per token, summed over the tokens that count, with the gradient of the reverse KL.
+
+    With d = log pi - log pi_ref, rho = pi / pi_old, and tokens sampled from pi_old:
+
+        k1, k3: sum_t rho_t k(d_t)            rho carries the part of the gradient that sampling hides
+        k2:     sum_t stop(rho_t) d_t^2 / 2   whose gradient, rho d grad(log pi), is the right one as it is
+
+    At the first update rho is 1 and these are the plain estimators in value, not in gradient: without rho, k1 has
+    none in expectation and k3, GRPO's term (Shao et al., arXiv 2402.03300, equation 4), that of the forward KL.
+    (Rho as in TRL's `use_bias_correction_kl`, after DeepSeek-V3.2, arXiv 2512.02556.)
+
+    Args:
+        logprobs: (N, R), with gradient.
+        old_logprobs: (N, R), of the policy that sampled.
+        ref_logprobs: (N, R).
+        response_mask: (N, R) bool.
+        estimator: `k1`, `k2` or `k3`.
+
+    Returns:
+        A scalar, in nats.
+    """
+    now, old, ref = (t[response_mask] for t in (logprobs, old_logprobs, ref_logprobs))
+    ratio = (now - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    weight = ratio.detach() if estimator == "k2" else ratio
+    return (weight * kl_estimate(now, ref, estimator)).sum()

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy_trainer.advantages import gae, moments, whiten
+from policy_trainer.advantages import dr_grpo, estimate, gae, grpo, moments, rloo, whiten
 
 
 def test_gae_by_hand() -> None:
@@ -99,3 +101,93 @@ def test_whitening_a_part_with_the_moments_of_the_whole_is_the_part_of_the_whole
 def test_moments_of_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="no values"):
         moments(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool))
+
+
+# ---- without a critic ----
+
+GROUPS = st.lists(st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=5), min_size=1, max_size=5)
+
+
+def in_some_order(groups: Sequence[Sequence[float]], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards and the numbers of their groups, shuffled."""
+    rewards = torch.tensor([r for group in groups for r in group], dtype=torch.float64)
+    numbers = torch.tensor([7 * g for g, group in enumerate(groups) for _ in group])
+    order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(seed))
+    return rewards[order], numbers[order]
+
+
+@settings(max_examples=50, deadline=None)
+@given(GROUPS, st.integers(0, 2**31))
+def test_rloo_is_the_reward_less_the_mean_of_the_others(groups: list[list[float]], seed: int) -> None:
+    """The double loop of the paper's equation, group sizes as they come."""
+    rewards, numbers = in_some_order(groups, seed)
+    expected = []
+    for i in range(len(rewards)):
+        others = [float(rewards[j]) for j in range(len(rewards)) if j != i and numbers[j] == numbers[i]]
+        expected.append(float(rewards[i]) - sum(others) / len(others))
+    found = rloo(rewards, numbers)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+def test_group_relative_advantages_by_hand() -> None:
+    """Group 0 has 1 and 3: mean 2, std sqrt(2). Group 4 has 0, 0, 3: mean 1, std sqrt((1 + 1 + 4) / 2)."""
+    rewards = torch.tensor([0.0, 1.0, 0.0, 3.0, 3.0], dtype=torch.float64)
+    numbers = torch.tensor([4, 0, 4, 0, 4])
+    less_mean = [-1.0, -1.0, -1.0, 1.0, 2.0]
+    stds = [3**0.5, 2**0.5, 3**0.5, 2**0.5, 3**0.5]
+    assert dr_grpo(rewards, numbers).tolist() == less_mean
+    assert grpo(rewards, numbers).tolist() == pytest.approx(
+        [a / (s + 1e-4) for a, s in zip(less_mean, stds, strict=True)], abs=1e-12
+    )
+    assert grpo(torch.full((3,), 0.1), torch.zeros(3, dtype=torch.long)).tolist() == [0.0] * 3
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(2, 5).flatmap(
+        lambda n: st.lists(
+            st.lists(st.none() | st.floats(-10, 10, width=32), min_size=n, max_size=n), min_size=1, max_size=5
+        )
+    )
+)
+def test_grpo_is_trls_with_missing_rewards_left_out(groups: list[list[float | None]]) -> None:
+    """TRL 1.16 `GRPOTrainer._compute_advantages`: nanmean and nanstd over a group, NaN for a missing reward."""
+    nanstd = pytest.importorskip("trl.trainer.utils").nanstd
+    groups = [g for g in groups if sum(r is not None for r in g) > 1]
+    if not groups:
+        return
+    n = len(groups[0])
+    table = torch.tensor([[float("nan") if r is None else r for r in g] for g in groups], dtype=torch.float64)
+    rewards = table.flatten()
+    mean = torch.nanmean(table, dim=1).repeat_interleave(n)
+    std = nanstd(table, dim=1).repeat_interleave(n)
+    scored = ~rewards.isnan()
+    trls = ((rewards - mean) / (std + 1e-4))[scored]
+    numbers = torch.arange(len(groups)).repeat_interleave(n)
+    torch.testing.assert_close(grpo(rewards[scored], numbers[scored]), trls, atol=1e-8, rtol=1e-8)
+
+
+def test_a_response_that_is_alone_has_no_group_relative_advantage() -> None:
+    for estimator in (rloo, grpo, dr_grpo):
+        with pytest.raises(ValueError, match="fewer than two"):
+            estimator(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]))
+
+
+def test_reinforce_by_hand() -> None:
+    """gamma = 1/2: returns (1 + 4/2, 4) and (2); whitened over the three tokens: mean 3, variance (0 + 1 + 1) / 3."""
+    rewards = torch.tensor([[1.0, 4.0], [2.0, 0.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    zero = torch.zeros(2, 2)
+    found = estimate("reinforce", rewards, zero, mask, torch.arange(2), gamma=0.5, lam=0.3)
+    assert found.returns.tolist() == [[3.0, 4.0], [2.0, 0.0]]
+    torch.testing.assert_close(found.advantages, torch.tensor([[0.0, 1.5**0.5], [-(1.5**0.5), 0.0]]))
+
+
+def test_all_tokens_of_a_response_share_its_group_relative_advantage() -> None:
+    """The KL penalty on tokens is inside the response's reward: 3 - 1 = 2 against 1."""
+    rewards = torch.tensor([[-1.0, 3.0], [1.0, 0.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    zero = torch.zeros(2, 2)
+    found = estimate("rloo", rewards, zero, mask, torch.zeros(2, dtype=torch.long), gamma=1.0, lam=1.0)
+    assert found.advantages.tolist() == [[1.0, 1.0], [-1.0, 0.0]]
+    assert found.returns.tolist() == [[2.0, 2.0], [1.0, 0.0]]

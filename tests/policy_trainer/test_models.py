@@ -94,6 +94,9 @@ def test_fingerprints_tell_weights_apart() -> None:
         ({"num_mini_batches": 9}, "num_mini_batches must be between"),
         ({"value_head": "shared", "critic_init": "rm"}, "critic_init"),
         ({"max_missing_rewards": 1.0}, "max_missing_rewards"),
+        ({"advantage_estimator": "rloo"}, "num_generations must be at least 2"),
+        ({"advantage_estimator": "reinforce", "critic_warmup_steps": 1}, "has no critic"),
+        ({"advantage_estimator": "grpo", "num_generations": 2, "whiten_rewards": True}, "whiten_rewards"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -13,11 +13,26 @@ import pytest
 import torch
 
 from policy_trainer.advantages import moments, whiten
-from policy_trainer.ppo import Episodes, Reading, Trainer, train
+from policy_trainer.batching import SequenceBatch
+from policy_trainer.checkpoint import load_latest
+from policy_trainer.episodes import Episodes, Reading
+from policy_trainer.ppo import Trainer, train
 from policy_trainer.reward_source import FunctionReward
 from rlaif.errors import ConfigError, QualityError, SelfCheckError
 from rlaif.types import Conversation
 from tests.policy_trainer import tiny
+
+CRITIC_FREE: dict[str, dict[str, Any]] = {
+    "reinforce": {"advantage_estimator": "reinforce"},
+    "rloo": {"advantage_estimator": "rloo", "rollout_batch_size": 3, "num_generations": 4},
+    "grpo": {"advantage_estimator": "grpo", "rollout_batch_size": 3, "num_generations": 4},
+    "dr_grpo": {"advantage_estimator": "dr_grpo", "rollout_batch_size": 3, "num_generations": 4},
+}
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "separate critic": {"value_head": "separate"},
+    "shared critic": {"value_head": "shared"},
+    **CRITIC_FREE,
+}
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -31,12 +46,12 @@ def source(function: Callable[..., list[float | None]] = tiny.share_of_w0) -> Fu
 # ---- the first step ----
 
 
-@pytest.mark.parametrize("value_head", ["separate", "shared"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("micro_batch_tokens", [40, 8192], ids=["many micro-batches", "one micro-batch"])
 def test_at_the_first_step_ratio_is_1_and_kl_0_to_the_last_bit(
-    tmp_path: Path, value_head: str, micro_batch_tokens: int
+    tmp_path: Path, estimator: str, micro_batch_tokens: int
 ) -> None:
-    settings = {"value_head": value_head, "micro_batch_tokens": micro_batch_tokens, "max_steps": 1}
+    settings = {**ESTIMATORS[estimator], "micro_batch_tokens": micro_batch_tokens, "max_steps": 1}
     train(tiny.ppo_config(tmp_path, num_ppo_epochs=1, num_mini_batches=1, **settings), source())
     (first,) = metrics(tmp_path)
     assert first["val/ratio"] == 1.0
@@ -46,6 +61,7 @@ def test_at_the_first_step_ratio_is_1_and_kl_0_to_the_last_bit(
     assert first["objective/kl"] == 0.0
     assert first["objective/non_score_reward"] == 0.0
     assert first["objective/rlhf_reward"] == first["objective/scores"]
+    assert first.get("loss/kl_avg", 0.0) == 0.0 and ("loss/kl_avg" in first) == ("grpo" in estimator)
 
 
 def test_later_minibatches_move_away_from_ratio_1(tmp_path: Path) -> None:
@@ -72,14 +88,17 @@ class Step:
     def gradient(
         self, micro_batches: Sequence[Sequence[int]], divisors: Sequence[int] | None = None
     ) -> torch.Tensor:
-        tokens = int(self.read.mask.sum())
+        whole = self.divisor(range(12))
         self.trainer.model.zero_grad()
-        for rows, divisor in zip(micro_batches, divisors or [tokens] * len(micro_batches), strict=True):
+        for rows, divisor in zip(micro_batches, divisors or [whole] * len(micro_batches), strict=True):
             self.trainer.accumulate(
                 self.episodes, self.read, self.advantages, self.returns, rows, divisor, policy_learns=True
             )
         grads = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
         return torch.cat([g.flatten() for g in grads])
+
+    def divisor(self, rows: Sequence[int]) -> int:
+        return self.trainer.loss_divisor(int(self.read.mask[rows].sum()), len(rows))
 
     def padded(self, extra: int) -> Step:
         wide = torch.nn.functional.pad
@@ -91,10 +110,12 @@ class Step:
         )
 
 
-@pytest.fixture(params=["separate", "shared"])
+@pytest.fixture(params=ESTIMATORS)
 def step(request: pytest.FixtureRequest, tmp_path: Path) -> Step:
-    config = tiny.ppo_config(tmp_path, value_head=request.param, rollout_batch_size=12, vf_coef=0.5)
-    trainer = Trainer.start(config, source())
+    """Twelve responses, at a reference that is not the policy: where KL is in the loss, it has a gradient."""
+    settings = {"rollout_batch_size": 12, "vf_coef": 0.5, **ESTIMATORS[request.param]}
+    reference = tiny.save_policy(tmp_path / "reference", seed=1)
+    trainer = Trainer.start(tiny.ppo_config(tmp_path, ref_model=str(reference), **settings), source())
     episodes = trainer.rollout()
     read = trainer.read(episodes)
     noise = torch.Generator().manual_seed(0)
@@ -123,23 +144,89 @@ def test_gradients_do_not_depend_on_micro_batches_padding_or_order(step: Step) -
 def test_a_mean_of_micro_batch_means_would_be_another_gradient(step: Step) -> None:
     """The control: what the loop avoids is visible with these tolerances."""
     cut = [[0, 1, 2, 3, 4], [5], [6, 7, 8, 9, 10, 11]]
-    means = [int(step.read.mask[rows].sum()) * len(cut) for rows in cut]
+    means = [step.divisor(rows) * len(cut) for rows in cut]
     with pytest.raises(AssertionError):
         torch.testing.assert_close(
             step.gradient(cut, means), step.gradient([range(12)]), atol=2e-6, rtol=1e-4
         )
 
 
-def test_a_run_does_not_depend_on_the_size_of_micro_batches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_run_does_not_depend_on_the_size_of_micro_batches(tmp_path: Path, estimator: str) -> None:
     runs = []
     for tokens in (30, 8192):
-        config = tiny.ppo_config(tmp_path, micro_batch_tokens=tokens, output_dir=tmp_path / str(tokens))
-        train(config, source())
+        settings = {**ESTIMATORS[estimator], "micro_batch_tokens": tokens}
+        train(tiny.ppo_config(tmp_path, output_dir=tmp_path / str(tokens), **settings), source())
         lines = (tmp_path / str(tokens) / "metrics.jsonl").read_text().splitlines()
         runs.append(tiny.without_times([json.loads(line) for line in lines]))
     for small, large in zip(*runs, strict=True):
         for name in small:
             assert small[name] == pytest.approx(large[name], abs=2e-4, rel=1e-3), name
+
+
+def test_at_ratio_1_the_step_of_reinforce_is_the_policy_gradient(tmp_path: Path) -> None:
+    """The whole way through batches and the clipped objective gives the gradient of -sum A log pi / tokens."""
+    trainer = Trainer.start(tiny.ppo_config(tmp_path, **CRITIC_FREE["reinforce"]), source())
+    episodes = trainer.rollout()
+    read = trainer.read(episodes)
+    advantages = torch.randn(read.mask.shape, generator=torch.Generator().manual_seed(0)) * read.mask
+    tokens = int(read.mask.sum())
+    parameters = list(trainer.model.parameters())
+    for rows in ([0, 1, 2], [3, 4, 5, 6, 7]):
+        trainer.accumulate(episodes, read, advantages, advantages, rows, tokens, policy_learns=True)
+    found = [p.grad for p in parameters]
+    batch = episodes.collate(range(8))
+    logits = trainer.model.policy(batch.input_ids, batch.attention_mask, position_ids=positions(batch)).logits
+    logprobs = logits[:, -batch.response_len - 1 : -1].log_softmax(-1)
+    chosen = logprobs.gather(2, batch.response_ids.unsqueeze(2)).squeeze(2)
+    expected = torch.autograd.grad(-(advantages * chosen).sum() / tokens, parameters)
+    assert max(float(e.abs().max()) for e in expected) > 1e-3
+    for e, f in zip(expected, found, strict=True):
+        torch.testing.assert_close(f, e, atol=2e-6, rtol=1e-4)
+
+
+def positions(batch: SequenceBatch) -> torch.Tensor:
+    return (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+# ---- without a critic ----
+
+
+@pytest.mark.parametrize("estimator", CRITIC_FREE)
+def test_without_a_critic_there_is_none_in_memory_nor_in_a_checkpoint(tmp_path: Path, estimator: str) -> None:
+    config = tiny.ppo_config(tmp_path, max_steps=1, **CRITIC_FREE[estimator])
+    trainer = Trainer.start(config, source())
+    assert sum(1 for _ in trainer.model.parameters()) == sum(1 for _ in trainer.model.policy.parameters())
+    train(config, source())
+    saved = load_latest(config.output_dir)
+    assert saved is not None and set(saved.state) == {"policy_optimizer", "rng"}
+    assert not any("value" in name or name == "val/clipfrac_avg" for name in metrics(tmp_path)[0])
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo", "dr_grpo"])
+def test_a_missing_reward_leaves_its_group_and_takes_a_lone_response_along(
+    tmp_path: Path, estimator: str
+) -> None:
+    """Three groups of four: one loses one reward, one keeps a single reward and drops out, one is whole."""
+    given: list[float | None] = [None, 0.0, 1.0, 2.0, None, None, None, 50.0, 3.0, 3.0, 3.0, 3.0]
+    config = tiny.ppo_config(tmp_path, max_steps=1, samples_per_step=100, **CRITIC_FREE[estimator])
+    train(config, source(lambda p, r: given if len(r) == 12 else tiny.share_of_w0(p, r)))
+    (row,) = metrics(tmp_path)
+    text = (tmp_path / "run" / "samples" / "step-000001.jsonl").read_text()
+    assert [json.loads(line)["reward"] for line in text.splitlines()] == [0.0, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0]
+    assert row["reward/missing"] == 4 and row["reward/dropped_groups"] == 1
+    assert row["reward/frac_zero_std"] == 0.5
+    assert row["objective/scores"] == pytest.approx(15 / 7, abs=1e-6)
+
+
+def test_without_a_group_to_compare_in_the_run_stops_at_a_checkpoint(tmp_path: Path) -> None:
+    """Three rewards would be enough, but each is alone in its group."""
+    given: list[float | None] = [1.0, None, None, None] * 3
+    config = tiny.ppo_config(tmp_path, max_missing_rewards=0.9, **CRITIC_FREE["rloo"])
+    with pytest.raises(QualityError, match="9 of 12 rewards are missing at step 1"):
+        train(config, source(lambda p, r: given if len(r) == 12 else tiny.share_of_w0(p, r)))
+    saved = load_latest(config.output_dir)
+    assert saved is not None and saved.step == 0
 
 
 # ---- missing rewards ----
@@ -206,13 +293,20 @@ def test_too_many_missing_rewards_stop_at_a_checkpoint_and_the_run_goes_on_when_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value_head", ["separate", "shared"])
-def test_the_reward_rises_while_kl_stays_in_range(tmp_path: Path, value_head: str) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"value_head": "separate", "rollout_batch_size": 32},
+        {"value_head": "shared", "rollout_batch_size": 32},
+        {"advantage_estimator": "rloo", "rollout_batch_size": 8, "num_generations": 4},
+    ],
+    ids=["separate critic", "shared critic", "rloo"],
+)
+def test_the_reward_rises_while_kl_stays_in_range(tmp_path: Path, settings: dict[str, Any]) -> None:
     config = tiny.ppo_config(
         tmp_path,
-        value_head=value_head,
+        **settings,
         max_steps=40,
-        rollout_batch_size=32,
         num_mini_batches=1,
         num_ppo_epochs=4,
         learning_rate=2e-3,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from policy_trainer.ppo_losses import policy_loss, value_loss
+from policy_trainer.config import KLEstimator
+from policy_trainer.ppo_losses import kl_loss, policy_loss, value_loss
 
 LOG = math.log
 
@@ -92,3 +93,37 @@ def test_padding_counts_for_nothing(junk: float) -> None:
     assert value_loss(padded, one(0.0, 0.0), one(1.0, 1.0), mask, 0.2) == value_loss(
         bare, one(0.0), one(1.0), all_true(bare), 0.2
     )
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_in_the_loss_has_the_gradient_of_the_reverse_kl(estimator: KLEstimator) -> None:
+    """In expectation over tokens of a sampling policy that is no longer the policy, by enumeration of a vocabulary."""
+    noise = torch.Generator().manual_seed(0)
+    logits, old, ref = torch.randn(3, 5, dtype=torch.float64, generator=noise)
+    logits.requires_grad_()
+    logprobs, old, ref = logits.log_softmax(0), old.log_softmax(0), ref.log_softmax(0)
+    (exact,) = torch.autograd.grad((logprobs.exp() * (logprobs - ref)).sum(), logits, retain_graph=True)
+    expected = torch.stack(
+        [
+            old[y].exp()
+            * kl_loss(
+                logprobs[y].view(1, 1), old[y].view(1, 1), ref[y].view(1, 1), all_true(one(0)), estimator
+            )
+            for y in range(5)
+        ]
+    ).sum()
+    (found,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(found, exact, atol=1e-12, rtol=0)
+    if estimator != "k2":  # whose value is biased
+        value = (logprobs.exp() * (logprobs - ref)).sum().item()
+        assert expected.item() == pytest.approx(value, abs=1e-12)
+
+
+@pytest.mark.parametrize("junk", [float("inf"), float("nan")], ids=["inf", "nan"])
+def test_kl_in_the_loss_does_not_read_padding(junk: float) -> None:
+    logprobs = one(LOG(0.6), junk).requires_grad_()
+    mask = torch.tensor([[True, False]])
+    found = kl_loss(logprobs, one(LOG(0.4), 0.0), one(LOG(0.3), junk), mask, "k3")
+    found.backward()
+    assert found.item() == pytest.approx(1.5 * (0.5 - 1 + LOG(2)), abs=1e-12)
+    assert logprobs.grad is not None and logprobs.grad[0, 1] == 0.0

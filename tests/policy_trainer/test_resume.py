@@ -70,11 +70,17 @@ def share_until(call: int) -> FunctionReward:
     return FunctionReward(function)
 
 
-@pytest.mark.parametrize("value_head", ["separate", "shared"])
-def test_ppo_resumed_equals_ppo_uninterrupted(tmp_path: Path, value_head: str) -> None:
-    config = tiny.ppo_config(
-        tmp_path, value_head=value_head, max_steps=6, save_steps=2, target_kl=3.0, kl_horizon=50
-    )
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"value_head": "separate"},
+        {"value_head": "shared"},
+        {"advantage_estimator": "grpo", "rollout_batch_size": 4, "num_generations": 2},
+    ],
+    ids=["separate critic", "shared critic", "grpo"],
+)
+def test_ppo_resumed_equals_ppo_uninterrupted(tmp_path: Path, settings: dict[str, Any]) -> None:
+    config = tiny.ppo_config(tmp_path, **settings, max_steps=6, save_steps=2, target_kl=3.0, kl_horizon=50)
     whole = dataclasses.replace(config, output_dir=tmp_path / "whole")
     train(whole, FunctionReward(tiny.share_of_w0))
     # Call 1 is the self-check: this ends in step 4, one step after the last checkpoint.
