@@ -1,4 +1,4 @@
-"""A reward server over gRPC: the only file of this package that knows protobuf.
+"""A reward server over gRPC: with `admin`, which builds on it, the only file of this package that knows protobuf.
 
 `AsyncRewardClient` holds the rules: deadlines, retries, pinned versions, splitting. `RewardClient` is the same for
 code that does not await: it runs one on an event loop in a thread of its own.
@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -117,9 +117,10 @@ class AsyncRewardClient:
     """A reward server over gRPC, with deadlines, bounded retries and a pinned model version.
 
     Retried: UNAVAILABLE (restarting, warming up, draining), CANCELLED by the server (it stopped with the call just
-    arrived) and RESOURCE_EXHAUSTED that carries RetryInfo (the queue is full), until `give_up_after_s` have passed
-    since the call began. Everything else is an error at once. The version is pinned by the first `info()`: a server
-    that comes back with other weights is refused, because rewards of two models must not be mixed in one run.
+    arrived), RESOURCE_EXHAUSTED that carries RetryInfo (the queue is full) and DEADLINE_EXCEEDED said at once (the
+    queue is longer than the timeout, nothing was computed), until `give_up_after_s` have passed since the call began.
+    Everything else is an error at once. The version is pinned by the first `info()`: a server that comes back with
+    other weights is refused, because rewards of two models must not be mixed in one run.
     """
 
     def __init__(
@@ -359,7 +360,7 @@ class AsyncRewardClient:
         )
 
     def _gave_up(self, err: grpc.aio.AioRpcError, waited: float) -> RewardServerError:
-        if err.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if err.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED):
             return RewardServerError(
                 f"the reward server at {self.address} stayed overloaded for {waited:.0f} s; "
                 "run fewer clients or a faster server"
@@ -551,10 +552,26 @@ def retry_delay(err: grpc.aio.AioRpcError) -> float | None:
         return _retry_info(err) or 0.0
     if err.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return _retry_info(err)
+    if err.code() is grpc.StatusCode.DEADLINE_EXCEEDED and _refused_early(err):
+        return 0.0
     return None
 
 
 def _retry_info(err: grpc.aio.AioRpcError) -> float | None:
+    retry = error_details_pb2.RetryInfo()
+    if not _unpack(err, retry):
+        return None
+    return float(retry.retry_delay.seconds + retry.retry_delay.nanos * 1e-9)
+
+
+def _refused_early(err: grpc.aio.AioRpcError) -> bool:
+    """Whether the server saw at once that the queue is too long for the deadline."""
+    info = error_details_pb2.ErrorInfo()
+    return _unpack(err, info) and info.reason == "DEADLINE_TOO_SHORT"
+
+
+def _unpack(err: grpc.aio.AioRpcError, detail: Message) -> bool:
+    """Fill in the detail of this type that came with an error; whether there is one."""
     trailer: Any = err.trailing_metadata() or ()
     for name, value in trailer:
         if name != "grpc-status-details-bin" or not isinstance(value, bytes):
@@ -563,12 +580,10 @@ def _retry_info(err: grpc.aio.AioRpcError) -> float | None:
         try:
             status.MergeFromString(value)
         except DecodeError:  # details that cannot be read tell nothing
-            return None
-        for detail in status.details:
-            retry = error_details_pb2.RetryInfo()
-            if detail.Unpack(retry):
-                return float(retry.retry_delay.seconds + retry.retry_delay.nanos * 1e-9)
-    return None
+            return False
+        if any(packed.Unpack(detail) for packed in status.details):
+            return True
+    return False
 
 
 def trace_headers() -> tuple[tuple[str, str], ...]:

@@ -49,6 +49,14 @@ def overloaded(retry_after_s: float) -> Callable[[grpc.ServicerContext], None]:
     return refuse
 
 
+def too_late(context: grpc.ServicerContext) -> None:
+    """A mood that refuses a call whose deadline will pass in the queue."""
+    detail = AnyMessage()
+    detail.Pack(error_details_pb2.ErrorInfo(reason="DEADLINE_TOO_SHORT"))
+    status = status_pb2.Status(code=code_pb2.DEADLINE_EXCEEDED, message="the queue is long", details=[detail])
+    context.abort_with_status(rpc_status.to_status(status))
+
+
 def refusing(code: grpc.StatusCode, words: str) -> Callable[[grpc.ServicerContext], None]:
     return lambda context: context.abort(code, words)
 

@@ -21,6 +21,7 @@ from tests.policy_trainer.reward_servers import (
     overloaded,
     refusing,
     serving,
+    too_late,
 )
 
 
@@ -128,6 +129,21 @@ def test_a_call_that_a_stopping_server_lets_go_of_is_made_again(
     numbers.moods = [refusing(grpc.StatusCode.CANCELLED, "CANCELLED")]
     assert client.score([conversation("4")])[0].raw == 4.0
     assert len(numbers.calls) == 2
+
+
+def test_a_call_refused_for_a_long_queue_is_made_again(client: RewardClient, numbers: NumberServer) -> None:
+    numbers.moods = [too_late, too_late]
+    assert client.score([conversation("4")])[0].raw == 4.0
+    assert len(numbers.calls) == 3
+
+
+def test_a_queue_that_stays_too_long_is_one_line(address: str, numbers: NumberServer) -> None:
+    numbers.moods = [too_late] * 100
+    with (
+        RewardClient(address, give_up_after_s=0.5) as client,
+        pytest.raises(RewardServerError, match="stayed overloaded"),
+    ):
+        client.score([conversation("4")])
 
 
 def test_a_refused_request_is_not_retried(client: RewardClient, numbers: NumberServer) -> None:
@@ -295,11 +311,11 @@ def test_a_function_with_too_few_rewards_is_refused() -> None:
     source.close()
 
 
-def test_the_client_is_the_only_trainer_file_that_knows_protobuf() -> None:
+def test_only_the_client_and_its_admin_calls_know_protobuf() -> None:
     import policy_trainer
 
     folder = Path(policy_trainer.__file__ or "").parent
     knowing = {
         p.name for p in folder.glob("*.py") if "import grpc" in p.read_text() or "_pb2" in p.read_text()
     }
-    assert knowing == {"client.py"}
+    assert knowing == {"client.py", "admin.py"}

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from policy_trainer.kl import Estimator, KLController, kl_estimate
+from policy_trainer.config import KLEstimator
+from policy_trainer.kl import KLController, kl_estimate
 
 P = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
 Q = torch.tensor([0.25, 0.25, 0.25, 0.25], dtype=torch.float64)
@@ -24,7 +25,7 @@ def test_estimators_of_one_token_by_hand() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_expectation_over_the_policy_is_the_exact_kl(estimator: Estimator) -> None:
+def test_expectation_over_the_policy_is_the_exact_kl(estimator: KLEstimator) -> None:
     assert (P * kl_estimate(P.log(), Q.log(), estimator)).sum().item() == pytest.approx(KL_PQ, abs=1e-12)
 
 
@@ -36,7 +37,7 @@ def test_k3_is_never_negative_and_stays_finite() -> None:
     assert (k3[within] >= 0).all()
 
 
-def expected_gradient(estimator: Estimator) -> torch.Tensor:
+def expected_gradient(estimator: KLEstimator) -> torch.Tensor:
     """Gradient by the logits of E_{y ~ p}[estimate(y)] with the samples held fixed, as a loss term has it."""
     logits = P.log().clone().requires_grad_()
     logp = logits.log_softmax(-1)
