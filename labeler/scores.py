@@ -262,16 +262,15 @@ class ScoreReport:
 
     def result(self) -> dict[str, Any]:
         """The report; figures over no responses are None."""
-        scores = np.asarray(self._scores, dtype=np.float64)
-        masses = np.asarray(self._masses, dtype=np.float64)
+        scores, masses = (np.asarray(a, dtype=np.float32) for a in (self._scores, self._masses))
         return {
             "responses": len(scores) + self._unlabelled.total(),
             "scored": len(scores),
             "unlabelled": dict(self._unlabelled.most_common()),
             "sources": dict(self._sources.most_common()),
-            "score_mean": float(scores.mean()) if len(scores) else None,
+            "score_mean": float(scores.mean(dtype=np.float64)) if len(scores) else None,
             "score_quartiles": np.quantile(scores, [0.25, 0.5, 0.75]).tolist() if len(scores) else None,
-            "label_mass_mean": float(masses.mean()) if len(masses) else None,
+            "label_mass_mean": float(masses.mean(dtype=np.float64)) if len(masses) else None,
             "label_mass_min": float(masses.min()) if len(masses) else None,
             "censored": self._censored,
             "truncated": self._truncated,

@@ -31,9 +31,9 @@ _ADVICE = {
 
 _ROWS_AT_A_TIME = 1024
 
-_ROW_GROUP_BYTES = 16 << 20
-"""Size of a row group before compression: small enough to hold in memory, and large enough that a file of a million
-rows has few. The writer keeps what it will say of each group until the end."""
+_ROW_GROUP_BYTES = 4 << 20
+"""Size of a row group before compression: what is in memory at a time, several times over while it is encoded, and
+large enough that a file of a million rows has few. The writer keeps what it will say of each group until the end."""
 
 
 @contextmanager

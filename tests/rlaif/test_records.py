@@ -165,7 +165,7 @@ def test_a_long_dataset_has_few_row_groups_and_they_are_bounded(tmp_path: Path) 
     assert write_parquet(tmp_path / "out.parquet", rows, SCHEMA) == 20_000
     metadata = pq.ParquetFile(tmp_path / "out.parquet").metadata
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    assert sum(groups) == 20_000 and max(groups) * 2000 <= 2 * 16 * 2**20 and len(groups) <= 4
+    assert sum(groups) == 20_000 and max(groups) * 2000 <= 2 * 4 * 2**20 and len(groups) <= 10
 
 
 def test_a_failed_rewrite_leaves_the_earlier_parquet_file(tmp_path: Path) -> None:
