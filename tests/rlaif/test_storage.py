@@ -96,9 +96,7 @@ def test_a_full_disk_leaves_the_earlier_file_and_no_rest(tiny_disk: Path) -> Non
         write_atomic(tiny_disk / "file", "x" * 100_000)
     schema = pa.schema([("text", pa.string())])
     with pytest.raises(StorageError, match="no space left"):
-        write_parquet(
-            tiny_disk / "file", ({"text": os.urandom(500).hex()} for _ in range(500)), schema, group=10
-        )
+        write_parquet(tiny_disk / "file", ({"text": os.urandom(500).hex()} for _ in range(500)), schema)
     assert (tiny_disk / "file").read_text() == "before"
     assert [p.name for p in tiny_disk.iterdir()] == ["file"]
 
