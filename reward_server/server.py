@@ -76,11 +76,10 @@ class RewardServer:
                 ("grpc.max_concurrent_streams", 256),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
-                (
-                    "grpc.server_handshake_timeout_ms",
-                    20_000,
-                ),  # who opens a connection and does not get on with it
-                ("grpc.keepalive_time_ms", 60_000),  # who is gone without a word, or answers nothing
+                # Who opens a connection and does not get on with it is let go,
+                ("grpc.server_handshake_timeout_ms", 20_000),
+                # and so is who is gone without a word, or answers nothing.
+                ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
             ),
         )

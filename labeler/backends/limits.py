@@ -37,7 +37,7 @@ _STEP = 0.8
 """A rate that is cut to less than this at once was measured anew: the fall begins there."""
 
 _LOWER = 0.99
-"""A refusal that comes at more than this share of the rate of the one before ends a fall."""
+"""A refusal at more than this share of the lowest rate that was refused in a fall ends it."""
 
 _BEGUN = 0.9
 """Share of its first rate to which a fall must have come to be one: about a limit, the rate varies by less."""
