@@ -68,6 +68,10 @@ class OnlineConfig(TrainingConfig):
 
     reward_server: str
     """HOST:PORT of the reward server (`rlaif serve`)."""
+    max_steps: int = 100
+    """Steps; each samples num_generations responses to rollout_batch_size prompts and learns from them."""
+    num_generations: int = 1
+    """Responses sampled per prompt."""
     ref_model: str | None = None
     """The reference that KL is measured against. By default the policy as it was before training."""
     max_prompt_length: int = 512
@@ -80,6 +84,8 @@ class OnlineConfig(TrainingConfig):
     """Prompts per step."""
     generation_batch_size: int = 128
     """Most sequences decoded at once."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the normalised score of a response that was cut off before its EOS."""
     max_missing_rewards: float = 0.5
     """Stop at a checkpoint if a larger share of a step's rewards is missing. Missing ones never count as 0."""
     reward_timeout_s: float = 120.0
@@ -117,15 +123,22 @@ class OnlineConfig(TrainingConfig):
             self.temperature,
             "positive; greedy answers cannot be learned from",
         )
+        require(self.max_steps > 0, "max_steps", self.max_steps, "at least 1")
         require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "at least 1")
         require(self.max_prompt_length > 1, "max_prompt_length", self.max_prompt_length, "at least 2")
         require(self.rollout_batch_size > 1, "rollout_batch_size", self.rollout_batch_size, "at least 2")
         require(
             self.generation_batch_size > 0, "generation_batch_size", self.generation_batch_size, "at least 1"
         )
+        require(self.missing_eos_penalty >= 0, "missing_eos_penalty", self.missing_eos_penalty, "at least 0")
         require(
             0 <= self.max_missing_rewards < 1, "max_missing_rewards", self.max_missing_rewards, "in [0, 1)"
         )
+
+    @property
+    def responses_per_step(self) -> int:
+        """Responses sampled in one step."""
+        return self.rollout_batch_size * self.num_generations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +150,6 @@ class PPOConfig(OnlineConfig):
     responses, `grpo` the group's mean and std, `dr_grpo` the group's mean. docs/training.md says more."""
     num_generations: int = 1
     """Responses sampled per prompt. rloo, grpo and dr_grpo compare them with each other and need at least 2."""
-    max_steps: int = 100
-    """Steps; each samples num_generations responses to rollout_batch_size prompts and learns from them."""
     num_ppo_epochs: int = 4
     """Passes over each step's responses."""
     num_mini_batches: int = 1
@@ -175,8 +186,6 @@ class PPOConfig(OnlineConfig):
     """Scale token rewards to unit variance over the batch, keeping their mean (gae and reinforce)."""
     reward_clip: float | None = None
     """Clip normalised scores to [-x, x]; None does not clip."""
-    missing_eos_penalty: float = 0.0
-    """Subtracted from the score of a response that was cut off before its EOS."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.
@@ -185,7 +194,6 @@ class PPOConfig(OnlineConfig):
             ConfigError: a value is out of range.
         """
         super().__post_init__()
-        require(self.max_steps > 0, "max_steps", self.max_steps, "at least 1")
         require(self.num_ppo_epochs > 0, "num_ppo_epochs", self.num_ppo_epochs, "at least 1")
         require(
             0 < self.num_mini_batches <= self.responses_per_step,
@@ -206,7 +214,6 @@ class PPOConfig(OnlineConfig):
         require(0 <= self.lam <= 1, "lam", self.lam, "in [0, 1]")
         require(self.cliprange > 0, "cliprange", self.cliprange, "positive")
         require(self.cliprange_value > 0, "cliprange_value", self.cliprange_value, "positive")
-        require(self.missing_eos_penalty >= 0, "missing_eos_penalty", self.missing_eos_penalty, "at least 0")
         require(self.reward_clip is None or self.reward_clip > 0, "reward_clip", self.reward_clip, "positive")
         if self.value_head == "shared" and self.critic_init != "policy":
             raise ConfigError("critic_init names a separate critic: use it with value_head separate")
@@ -237,11 +244,6 @@ class PPOConfig(OnlineConfig):
         if self.use_kl_loss is None:
             return self.advantage_estimator in ("grpo", "dr_grpo")
         return self.use_kl_loss
-
-    @property
-    def responses_per_step(self) -> int:
-        """Responses sampled in one step."""
-        return self.rollout_batch_size * self.num_generations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,8 +313,6 @@ class DPOConfig(OnlineConfig):
     """Train on P(chosen preferred) = sigmoid(difference of raw scores / label_temperature); otherwise on 1."""
     label_temperature: float = 1.0
     """Raw-score units per logit: 1 for a reward model; for a judge, how many points of its scale make one logit."""
-    missing_eos_penalty: float = 0.0
-    """Subtracted from the normalised score of a response that was cut off before its EOS."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.
@@ -321,7 +321,6 @@ class DPOConfig(OnlineConfig):
             ConfigError: a value is out of range.
         """
         super().__post_init__()
-        require(self.max_steps > 0, "max_steps", self.max_steps, "at least 1")
         require(
             self.num_generations > 1, "num_generations", self.num_generations, "at least 2, to make a pair"
         )
@@ -331,7 +330,6 @@ class DPOConfig(OnlineConfig):
         require(self.beta > 0, "beta", self.beta, "positive")
         require(self.tie_threshold >= 0, "tie_threshold", self.tie_threshold, "at least 0")
         require(self.label_temperature > 0, "label_temperature", self.label_temperature, "positive")
-        require(self.missing_eos_penalty >= 0, "missing_eos_penalty", self.missing_eos_penalty, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

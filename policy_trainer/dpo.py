@@ -7,9 +7,8 @@ losses are in `preference_losses`, the pairs in `pairs`, the round as data in `r
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,46 +18,30 @@ from torch import Tensor
 
 from policy_trainer import optim
 from policy_trainer.batching import collate, length_buckets
-from policy_trainer.checkpoint import (
-    Checkpoint,
-    load_latest,
-    restore_rng,
-    save_checkpoint,
-    save_final,
-    stop_on_signal,
-)
-from policy_trainer.client import RewardClient
 from policy_trainer.config import DPOConfig
 from policy_trainer.logprobs import token_logprobs
-from policy_trainer.models import eos_token_ids, fingerprint, load_policy
-from policy_trainer.online import Prompts, check_context, check_missing, load_prompts
+from policy_trainer.online import (
+    OnlineTrainer,
+    Prompts,
+    Purpose,
+    check_missing,
+    served_reward,
+    session,
+)
 from policy_trainer.pairs import PairSet, build_pairs
 from policy_trainer.preference_losses import LossType, preference_loss
 from policy_trainer.reward_source import RewardSource
-from policy_trainer.rollout import HFRollout
 from policy_trainer.rounds import Round, collect_round, forget_rounds, store_round, stored_round
-from policy_trainer.selfcheck import self_check
-from rlaif.errors import ModelError, QualityError, RewardServerError
-from rlaif.runs import Run, progress
+from rlaif.errors import QualityError, RewardServerError
 from rlaif.types import to_dicts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SELF_CHECK_PROMPTS = 16
-
-# What a step's seed is for; see `optim.step_seed`.
-_PROMPTS, _SAMPLING, _SHUFFLING, _PAIRING, _SELF_CHECK = range(5)
+    from transformers import PreTrainedModel
 
 
 def run(config: DPOConfig) -> None:
     """Train against the reward server at `config.reward_server`."""
-    with RewardClient(
-        config.reward_server,
-        timeout_s=config.reward_timeout_s,
-        give_up_after_s=config.reward_give_up_after_s,
-    ) as source:
-        source.wait_ready(config.reward_give_up_after_s)
+    with served_reward(config) as source:
         train(config, source)
 
 
@@ -77,69 +60,58 @@ def train(config: DPOConfig, source: RewardSource) -> None:
         KeyboardInterrupt: SIGTERM or SIGINT asked for an end; a checkpoint has been written.
         RlaifError: bad input, see the message.
     """
-    with (
-        Run.open(config.output_dir, config, command="train dpo") as out,
-        stop_on_signal() as stop,
-    ):
-        trainer = Trainer.start(config, source)
-        out.truncate_metrics(trainer.step)
-        if config.self_check and trainer.step < config.max_steps:
-            trainer.self_check()
-        with progress(config.max_steps, "DPO rounds") as bar:
-            bar.advance(trainer.step)
-            while trainer.step < config.max_steps:
-                began = time.perf_counter()
+    with session(Trainer, config, source, method="dpo") as at_work:
+        trainer = at_work.trainer
+        while at_work.unfinished:
+            began = time.perf_counter()
 
-                # 1. Sample, score, and read with the reference while the server scores; or take up the round that
-                #    was under way when the run was interrupted.
-                round_ = stored_round(config.output_dir, trainer.step, source.info().version)
-                if round_ is None:
-                    try:
-                        round_ = trainer.collect()
-                        scored = [i for i, r in enumerate(round_.rewards) if r.value is not None]
-                        check_missing(round_.rewards, scored, config.max_missing_rewards, trainer.step + 1)
-                    except (RewardServerError, QualityError):
-                        trainer.save()
-                        raise
-                    store_round(config.output_dir, round_)
-
-                # 2. Pairs: at most one per prompt, with its soft label. Ties and missing rewards make none.
-                pairs = trainer.pair(round_)
-                examples = pair_examples(round_, pairs, trainer.prompts, config.num_generations)
-                updating = time.perf_counter()
-
-                # 3. Epochs over the pairs, in minibatches; one optimiser step each.
-                for update, rows in enumerate(trainer.minibatches(len(examples))):
-                    if update < trainer.updates:  # learned before the interruption
-                        continue
-                    trainer.update([examples[i] for i in rows])
-                    if stop:
-                        trainer.save()
-                        raise KeyboardInterrupt
-                updated = time.perf_counter()
-
-                # 4. Book-keeping.
-                learning_rate, sums = trainer.learning_rate, trainer.sums
-                trainer.next_step()
-                metrics = {
-                    "episode": trainer.step * config.rollout_batch_size * config.num_generations,
-                    **round_metrics(round_),
-                    **pair_metrics(pairs, sums),
-                    "lr": learning_rate,
-                    **{f"time/{part}": seconds for part, seconds in round_.seconds.items()},
-                    "time/update": updated - updating,
-                    "time/step": updated - began,
-                }
-                out.samples(trainer.step, transcripts(round_, trainer.prompts)[: config.samples_per_step])
-                out.log(trainer.step, metrics)
-                bar.advance(
-                    1, score=metrics["objective/scores"], kl=metrics["objective/kl"], pairs=len(examples)
-                )
-                if stop or trainer.step % config.save_steps == 0 or trainer.step == config.max_steps:
+            # 1. Sample, score, and read with the reference while the server scores; or take up the round that
+            #    was under way when the run was interrupted.
+            round_ = stored_round(config.output_dir, trainer.step, source.info().version)
+            if round_ is None:
+                try:
+                    round_ = trainer.collect()
+                    scored = [i for i, r in enumerate(round_.rewards) if r.value is not None]
+                    check_missing(round_.rewards, scored, config.max_missing_rewards, trainer.step + 1)
+                except (RewardServerError, QualityError):
                     trainer.save()
-                if stop and trainer.step < config.max_steps:
+                    raise
+                store_round(config.output_dir, round_)
+
+            # 2. Pairs: at most one per prompt, with its soft label. Ties and missing rewards make none.
+            pairs = trainer.pair(round_)
+            examples = pair_examples(round_, pairs, trainer.prompts, config.num_generations)
+            updating = time.perf_counter()
+
+            # 3. Epochs over the pairs, in minibatches; one optimiser step each.
+            for update, rows in enumerate(trainer.minibatches(len(examples))):
+                if update < trainer.updates:  # learned before the interruption
+                    continue
+                trainer.update([examples[i] for i in rows])
+                if at_work.stop:
+                    trainer.save()
                     raise KeyboardInterrupt
-        save_final(config.output_dir, trainer.policy, trainer.tokenizer)
+            updated = time.perf_counter()
+
+            # 4. Book-keeping.
+            learning_rate, sums = trainer.learning_rate(), trainer.sums
+            trainer.next_step()
+            metrics = {
+                "episode": trainer.step * config.responses_per_step,
+                **round_metrics(round_),
+                **pair_metrics(pairs, sums),
+                "lr": learning_rate,
+                **{f"time/{part}": seconds for part, seconds in round_.seconds.items()},
+                "time/update": updated - updating,
+                "time/step": updated - began,
+            }
+            at_work.end_step(
+                metrics,
+                transcripts(round_, trainer.prompts),
+                score=metrics["objective/scores"],
+                kl=metrics["objective/kl"],
+                pairs=len(examples),
+            )
 
 
 class PairExample(NamedTuple):
@@ -172,64 +144,18 @@ class PairSums(NamedTuple):
         return PairSums(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
-@dataclass
-class Trainer:
-    """Everything that has a state, and the operations of the loop on it.
+@dataclass(kw_only=True)
+class Trainer(OnlineTrainer):
+    """The policy, how far the round under way has been learned from, and the operations of the loop.
 
     Attributes:
-        step: completed rounds.
         updates: optimiser steps taken in the round under way.
         sums: what they amounted to.
     """
 
     config: DPOConfig
-    policy: PreTrainedModel
-    reference: PreTrainedModel
-    reference_id: str
-    tokenizer: PreTrainedTokenizerBase
-    prompts: Prompts
-    optimizer: torch.optim.AdamW
-    source: RewardSource
-    step: int = 0
     updates: int = 0
     sums: PairSums = field(default_factory=PairSums)
-
-    def __post_init__(self) -> None:
-        self.eos_ids = eos_token_ids(self.policy, self.tokenizer)
-        self.engine = HFRollout(self.policy, self.eos_ids, batch_size=self.config.generation_batch_size)
-
-    @classmethod
-    def start(cls, config: DPOConfig, source: RewardSource) -> Trainer:
-        """Load models and data, and the last checkpoint if there is one.
-
-        Raises:
-            ModelError: a model cannot be loaded, or the reference is not the one that the run began with.
-            RewardServerError: the server serves other weights than those that the run began with.
-        """
-        checkpoint = load_latest(config.output_dir)
-        path = config.model_name_or_path if checkpoint is None else str(checkpoint.path)
-        template = config.chat_template if checkpoint is None else None
-        policy, tokenizer = load_policy(path, dtype=config.dtype, chat_template=template)
-        # The reference is named by the config and never by a checkpoint: a resumed run keeps its anchor.
-        reference = load_policy(config.ref_model or config.model_name_or_path, dtype=config.dtype).model
-        reference.requires_grad_(False)
-        prompts = load_prompts(config, tokenizer)
-        check_context(config, policy, prompts)
-        trainer = cls(
-            config=config,
-            policy=policy,
-            reference=reference,
-            reference_id=fingerprint(reference),
-            tokenizer=tokenizer,
-            prompts=prompts,
-            optimizer=optim.adamw(policy.parameters(), config.learning_rate, config),
-            source=source,
-        )
-        if checkpoint is None:
-            torch.manual_seed(config.seed)
-        else:
-            trainer.resume(checkpoint)
-        return trainer
 
     def collect(self) -> Round:
         """This step's round: responses of the current policy, their rewards and reference log-probabilities.
@@ -237,30 +163,8 @@ class Trainer:
         Raises:
             RewardServerError: the server cannot be reached or used.
         """
-        config = self.config
-        rows = optim.shuffled_stream(
-            len(self.prompts.ids),
-            optim.step_seed(config.seed, _PROMPTS),
-            start=self.step * config.rollout_batch_size,
-            count=config.rollout_batch_size,
-        )
-        return collect_round(
-            self.step,
-            rows,
-            self.prompts,
-            engine=self.engine,
-            source=self.source,
-            tokenizer=self.tokenizer,
-            reference=self.reference,
-            log_ratios_to=self.reference if config.reference == "initial" else self.policy,
-            eos_ids=self.eos_ids,
-            num_generations=config.num_generations,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            missing_eos_penalty=config.missing_eos_penalty,
-            micro_batch_tokens=config.micro_batch_tokens,
-            seed=optim.step_seed(config.seed, _SAMPLING, self.step),
-        )
+        initial = self.config.reference == "initial"
+        return collect_round(self, log_ratios_to=self.reference if initial else self.policy)
 
     def pair(self, round_: Round) -> PairSet:
         """The round's preference pairs."""
@@ -274,7 +178,7 @@ class Trainer:
             threshold=config.tie_threshold,
             soft_labels=config.soft_labels,
             label_temperature=config.label_temperature,
-            seed=optim.step_seed(config.seed, _PAIRING, self.step),
+            seed=optim.step_seed(config.seed, Purpose.PAIRING, self.step),
         )
 
     def minibatches(self, pairs: int) -> list[list[int]]:
@@ -284,7 +188,7 @@ class Trainer:
         """
         size = self.config.per_device_train_batch_size
         orders = [
-            optim.permutation(pairs, optim.step_seed(self.config.seed, _SHUFFLING, self.step, epoch))
+            optim.permutation(pairs, optim.step_seed(self.config.seed, Purpose.SHUFFLING, self.step, epoch))
             for epoch in range(self.config.num_train_epochs)
         ]
         return [order[i : i + size] for order in orders for i in range(0, pairs, size)]
@@ -295,7 +199,7 @@ class Trainer:
         Raises:
             QualityError: the gradient is not finite; the policy has not been changed by it.
         """
-        optim.set_learning_rate(self.optimizer, self.learning_rate)
+        optim.set_learning_rate(self.optimizer, self.learning_rate())
         self.optimizer.zero_grad(set_to_none=True)
         sums = accumulate_gradients(
             self.policy,
@@ -310,81 +214,28 @@ class Trainer:
         self.updates += 1
         self.sums = self.sums.plus(sums).plus(PairSums(updates=1.0, grad_norm=float(norm)))
 
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate of this round."""
-        config = self.config
-        factor = optim.lr_factor(config.lr_scheduler_type, self.step, config.max_steps, config.warmup_steps)
-        return config.learning_rate * factor
-
     def next_step(self) -> None:
         """The round is done."""
         self.step, self.updates, self.sums = self.step + 1, 0, PairSums()
 
-    def self_check(self) -> None:
-        """Run the start-up self-check and print its findings to stderr.
+    @property
+    def untrained(self) -> bool:
+        """Whether no update has been made yet."""
+        return self.step == 0 and self.updates == 0
 
-        Raises:
-            SelfCheckError: with the cause.
-        """
-        chosen = range(min(SELF_CHECK_PROMPTS, len(self.prompts.ids)))
-        report = self_check(
-            policy=self.policy,
-            reference=self.reference,
-            same_model=self.config.ref_model is None and self.step == 0 and self.updates == 0,
-            tokenizer=self.tokenizer,
-            eos_ids=self.eos_ids,
-            engine=self.engine,
-            source=self.source,
-            prompts=[self.prompts.conversations[i] for i in chosen],
-            prompt_ids=[self.prompts.ids[i] for i in chosen],
-            max_new_tokens=self.config.max_new_tokens,
-            temperature=self.config.temperature,
-            seed=optim.step_seed(self.config.seed, _SELF_CHECK),
-        )
-        print(report, file=sys.stderr)
+    def info(self) -> dict[str, Any]:
+        """See `OnlineTrainer.info`."""
+        return {**super().info(), "updates": self.updates, "sums": list(self.sums)}
+
+    def restore(self, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+        """See `OnlineTrainer.restore`."""
+        super().restore(state, info)
+        self.updates, self.sums = info["updates"], PairSums(*info["sums"])
 
     def save(self) -> None:
         """Write a checkpoint of the completed rounds and of the one under way."""
-        save_checkpoint(
-            self.config.output_dir,
-            self.step,
-            policy=self.policy,
-            tokenizer=self.tokenizer,
-            state={"optimizer": self.optimizer.state_dict()},
-            info={
-                "updates": self.updates,
-                "sums": list(self.sums),
-                "reference": self.reference_id,
-                "reward_version": self.source.info().version,
-                "episodes": self.step * self.config.rollout_batch_size * self.config.num_generations,
-            },
-            keep=self.config.save_total_limit,
-        )
+        super().save()
         forget_rounds(self.config.output_dir, self.step)
-
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Take over a checkpoint's state; the policy's weights are loaded already.
-
-        Raises:
-            ModelError: the reference has changed since the run began.
-            RewardServerError: the reward model has changed since the run began.
-        """
-        info = checkpoint.info
-        if info["reference"] != self.reference_id:
-            raise ModelError(
-                f"the reference {self.config.ref_model or self.config.model_name_or_path} is not the one that this run "
-                "began with: KL would be measured from elsewhere; put it back or start with a fresh --output_dir"
-            )
-        version = self.source.info().version
-        if info["reward_version"] != version:
-            raise RewardServerError(
-                f"the reward server serves version {version}, this run began with {info['reward_version']}: serve "
-                "that model again or start with a fresh --output_dir"
-            )
-        self.optimizer.load_state_dict(checkpoint.state["optimizer"])
-        self.step, self.updates, self.sums = checkpoint.step, info["updates"], PairSums(*info["sums"])
-        restore_rng(checkpoint.state["rng"])
 
 
 def pair_examples(round_: Round, pairs: PairSet, prompts: Prompts, num_generations: int) -> list[PairExample]:

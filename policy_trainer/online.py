@@ -1,20 +1,58 @@
-"""What PPO and online DPO share around their loops: prompts, checkpoints on the way, missing rewards."""
+"""What the online trainers share: their state, the commands' frame around the loop, prompts, missing rewards.
+
+A command is a loop over `session`, which opens the run directory and the trainer, and `Session.end_step`, which
+writes what a step was and stops where it was asked to.
+"""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
+import torch
+
+from policy_trainer import optim
+from policy_trainer.checkpoint import (
+    Checkpoint,
+    StopRequest,
+    load_latest,
+    restore_rng,
+    save_checkpoint,
+    save_final,
+    stop_on_signal,
+)
+from policy_trainer.client import RewardClient
 from policy_trainer.config import OnlineConfig
-from policy_trainer.reward_source import Reward
+from policy_trainer.models import eos_token_ids, fingerprint, load_policy
+from policy_trainer.reward_source import Reward, RewardSource
+from policy_trainer.rollout import HFRollout, RolloutEngine, Sampled
+from policy_trainer.selfcheck import self_check
 from rlaif.chat import encode_prompt
-from rlaif.errors import ConfigError, QualityError
+from rlaif.errors import ConfigError, ModelError, QualityError, RewardServerError
 from rlaif.records import Quarantine, read_prompts
+from rlaif.runs import Progress, Run, progress
 from rlaif.types import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SELF_CHECK_PROMPTS = 16
+
+
+class Purpose(IntEnum):
+    """What a step's seed is for; see `optim.step_seed`."""
+
+    PROMPTS = 0
+    SAMPLING = 1
+    SHUFFLING = 2
+    PAIRING = 3
+    SELF_CHECK = 4
 
 
 class Prompts(NamedTuple):
@@ -22,6 +60,290 @@ class Prompts(NamedTuple):
 
     conversations: list[Conversation]
     ids: list[list[int]]
+
+
+@dataclass(kw_only=True)
+class OnlineTrainer:
+    """Everything of an online run that has a state, and the operations that every method has on it.
+
+    A method adds its own state by overriding `state`, `info` and `restore`.
+
+    Attributes:
+        config: the run.
+        policy: what is trained, in eval mode (no dropout).
+        reference: frozen; KL is measured against it.
+        reference_id: fingerprint of its weights.
+        tokenizer: the policy's.
+        prompts: the dataset.
+        optimizer: the policy's.
+        source: gives the rewards.
+        step: completed steps.
+    """
+
+    config: OnlineConfig
+    policy: PreTrainedModel
+    reference: PreTrainedModel
+    reference_id: str
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Prompts
+    optimizer: torch.optim.AdamW
+    source: RewardSource
+    step: int = 0
+    eos_ids: tuple[int, ...] = field(init=False)
+    engine: RolloutEngine = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.eos_ids = eos_token_ids(self.policy, self.tokenizer)
+        self.engine = HFRollout(self.policy, self.eos_ids, batch_size=self.config.generation_batch_size)
+
+    @classmethod
+    def start(cls, config: OnlineConfig, source: RewardSource) -> Self:
+        """Load models and data, and the last checkpoint if there is one.
+
+        Raises:
+            ModelError: a model cannot be loaded, or the reference is not the one that the run began with.
+            RewardServerError: the server serves other weights than those that the run began with.
+        """
+        checkpoint = load_latest(config.output_dir)
+        path = config.model_name_or_path if checkpoint is None else str(checkpoint.path)
+        template = config.chat_template if checkpoint is None else None
+        policy, tokenizer = load_policy(path, dtype=config.dtype, chat_template=template)
+        # The reference is named by the config and never by a checkpoint: a resumed run keeps its anchor.
+        reference = load_policy(config.ref_model or config.model_name_or_path, dtype=config.dtype).model
+        reference.requires_grad_(False)
+        prompts = load_prompts(config, tokenizer)
+        check_context(config, policy, prompts)
+        trainer = cls(
+            config=config,
+            policy=policy,
+            reference=reference,
+            reference_id=fingerprint(reference),
+            tokenizer=tokenizer,
+            prompts=prompts,
+            optimizer=optim.adamw(policy.parameters(), config.learning_rate, config),
+            source=source,
+        )
+        if checkpoint is None:
+            torch.manual_seed(config.seed)
+        else:
+            trainer.resume(checkpoint)
+        return trainer
+
+    def prompt_rows(self) -> list[int]:
+        """Which prompts this step answers; a function of the seed and the step alone."""
+        config = self.config
+        return optim.shuffled_stream(
+            len(self.prompts.ids),
+            optim.step_seed(config.seed, Purpose.PROMPTS),
+            start=self.step * config.rollout_batch_size,
+            count=config.rollout_batch_size,
+        )
+
+    def sample(self, rows: Sequence[int]) -> list[Sampled]:
+        """This step's responses of the current policy, `num_generations` to each of the prompts `rows`."""
+        config = self.config
+        return self.engine.generate(
+            [self.prompts.ids[row] for row in rows],
+            num_return_sequences=config.num_generations,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=optim.step_seed(config.seed, Purpose.SAMPLING, self.step),
+        )
+
+    def learning_rate(self, peak: float | None = None) -> float:
+        """The learning rate of this step; `peak` is the policy's unless given."""
+        config = self.config
+        factor = optim.lr_factor(config.lr_scheduler_type, self.step, config.max_steps, config.warmup_steps)
+        return (config.learning_rate if peak is None else peak) * factor
+
+    def self_check(self) -> None:
+        """Run the start-up self-check and print its findings to stderr.
+
+        Raises:
+            SelfCheckError: with the cause.
+        """
+        chosen = range(min(SELF_CHECK_PROMPTS, len(self.prompts.ids)))
+        report = self_check(
+            policy=self.policy,
+            reference=self.reference,
+            same_model=self.config.ref_model is None and self.untrained,
+            tokenizer=self.tokenizer,
+            eos_ids=self.eos_ids,
+            engine=self.engine,
+            source=self.source,
+            prompts=[self.prompts.conversations[i] for i in chosen],
+            prompt_ids=[self.prompts.ids[i] for i in chosen],
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            seed=optim.step_seed(self.config.seed, Purpose.SELF_CHECK),
+        )
+        print(report, file=sys.stderr)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether no update has been made yet."""
+        return self.step == 0
+
+    def state(self) -> dict[str, Any]:
+        """State dicts for a checkpoint, beside the policy's weights."""
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def info(self) -> dict[str, Any]:
+        """JSON values for a checkpoint: counters and identities."""
+        return {
+            "reference": self.reference_id,
+            "reward_version": self.source.info().version,
+            "episodes": self.step * self.config.responses_per_step,
+        }
+
+    def restore(self, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+        """Take over what `state` and `info` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def save(self) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            StorageError: it cannot be written; earlier ones are untouched.
+        """
+        save_checkpoint(
+            self.config.output_dir,
+            self.step,
+            policy=self.policy,
+            tokenizer=self.tokenizer,
+            state=self.state(),
+            info=self.info(),
+            keep=self.config.save_total_limit,
+        )
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint's state; the policy's weights are loaded already.
+
+        Raises:
+            ModelError: the reference has changed since the run began.
+            RewardServerError: the reward model has changed since the run began.
+        """
+        info, version = checkpoint.info, self.source.info().version
+        if info["reference"] != self.reference_id:
+            raise ModelError(
+                f"the reference {self.config.ref_model or self.config.model_name_or_path} is not the one that this run "
+                "began with: KL would be measured from elsewhere; put it back or start with a fresh --output_dir"
+            )
+        if info["reward_version"] != version:
+            raise RewardServerError(
+                f"the reward server serves version {version}, this run began with {info['reward_version']}: serve "
+                "that model again or start with a fresh --output_dir"
+            )
+        self.step = checkpoint.step
+        self.restore(checkpoint.state, info)
+        restore_rng(checkpoint.state["rng"])
+
+
+T = TypeVar("T", bound=OnlineTrainer)
+
+
+@dataclass(frozen=True)
+class Session(Generic[T]):
+    """A trainer at work: its run directory, its progress and whether somebody asked it to end.
+
+    Attributes:
+        trainer: the trainer.
+        run: the run directory.
+        bar: progress.
+        stop: true once a signal has asked for an end.
+    """
+
+    trainer: T
+    run: Run
+    bar: Progress
+    stop: StopRequest
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is another step to do."""
+        return self.trainer.step < self.trainer.config.max_steps
+
+    def end_step(
+        self,
+        metrics: Mapping[str, float | int | None],
+        transcripts: Sequence[Mapping[str, Any]],
+        **shown: object,
+    ) -> None:
+        """Write what the step just completed was, show `shown`, save when it is time, stop if asked to.
+
+        Raises:
+            QualityError: a metric is not finite.
+            KeyboardInterrupt: a signal asked for an end; a checkpoint has been written.
+        """
+        trainer, config = self.trainer, self.trainer.config
+        self.run.samples(trainer.step, transcripts[: config.samples_per_step])
+        self.run.log(trainer.step, metrics)
+        self.bar.advance(1, **shown)
+        if self.stop or trainer.step % config.save_steps == 0 or not self.unfinished:
+            trainer.save()
+        if self.stop and self.unfinished:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def session(
+    kind: type[T], config: OnlineConfig, source: RewardSource, *, method: str
+) -> Iterator[Session[T]]:
+    """Open the run directory, start or resume its trainer, check it; at the end save the policy for use.
+
+    Args:
+        kind: the trainer's class.
+        config: the run.
+        source: rewards.
+        method: `ppo`, `dpo`, ...: the command's last word.
+
+    Raises:
+        KeyboardInterrupt: SIGTERM or SIGINT asked for an end.
+        RlaifError: bad input, see the message.
+    """
+    with Run.open(config.output_dir, config, command=f"train {method}") as run, stop_on_signal() as stop:
+        trainer = kind.start(config, source)
+        run.truncate_metrics(trainer.step)
+        if config.self_check and trainer.step < config.max_steps:
+            trainer.self_check()
+        with progress(config.max_steps, f"{method.upper()} steps") as bar:
+            bar.advance(trainer.step)
+            yield Session(trainer, run, bar, stop)
+        save_final(config.output_dir, trainer.policy, trainer.tokenizer)
+
+
+@contextmanager
+def served_reward(config: OnlineConfig) -> Iterator[RewardClient]:
+    """The reward server at `config.reward_server`, once it is ready.
+
+    Raises:
+        RewardServerError: it is not ready in time.
+    """
+    with RewardClient(
+        config.reward_server,
+        timeout_s=config.reward_timeout_s,
+        give_up_after_s=config.reward_give_up_after_s,
+    ) as source:
+        source.wait_ready(config.reward_give_up_after_s)
+        yield source
+
+
+class Clock:
+    """Wall-clock seconds of the parts of one step."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """The part `name` ends now."""
+        now = time.perf_counter()
+        self._laps[f"time/{name}"] = now - self._last
+        self._last = now
+
+    def times(self) -> dict[str, float]:
+        """`time/NAME` of each part, and `time/step` for all."""
+        return {**self._laps, "time/step": time.perf_counter() - self._start}
 
 
 def load_prompts(config: OnlineConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:

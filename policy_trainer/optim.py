@@ -60,7 +60,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, what: st
 
 def step_seed(seed: int, *purpose: int) -> int:
     """A seed for one purpose, a pure function of the run's seed and of the numbers that name the purpose."""
-    digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr((seed, *map(int, purpose))).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1  # generators take seeds below 2^63
 
 

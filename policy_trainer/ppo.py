@@ -7,11 +7,9 @@ and Dr. GRPO are the same loop with other advantages and no critic. All arithmet
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,54 +17,31 @@ from torch import Tensor
 from policy_trainer import optim
 from policy_trainer.advantages import estimate, moments, whiten
 from policy_trainer.batching import length_buckets
-from policy_trainer.checkpoint import (
-    Checkpoint,
-    load_latest,
-    restore_rng,
-    save_checkpoint,
-    save_final,
-    stop_on_signal,
-)
-from policy_trainer.client import RewardClient
 from policy_trainer.config import PPOConfig
 from policy_trainer.episodes import Episodes, Reading, mean_raw, scatter, transcripts
 from policy_trainer.kl import KLController
 from policy_trainer.logprobs import token_logprobs
-from policy_trainer.models import (
-    ActorCritic,
-    build_critic,
-    build_value_head,
-    eos_token_ids,
-    fingerprint,
-    load_policy,
+from policy_trainer.models import ActorCritic, build_critic, build_value_head
+from policy_trainer.online import (
+    Clock,
+    OnlineTrainer,
+    Purpose,
+    check_missing,
+    comparable,
+    served_reward,
+    session,
 )
-from policy_trainer.online import Prompts, check_context, check_missing, comparable, load_prompts
 from policy_trainer.ppo_losses import kl_loss, policy_loss, value_loss
 from policy_trainer.reward_source import RewardSource
 from policy_trainer.rewards import adjust_scores, token_rewards
-from policy_trainer.rollout import HFRollout, decode_response
-from policy_trainer.selfcheck import self_check
-from rlaif.errors import ModelError, QualityError, RewardServerError
-from rlaif.runs import Run, progress
+from policy_trainer.rollout import decode_response
+from rlaif.errors import QualityError
 from rlaif.types import with_response
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SELF_CHECK_PROMPTS = 16
-
-# What a step's seed is for; see `optim.step_seed`.
-_PROMPTS, _SAMPLING, _SHUFFLING, _SELF_CHECK = range(4)
 
 
 def run(config: PPOConfig) -> None:
     """Train against the reward server at `config.reward_server`."""
-    with RewardClient(
-        config.reward_server,
-        timeout_s=config.reward_timeout_s,
-        give_up_after_s=config.reward_give_up_after_s,
-    ) as source:
-        source.wait_ready(config.reward_give_up_after_s)
+    with served_reward(config) as source:
         train(config, source)
 
 
@@ -82,197 +57,139 @@ def train(config: PPOConfig, source: RewardSource) -> None:
         KeyboardInterrupt: SIGTERM or SIGINT asked for an end; a checkpoint has been written.
         RlaifError: bad input, see the message.
     """
-    with (
-        Run.open(config.output_dir, config, command="train ppo") as out,
-        stop_on_signal() as stop,
-    ):
-        trainer = Trainer.start(config, source)
-        out.truncate_metrics(trainer.step)
-        if config.self_check and trainer.step < config.max_steps:
-            trainer.self_check(source)
-        with progress(config.max_steps, "PPO steps") as bar:
-            bar.advance(trainer.step)
-            while trainer.step < config.max_steps:
-                clock = Clock()
+    with session(Trainer, config, source, method="ppo") as at_work:
+        trainer = at_work.trainer
+        while at_work.unfinished:
+            clock = Clock()
 
-                # 1. Sample responses. Which prompts, and how they are answered, follows from the seed and the
-                #    step alone.
-                episodes = trainer.rollout()
-                clock.lap("rollout")
+            # 1. Sample responses. Which prompts, and how they are answered, follows from the seed and the
+            #    step alone.
+            episodes = trainer.rollout()
+            clock.lap("rollout")
 
-                # 2. Ask for rewards. While the server works, policy, critic and reference read the responses.
-                pending = source.submit(episodes.conversations)
-                read = trainer.read(episodes)
-                clock.lap("forward")
+            # 2. Ask for rewards. While the server works, policy, critic and reference read the responses.
+            pending = source.submit(episodes.conversations)
+            read = trainer.read(episodes)
+            clock.lap("forward")
 
-                # 3. A missing reward takes its response out of everything that follows, and with it a response that
-                #    was to be compared with it alone.
-                rewards = pending.result()
-                clock.lap("reward")
-                scored = [i for i, r in enumerate(rewards) if r.value is not None]
-                kept = comparable(scored, episodes.groups) if config.grouped else scored
-                try:
-                    check_missing(rewards, kept, config.max_missing_rewards, trainer.step + 1)
-                except QualityError:
-                    trainer.save()
-                    raise
-                mask = read.mask[kept]
-                groups = torch.tensor(episodes.groups)[kept]
-                scores = torch.tensor([rewards[i].value for i in kept])
-                finished = torch.tensor([episodes.sampled[i].finished for i in kept])
+            # 3. A missing reward takes its response out of everything that follows, and with it a response that
+            #    was to be compared with it alone.
+            rewards = pending.result()
+            clock.lap("reward")
+            scored = [i for i, r in enumerate(rewards) if r.value is not None]
+            kept = comparable(scored, episodes.groups) if config.grouped else scored
+            try:
+                check_missing(rewards, kept, config.max_missing_rewards, trainer.step + 1)
+            except QualityError:
+                trainer.save()
+                raise
+            mask = read.mask[kept]
+            groups = torch.tensor(episodes.groups)[kept]
+            scores = torch.tensor([rewards[i].value for i in kept])
+            finished = torch.tensor([episodes.sampled[i].finished for i in kept])
 
-                # 4. Token rewards: the KL penalty on each token unless it is in the loss, the score on the last.
-                adjusted = adjust_scores(
-                    scores, finished, clip=config.reward_clip, missing_eos_penalty=config.missing_eos_penalty
-                )
-                penalty = 0.0 if config.kl_in_loss else trainer.kl.coef
-                shaped = token_rewards(adjusted, read.logprobs[kept], read.ref_logprobs[kept], mask, penalty)
-                per_token = shaped.rewards
-                if config.whiten_rewards:
-                    per_token = whiten(per_token, mask, moments(per_token, mask), shift_mean=False)
+            # 4. Token rewards: the KL penalty on each token unless it is in the loss, the score on the last.
+            adjusted = adjust_scores(
+                scores, finished, clip=config.reward_clip, missing_eos_penalty=config.missing_eos_penalty
+            )
+            penalty = 0.0 if config.kl_in_loss else trainer.kl.coef
+            shaped = token_rewards(adjusted, read.logprobs[kept], read.ref_logprobs[kept], mask, penalty)
+            per_token = shaped.rewards
+            if config.whiten_rewards:
+                per_token = whiten(per_token, mask, moments(per_token, mask), shift_mean=False)
 
-                # 5. Advantages, over the whole batch.
-                estimated = estimate(
-                    config.advantage_estimator,
-                    per_token,
-                    read.values[kept],
-                    mask,
-                    groups,
-                    gamma=config.gamma,
-                    lam=config.lam,
-                )
+            # 5. Advantages, over the whole batch.
+            estimated = estimate(
+                config.advantage_estimator,
+                per_token,
+                read.values[kept],
+                mask,
+                groups,
+                gamma=config.gamma,
+                lam=config.lam,
+            )
 
-                # 6. Epochs, minibatches, micro-batches.
-                stats = trainer.update(
-                    episodes,
-                    read,
-                    scatter(estimated.advantages, kept, read.mask),
-                    scatter(estimated.returns, kept, read.mask),
-                    kept,
-                )
-                clock.lap("update")
+            # 6. Epochs, minibatches, micro-batches.
+            stats = trainer.update(
+                episodes,
+                read,
+                scatter(estimated.advantages, kept, read.mask),
+                scatter(estimated.returns, kept, read.mask),
+                kept,
+            )
+            clock.lap("update")
 
-                # 7. Book-keeping.
-                mean_kl = float(shaped.kl.mean())
-                trainer.step += 1
-                metrics = {
-                    "episode": trainer.step * config.responses_per_step,
-                    "objective/kl": mean_kl,
-                    "objective/kl_coef": trainer.kl.coef,
-                    "objective/entropy": float(-read.logprobs[kept][mask].sum()) / len(kept),
-                    "objective/non_score_reward": float(shaped.non_score.mean()),
-                    "objective/rlhf_reward": float((shaped.non_score + adjusted).mean()),
-                    "objective/scores": float(scores.mean()),
-                    "objective/scores_std": float(scores.std(correction=0)),
-                    "objective/scores_raw": mean_raw([rewards[i] for i in kept]),
-                    **stats,
-                    "val/num_eos_tokens": int(finished.sum()),
-                    "reward/missing": len(rewards) - len(scored),
-                    **(group_metrics(adjusted, groups, config.rollout_batch_size) if config.grouped else {}),
-                    "response/length": float(mask.sum()) / len(kept),
-                    "lr": trainer.learning_rate(config.learning_rate, trainer.step - 1),
-                    **clock.times(),
-                }
-                trainer.kl = trainer.kl.updated(mean_kl, len(kept))
-                out.samples(
-                    trainer.step, transcripts(episodes, rewards, kept, shaped.kl)[: config.samples_per_step]
-                )
-                out.log(trainer.step, metrics)
-                bar.advance(1, score=metrics["objective/scores"], kl=mean_kl)
-                if stop or trainer.step % config.save_steps == 0 or trainer.step == config.max_steps:
-                    trainer.save()
-                if stop and trainer.step < config.max_steps:
-                    raise KeyboardInterrupt
-        save_final(config.output_dir, trainer.model.policy, trainer.tokenizer)
+            # 7. Book-keeping.
+            mean_kl = float(shaped.kl.mean())
+            learning_rate = trainer.learning_rate()
+            trainer.step += 1
+            metrics = {
+                "episode": trainer.step * config.responses_per_step,
+                "objective/kl": mean_kl,
+                "objective/kl_coef": trainer.kl.coef,
+                "objective/entropy": float(-read.logprobs[kept][mask].sum()) / len(kept),
+                "objective/non_score_reward": float(shaped.non_score.mean()),
+                "objective/rlhf_reward": float((shaped.non_score + adjusted).mean()),
+                "objective/scores": float(scores.mean()),
+                "objective/scores_std": float(scores.std(correction=0)),
+                "objective/scores_raw": mean_raw([rewards[i] for i in kept]),
+                **stats,
+                "val/num_eos_tokens": int(finished.sum()),
+                "reward/missing": len(rewards) - len(scored),
+                **(group_metrics(adjusted, groups, config.rollout_batch_size) if config.grouped else {}),
+                "response/length": float(mask.sum()) / len(kept),
+                "lr": learning_rate,
+                **clock.times(),
+            }
+            trainer.kl = trainer.kl.updated(mean_kl, len(kept))
+            at_work.end_step(
+                metrics,
+                transcripts(episodes, rewards, kept, shaped.kl),
+                score=metrics["objective/scores"],
+                kl=mean_kl,
+            )
 
 
-@dataclass
-class Trainer:
-    """Everything that has a state, and the operations of the loop on it."""
+@dataclass(kw_only=True)
+class Trainer(OnlineTrainer):
+    """The policy, its critic if it has one, and the operations of the loop on them.
+
+    Attributes:
+        model: the policy with its critic.
+        value_optimizer: the critic's; None without one.
+        kl: the coefficient of the KL to the reference.
+    """
 
     config: PPOConfig
-    model: ActorCritic
-    reference: PreTrainedModel
-    reference_id: str
-    tokenizer: PreTrainedTokenizerBase
-    prompts: Prompts
-    policy_optimizer: torch.optim.AdamW
-    value_optimizer: torch.optim.AdamW | None
-    kl: KLController
-    reward_version: str
-    step: int = 0
+    model: ActorCritic = field(init=False)
+    value_optimizer: torch.optim.AdamW | None = field(init=False, default=None)
+    kl: KLController = field(init=False)
 
     def __post_init__(self) -> None:
-        policy = self.model.policy
-        self.eos_ids = eos_token_ids(policy, self.tokenizer)
-        self.engine = HFRollout(policy, self.eos_ids, batch_size=self.config.generation_batch_size)
-
-    @classmethod
-    def start(cls, config: PPOConfig, source: RewardSource) -> Trainer:
-        """Load models and data, and the last checkpoint if there is one.
-
-        Raises:
-            ModelError: a model cannot be loaded, or the reference is not the one that the run began with.
-            RewardServerError: the server serves other weights than those that the run began with.
-        """
-        checkpoint = load_latest(config.output_dir)
-        path = config.model_name_or_path if checkpoint is None else str(checkpoint.path)
-        template = config.chat_template if checkpoint is None else None
-        policy, tokenizer = load_policy(path, dtype=config.dtype, chat_template=template)
-        # The reference is named by the config and never by a checkpoint: a resumed run keeps its anchor.
-        reference = load_policy(config.ref_model or config.model_name_or_path, dtype=config.dtype).model
-        reference.requires_grad_(False)
-        critic = None
+        super().__post_init__()
+        config, critic = self.config, None
         if config.has_critic:
             separate = config.value_head == "separate"
-            critic = build_critic(policy, config.critic_init) if separate else build_value_head(policy)
-        prompts = load_prompts(config, tokenizer)
-        check_context(config, policy, prompts)
-        trainer = cls(
-            config=config,
-            model=ActorCritic(policy, critic),
-            reference=reference,
-            reference_id=fingerprint(reference),
-            tokenizer=tokenizer,
-            prompts=prompts,
-            policy_optimizer=optim.adamw(policy.parameters(), config.learning_rate, config),
-            value_optimizer=None
-            if critic is None
-            else optim.adamw(critic.parameters(), config.critic_learning_rate, config),
-            kl=KLController(config.kl_coef, config.target_kl, config.kl_horizon),
-            reward_version=source.info().version,
-        )
-        if checkpoint is None:
-            torch.manual_seed(config.seed)
-        else:
-            trainer.resume(checkpoint)
-        return trainer
+            critic = (
+                build_critic(self.policy, config.critic_init) if separate else build_value_head(self.policy)
+            )
+            self.value_optimizer = optim.adamw(critic.parameters(), config.critic_learning_rate, config)
+        self.model = ActorCritic(self.policy, critic)
+        self.kl = KLController(config.kl_coef, config.target_kl, config.kl_horizon)
 
     def rollout(self) -> Episodes:
         """Sample this step's responses."""
-        config = self.config
-        chosen = optim.shuffled_stream(
-            len(self.prompts.ids),
-            optim.step_seed(config.seed, _PROMPTS),
-            start=self.step * config.rollout_batch_size,
-            count=config.rollout_batch_size,
-        )
-        prompt_ids = [self.prompts.ids[i] for i in chosen]
-        sampled = self.engine.generate(
-            prompt_ids,
-            num_return_sequences=config.num_generations,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            seed=optim.step_seed(config.seed, _SAMPLING, self.step),
-        )
+        rows = self.prompt_rows()
+        sampled = self.sample(rows)
+        prompt_ids = [self.prompts.ids[rows[s.prompt_index]] for s in sampled]
         conversations = [
             with_response(
-                self.prompts.conversations[chosen[s.prompt_index]],
-                decode_response(self.tokenizer, prompt_ids[s.prompt_index], s, self.eos_ids),
+                self.prompts.conversations[rows[s.prompt_index]],
+                decode_response(self.tokenizer, ids, s, self.eos_ids),
             )
-            for s in sampled
+            for ids, s in zip(prompt_ids, sampled, strict=True)
         ]
-        return Episodes([prompt_ids[s.prompt_index] for s in sampled], sampled, conversations)
+        return Episodes(prompt_ids, sampled, conversations)
 
     @torch.no_grad()
     def read(self, episodes: Episodes) -> Reading:
@@ -299,7 +216,7 @@ class Trainer:
     def minibatches(self, episodes: Episodes, epoch: int) -> list[list[list[int]]]:
         """Shuffled minibatches of this step's responses, each cut into micro-batches of like length."""
         n = len(episodes.sampled)
-        order = optim.permutation(n, optim.step_seed(self.config.seed, _SHUFFLING, self.step, epoch))
+        order = optim.permutation(n, optim.step_seed(self.config.seed, Purpose.SHUFFLING, self.step, epoch))
         parts = torch.tensor(order).tensor_split(self.config.num_mini_batches)
         return [
             length_buckets(
@@ -326,10 +243,9 @@ class Trainer:
         config = self.config
         known = frozenset(kept)
         learns = self.step >= config.critic_warmup_steps
-        optim.set_learning_rate(self.policy_optimizer, self.learning_rate(config.learning_rate, self.step))
+        optim.set_learning_rate(self.optimizer, self.learning_rate())
         if self.value_optimizer is not None:
-            rate = self.learning_rate(config.critic_learning_rate, self.step)
-            optim.set_learning_rate(self.value_optimizer, rate)
+            optim.set_learning_rate(self.value_optimizer, self.learning_rate(config.critic_learning_rate))
         sums: dict[str, float] = {}
         tokens_seen = 0
         for epoch in range(config.num_ppo_epochs):
@@ -415,114 +331,41 @@ class Trainer:
             QualityError: a gradient is not finite; neither model has been changed by it.
         """
         norm = self.config.max_grad_norm
-        policy_parameters = list(self.model.policy.parameters())
+        policy_parameters = list(self.policy.parameters())
         if self.model.critic is not None:
             optim.clip_gradients(list(self.model.critic.parameters()), norm, "critic")
         if policy_learns:
             optim.clip_gradients(policy_parameters, norm, "policy")
-            self.policy_optimizer.step()
+            self.optimizer.step()
         if self.value_optimizer is not None:
             self.value_optimizer.step()
 
-    def learning_rate(self, peak: float, step: int) -> float:
-        """The learning rate of a step."""
-        config = self.config
-        return peak * optim.lr_factor(config.lr_scheduler_type, step, config.max_steps, config.warmup_steps)
-
-    def self_check(self, source: RewardSource) -> None:
-        """Run the start-up self-check and print its findings to stderr.
-
-        Raises:
-            SelfCheckError: with the cause.
-        """
-        chosen = range(min(SELF_CHECK_PROMPTS, len(self.prompts.ids)))
-        report = self_check(
-            policy=self.model.policy,
-            reference=self.reference,
-            same_model=self.config.ref_model is None and self.step == 0,
-            tokenizer=self.tokenizer,
-            eos_ids=self.eos_ids,
-            engine=self.engine,
-            source=source,
-            prompts=[self.prompts.conversations[i] for i in chosen],
-            prompt_ids=[self.prompts.ids[i] for i in chosen],
-            max_new_tokens=self.config.max_new_tokens,
-            temperature=self.config.temperature,
-            seed=optim.step_seed(self.config.seed, _SELF_CHECK),
-        )
-        print(report, file=sys.stderr)
-
-    def save(self) -> None:
-        """Write a checkpoint of the completed steps."""
-        state = {"policy_optimizer": self.policy_optimizer.state_dict()}
+    def state(self) -> dict[str, Any]:
+        """See `OnlineTrainer.state`."""
+        state = super().state()
         if self.model.critic is not None and self.value_optimizer is not None:
             state |= {
                 "value": self.model.critic.state_dict(),
                 "value_optimizer": self.value_optimizer.state_dict(),
             }
-        save_checkpoint(
-            self.config.output_dir,
-            self.step,
-            policy=self.model.policy,
-            tokenizer=self.tokenizer,
-            state=state,
-            info={
-                "kl_coef": self.kl.coef,
-                "reference": self.reference_id,
-                "reward_version": self.reward_version,
-                "episodes": self.step * self.config.responses_per_step,
-            },
-            keep=self.config.save_total_limit,
-        )
+        return state
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Take over a checkpoint's state; the policy's weights are loaded already.
+    def info(self) -> dict[str, Any]:
+        """See `OnlineTrainer.info`."""
+        return {**super().info(), "kl_coef": self.kl.coef}
 
-        Raises:
-            ModelError: the reference has changed since the run began.
-            RewardServerError: the reward model has changed since the run began.
-        """
-        state, info = checkpoint.state, checkpoint.info
-        if info["reference"] != self.reference_id:
-            raise ModelError(
-                f"the reference {self.config.ref_model or self.config.model_name_or_path} is not the one that this run "
-                "began with: KL would be measured from elsewhere; put it back or start with a fresh --output_dir"
-            )
-        if info["reward_version"] != self.reward_version:
-            raise RewardServerError(
-                f"the reward server serves version {self.reward_version}, this run began with "
-                f"{info['reward_version']}: serve that model again or start with a fresh --output_dir"
-            )
-        self.policy_optimizer.load_state_dict(state["policy_optimizer"])
+    def restore(self, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+        """See `OnlineTrainer.restore`."""
+        super().restore(state, info)
         if self.model.critic is not None and self.value_optimizer is not None:
             self.model.critic.load_state_dict(state["value"])
             self.value_optimizer.load_state_dict(state["value_optimizer"])
         self.kl = replace(self.kl, coef=info["kl_coef"])
-        self.step = checkpoint.step
-        restore_rng(state["rng"])
 
     @property
     def device(self) -> torch.device:
         """Where the policy is."""
-        return self.model.policy.device
-
-
-class Clock:
-    """Wall-clock seconds of the parts of one step."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """The part `name` ends now."""
-        now = time.perf_counter()
-        self._laps[f"time/{name}"] = now - self._last
-        self._last = now
-
-    def times(self) -> dict[str, float]:
-        """`time/NAME` of each part, and `time/step` for all."""
-        return {**self._laps, "time/step": time.perf_counter() - self._start}
+        return self.policy.device
 
 
 def group_metrics(scores: Tensor, groups: Tensor, sampled: int) -> dict[str, float]:

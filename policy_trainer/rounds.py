@@ -18,15 +18,15 @@ import torch
 
 from policy_trainer.batching import collate, length_buckets
 from policy_trainer.logprobs import token_logprobs
-from policy_trainer.online import Prompts
-from policy_trainer.reward_source import Reward, RewardSource
-from policy_trainer.rollout import RolloutEngine, decode_response
+from policy_trainer.online import OnlineTrainer
+from policy_trainer.reward_source import Reward
+from policy_trainer.rollout import decode_response
 from rlaif.errors import StorageError
 from rlaif.runs import write_atomic
 from rlaif.types import with_response
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 ROUNDS_FOLDER = "rounds"
 
@@ -81,61 +81,31 @@ class Round:
         return [self.samples[i : i + size] for i in range(0, len(self.samples), size)]
 
 
-def collect_round(
-    step: int,
-    rows: Sequence[int],
-    prompts: Prompts,
-    *,
-    engine: RolloutEngine,
-    source: RewardSource,
-    tokenizer: PreTrainedTokenizerBase,
-    reference: PreTrainedModel,
-    log_ratios_to: PreTrainedModel,
-    eos_ids: Sequence[int],
-    num_generations: int,
-    max_new_tokens: int,
-    temperature: float,
-    missing_eos_penalty: float,
-    micro_batch_tokens: int,
-    seed: int,
-) -> Round:
-    """Sample responses to the prompts `rows`, and read them with the reference while the server scores them.
+def collect_round(trainer: OnlineTrainer, *, log_ratios_to: PreTrainedModel) -> Round:
+    """Sample responses to this step's prompts, and read them with the reference while the server scores them.
 
     Args:
-        step: rounds completed before.
-        rows: of `prompts`, this round's.
-        prompts: the dataset.
-        engine: samples from the current policy.
-        source: gives the rewards.
-        tokenizer: the policy's.
-        reference: the frozen model that KL is measured against.
-        log_ratios_to: the model that DPO's log-ratios are taken to: `reference`, or the current policy.
-        eos_ids: tokens that end a response.
-        num_generations: responses per prompt.
-        max_new_tokens: longest response.
-        temperature: of sampling; log-probabilities are taken at it as well.
-        missing_eos_penalty: subtracted from the normalised reward of an unfinished response.
-        micro_batch_tokens: padded tokens in one forward pass.
-        seed: of the sampling.
+        trainer: whose policy samples, and whose reference KL is measured against.
+        log_ratios_to: the model that DPO's log-ratios are taken to: the reference, or the current policy.
 
     Raises:
         RewardServerError: the server cannot be reached or used.
     """
+    config, prompts, source = trainer.config, trainer.prompts, trainer.source
+
     # 1. Sample from the current policy.
     began = time.perf_counter()
-    prompt_ids = [prompts.ids[row] for row in rows]
-    sampled = engine.generate(
-        prompt_ids,
-        num_return_sequences=num_generations,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-    )
+    rows = trainer.prompt_rows()
+    sampled = trainer.sample(rows)
+    prompt_ids = [prompts.ids[rows[s.prompt_index]] for s in sampled]
     sampled_at = time.perf_counter()
 
     # 2. Ask for the rewards; the answer is awaited after the reference's forwards, which it overlaps.
-    texts = [decode_response(tokenizer, prompt_ids[s.prompt_index], s, eos_ids) for s in sampled]
-    future = source.submit(
+    texts = [
+        decode_response(trainer.tokenizer, ids, s, trainer.eos_ids)
+        for ids, s in zip(prompt_ids, sampled, strict=True)
+    ]
+    pending = source.submit(
         [
             with_response(prompts.conversations[rows[s.prompt_index]], text)
             for s, text in zip(sampled, texts, strict=True)
@@ -144,17 +114,14 @@ def collect_round(
 
     # 3. Log-probabilities under the frozen reference, and under the model of the log-ratios if that is
     # another.
-    pairs = [(prompt_ids[s.prompt_index], s.response_ids) for s in sampled]
-    frozen = sequence_logprobs(reference, pairs, temperature, micro_batch_tokens)
-    ratio = (
-        frozen
-        if log_ratios_to is reference
-        else sequence_logprobs(log_ratios_to, pairs, temperature, micro_batch_tokens)
-    )
+    pairs = [(ids, s.response_ids) for ids, s in zip(prompt_ids, sampled, strict=True)]
+    how = (config.temperature, config.micro_batch_tokens)
+    frozen = sequence_logprobs(trainer.reference, pairs, *how)
+    ratio = frozen if log_ratios_to is trainer.reference else sequence_logprobs(log_ratios_to, pairs, *how)
     read_at = time.perf_counter()
 
     # 4. Rewards. A missing one stays missing; an unfinished response pays its penalty in both units.
-    rewards = future.result()
+    rewards = pending.result()
     info = source.info()
     samples = []
     for s, text, reward, of_frozen, of_ratio in zip(sampled, texts, rewards, frozen, ratio, strict=True):
@@ -168,7 +135,7 @@ def collect_round(
                 logprob=logprob,
                 reference_logprob=of_ratio,
                 kl=logprob - of_frozen,
-                reward=reward if s.finished else penalised(reward, missing_eos_penalty, info.scale),
+                reward=reward if s.finished else penalised(reward, config.missing_eos_penalty, info.scale),
             )
         )
     seconds = {
@@ -176,7 +143,7 @@ def collect_round(
         "forward": read_at - sampled_at,
         "reward": time.perf_counter() - read_at,
     }
-    return Round(step, samples, seconds, info.version)
+    return Round(trainer.step, samples, seconds, info.version)
 
 
 def penalised(reward: Reward, penalty: float, scale: float) -> Reward:

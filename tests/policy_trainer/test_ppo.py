@@ -199,7 +199,7 @@ def test_without_a_critic_there_is_none_in_memory_nor_in_a_checkpoint(tmp_path: 
     assert sum(1 for _ in trainer.model.parameters()) == sum(1 for _ in trainer.model.policy.parameters())
     train(config, source())
     saved = load_latest(config.output_dir)
-    assert saved is not None and set(saved.state) == {"policy_optimizer", "rng"}
+    assert saved is not None and set(saved.state) == {"optimizer", "rng"}
     assert not any("value" in name or name == "val/clipfrac_avg" for name in metrics(tmp_path)[0])
 
 
