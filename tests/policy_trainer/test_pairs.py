@@ -7,7 +7,8 @@ from policy_trainer.pairs import PairStrategy, build_pairs, soft_label
 rewards = st.one_of(st.none(), st.integers(-3, 3).map(float), st.floats(-5, 5))
 group = st.lists(st.tuples(st.sampled_from("abcde"), rewards), max_size=6)
 groups = st.lists(group, max_size=5)
-strategies = st.sampled_from(["best_worst", "random"])
+one_pair_strategies = st.sampled_from(["best_worst", "max_min", "random"])
+strategies = st.one_of(one_pair_strategies, st.just("threshold"))
 
 
 def build(
@@ -30,13 +31,46 @@ def test_chosen_is_another_text_with_a_reward_higher_by_more_than_the_threshold(
         assert 0.5 <= pair.chosen_prob <= 1
 
 
-@given(data=groups, strategy=strategies)
+@given(data=groups, strategy=one_pair_strategies)
 def test_every_group_has_one_pair_or_one_reason(
     data: list[list[tuple[str, float | None]]], strategy: PairStrategy
 ) -> None:
     built = build(data, strategy)
     assert len({pair.group for pair in built.pairs}) == len(built.pairs)
     assert len(built.pairs) + built.skipped.total() == len(data)
+
+
+@given(data=groups, gap=st.floats(0, 2))
+def test_threshold_makes_every_pair_there_is(data: list[list[tuple[str, float | None]]], gap: float) -> None:
+    built = build(data, "threshold", threshold=gap)
+    expected = {
+        (g, i, j)
+        for g, group in enumerate(data)
+        for i, (text, reward) in enumerate(group)
+        for j, (other_text, other) in enumerate(group)
+        if reward is not None and other is not None and text != other_text and reward - other > gap
+    }
+    assert len(built.pairs) == len(expected)
+    assert {(p.group, p.chosen, p.rejected) for p in built.pairs} == expected
+    assert len({p.group for p in built.pairs}) + built.skipped.total() == len(data)
+
+
+@given(data=groups, gap=st.floats(0, 2))
+def test_max_min_is_best_worst_where_equal_texts_earn_equal_rewards(
+    data: list[list[tuple[str, float | None]]], gap: float
+) -> None:
+    by_text = {"a": 0.0, "b": 1.5, "c": 1.5, "d": -2.0, "e": None}
+    fair = [[(text, by_text[text]) for text, _ in group] for group in data]
+    assert build(fair, "max_min", threshold=gap).pairs == build(fair, threshold=gap).pairs
+
+
+def test_max_min_takes_the_extremes_and_makes_no_pair_of_one_text() -> None:
+    assert [
+        (p.chosen, p.rejected) for p in build([[("a", 1.0), ("b", 3.0), ("c", -2.0)]], "max_min").pairs
+    ] == [(1, 2)]
+    noisy = [[("a", 1.0), ("a", 0.0), ("b", 0.5)]]  # best_worst pairs the first with the last
+    assert build(noisy, "max_min").skipped == {"identical": 1}
+    assert build([[("a", 1.0), ("b", 1.0)]], "max_min").skipped == {"tie": 1}
 
 
 @given(data=groups, other=group)
