@@ -290,23 +290,34 @@ class DPOConfig(OnlineConfig):
     max_steps: int = 20
     """Rounds. One step is one round: rollout_batch_size prompts sampled, scored, paired and learned from."""
     num_generations: int = 4
-    """Responses sampled per prompt; at most one pair is made of them."""
+    """Responses sampled per prompt, of which pair_strategy makes pairs."""
     num_train_epochs: int = 1
     """Passes over each round's pairs."""
     per_device_train_batch_size: int = 32
-    """Pairs in one optimiser step. With as many as rollout_batch_size, every round is one online update."""
+    """Pairs in one optimiser step. With as many as a round makes, every round is one online update."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
     adam_epsilon: float = 1e-8
     """Epsilon of AdamW."""
     beta: float = 0.1
     """Pull towards the reference: the implicit reward is beta times the log-ratio to it."""
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """`sigmoid` is DPO. `ipo` averages log-ratios over tokens, as TRL does; `hinge` is SLiC's."""
-    reference: Literal["initial", "previous"] = "initial"
-    """What the log-ratios are taken to: the policy before training (or ref_model), or that of the round's start."""
-    pair_strategy: Literal["best_worst", "random"] = "best_worst"
-    """Which two responses of a prompt become a pair."""
+    loss_type: Literal["sigmoid", "robust", "ipo", "hinge", "kto"] = "sigmoid"
+    """`sigmoid` is DPO. `robust` undoes flipped labels (label_smoothing says how many). `ipo` averages log-ratios over
+    tokens, as TRL does; `hinge` is SLiC's. `kto` takes each response of a pair for itself."""
+    label_smoothing: float = 0.0
+    """Share of labels taken to be flipped. With `sigmoid` this is conservative DPO (cDPO)."""
+    desirable_weight: float = 1.0
+    """Weight of desirable responses (kto)."""
+    undesirable_weight: float = 1.0
+    """Weight of undesirable responses (kto)."""
+    reference: Literal["initial", "previous", "ema"] = "initial"
+    """What the log-ratios are taken to: the policy before training (or ref_model), that of the round's start, or the
+    moving average of all policies up to there."""
+    ema_decay: float = 0.9
+    """Share of the moving average that stays in a round (1 - TRL's ref_model_mixup_alpha)."""
+    pair_strategy: Literal["best_worst", "max_min", "random", "threshold"] = "best_worst"
+    """Which responses of a prompt become pairs: two by their rewards or at random, or (`threshold`) all that differ
+    by more than tie_threshold."""
     tie_threshold: float = 0.0
     """Pairs whose normalised rewards differ by no more than this are ties and are dropped."""
     soft_labels: bool = True
@@ -328,6 +339,16 @@ class DPOConfig(OnlineConfig):
         size = self.per_device_train_batch_size
         require(size > 0, "per_device_train_batch_size", size, "at least 1")
         require(self.beta > 0, "beta", self.beta, "positive")
+        require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "in [0, 0.5)")
+        require(self.desirable_weight > 0, "desirable_weight", self.desirable_weight, "positive")
+        require(self.undesirable_weight > 0, "undesirable_weight", self.undesirable_weight, "positive")
+        require(0 <= self.ema_decay <= 1, "ema_decay", self.ema_decay, "in [0, 1]")
+        if self.loss_type == "robust" and self.label_smoothing == 0:
+            raise ConfigError(
+                "loss_type robust undoes flipped labels: say by --label_smoothing what share of them is flipped"
+            )
+        if self.loss_type != "kto" and (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
+            raise ConfigError("desirable_weight and undesirable_weight go with loss_type kto")
         require(self.tie_threshold >= 0, "tie_threshold", self.tie_threshold, "at least 0")
         require(self.label_temperature > 0, "label_temperature", self.label_temperature, "positive")
 

@@ -1,12 +1,13 @@
 """`rlaif train dpo`: iterative DPO against a reward server; with one update per round it is online DPO.
 
-Each step is one round: sample G responses to each of B prompts from the current policy, have them scored, make at most
-one pair per prompt with a soft label, and take DPO epochs over the pairs. `train` reads so from top to bottom; the
-losses are in `preference_losses`, the pairs in `pairs`, the round as data in `rounds`.
+Each step is one round: sample G responses to each of B prompts from the current policy, have them scored, make pairs
+with soft labels of them, and take DPO epochs over the pairs. `train` reads so from top to bottom; the losses are in
+`preference_losses`, the pairs in `pairs`, the round as data in `rounds`.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,9 +30,17 @@ from policy_trainer.online import (
     session,
 )
 from policy_trainer.pairs import PairSet, build_pairs
-from policy_trainer.preference_losses import LossType, preference_loss
+from policy_trainer.preference_losses import LossType, PreferenceObjective, preference_loss
 from policy_trainer.reward_source import RewardSource
-from policy_trainer.rounds import Round, collect_round, forget_rounds, store_round, stored_round
+from policy_trainer.rounds import (
+    Round,
+    collect_round,
+    forget_rounds,
+    mismatched_prompt,
+    sequence_logprobs,
+    store_round,
+    stored_round,
+)
 from rlaif.errors import QualityError, RewardServerError
 from rlaif.types import to_dicts
 
@@ -78,7 +87,7 @@ def train(config: DPOConfig, source: RewardSource) -> None:
                     raise
                 store_round(config.output_dir, round_)
 
-            # 2. Pairs: at most one per prompt, with its soft label. Ties and missing rewards make none.
+            # 2. Pairs with their soft labels. Ties and missing rewards make none.
             pairs = trainer.pair(round_)
             examples = pair_examples(round_, pairs, trainer.prompts, config.num_generations)
             updating = time.perf_counter()
@@ -99,7 +108,7 @@ def train(config: DPOConfig, source: RewardSource) -> None:
             metrics = {
                 "episode": trainer.step * config.responses_per_step,
                 **round_metrics(round_),
-                **pair_metrics(pairs, sums),
+                **pair_metrics(pairs, sums, config.loss_type),
                 "lr": learning_rate,
                 **{f"time/{part}": seconds for part, seconds in round_.seconds.items()},
                 "time/update": updated - updating,
@@ -114,8 +123,19 @@ def train(config: DPOConfig, source: RewardSource) -> None:
             )
 
 
+class Mismatched(NamedTuple):
+    """Another prompt, and the reference log-probabilities of a pair's responses given it; see `mismatched_prompt`."""
+
+    prompt_ids: Sequence[int]
+    reference_chosen: float
+    reference_rejected: float
+
+
 class PairExample(NamedTuple):
-    """A pair to learn from: token ids, summed reference log-probabilities in nats, and P(chosen preferred)."""
+    """A pair to learn from: token ids, summed reference log-probabilities in nats, and P(chosen preferred).
+
+    `mismatched` is what KTO needs besides; None for the other losses.
+    """
 
     prompt_ids: Sequence[int]
     chosen_ids: Sequence[int]
@@ -123,10 +143,11 @@ class PairExample(NamedTuple):
     reference_chosen: float
     reference_rejected: float
     chosen_prob: float
+    mismatched: Mismatched | None = None
 
 
 class PairSums(NamedTuple):
-    """Sums over the pairs of some optimiser steps; `grad_norm` is summed over the `updates`."""
+    """Sums over the pairs of some optimiser steps; `grad_norm` and `kto_kl` are summed over the `updates`."""
 
     pairs: float = 0.0
     loss: float = 0.0
@@ -138,6 +159,7 @@ class PairSums(NamedTuple):
     logps_rejected: float = 0.0
     updates: float = 0.0
     grad_norm: float = 0.0
+    kto_kl: float = 0.0
 
     def plus(self, other: PairSums) -> PairSums:
         """The sums of both."""
@@ -151,11 +173,18 @@ class Trainer(OnlineTrainer):
     Attributes:
         updates: optimiser steps taken in the round under way.
         sums: what they amounted to.
+        average: the moving average of the policies with `--reference ema`, otherwise None.
     """
 
     config: DPOConfig
     updates: int = 0
     sums: PairSums = field(default_factory=PairSums)
+    average: PreTrainedModel | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.config.reference == "ema":
+            self.average = copy.deepcopy(self.policy).requires_grad_(False)
 
     def collect(self) -> Round:
         """This step's round: responses of the current policy, their rewards and reference log-probabilities.
@@ -163,8 +192,12 @@ class Trainer(OnlineTrainer):
         Raises:
             RewardServerError: the server cannot be reached or used.
         """
-        initial = self.config.reference == "initial"
-        return collect_round(self, log_ratios_to=self.reference if initial else self.policy)
+        if self.average is not None:
+            log_ratios_to = self.average
+        else:
+            log_ratios_to = self.policy if self.config.reference == "previous" else self.reference
+        kto = self.config.loss_type == "kto"
+        return collect_round(self, log_ratios_to=log_ratios_to, read_mismatched=kto)
 
     def pair(self, round_: Round) -> PairSet:
         """The round's preference pairs."""
@@ -204,8 +237,13 @@ class Trainer(OnlineTrainer):
         sums = accumulate_gradients(
             self.policy,
             examples,
-            beta=self.config.beta,
-            loss_type=self.config.loss_type,
+            objective=PreferenceObjective(
+                self.config.loss_type,
+                self.config.beta,
+                self.config.label_smoothing,
+                self.config.desirable_weight,
+                self.config.undesirable_weight,
+            ),
             temperature=self.config.temperature,
             micro_batch_tokens=self.config.micro_batch_tokens,
         )
@@ -216,12 +254,20 @@ class Trainer(OnlineTrainer):
 
     def next_step(self) -> None:
         """The round is done."""
+        if self.average is not None:
+            move_average(self.average, self.policy, self.config.ema_decay)
         self.step, self.updates, self.sums = self.step + 1, 0, PairSums()
 
     @property
     def untrained(self) -> bool:
         """Whether no update has been made yet."""
         return self.step == 0 and self.updates == 0
+
+    def state(self) -> dict[str, Any]:
+        """See `OnlineTrainer.state`."""
+        if self.average is None:
+            return super().state()
+        return {**super().state(), "average": self.average.state_dict()}
 
     def info(self) -> dict[str, Any]:
         """See `OnlineTrainer.info`."""
@@ -230,6 +276,8 @@ class Trainer(OnlineTrainer):
     def restore(self, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
         """See `OnlineTrainer.restore`."""
         super().restore(state, info)
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.updates, self.sums = info["updates"], PairSums(*info["sums"])
 
     def save(self) -> None:
@@ -244,6 +292,10 @@ def pair_examples(round_: Round, pairs: PairSet, prompts: Prompts, num_generatio
     examples = []
     for pair in pairs.pairs:
         chosen, rejected = groups[pair.group][pair.chosen], groups[pair.group][pair.rejected]
+        mismatched = None
+        if chosen.mismatched_logprob is not None and rejected.mismatched_logprob is not None:
+            other = mismatched_prompt(prompts, chosen.prompt)
+            mismatched = Mismatched(other, chosen.mismatched_logprob, rejected.mismatched_logprob)
         examples.append(
             PairExample(
                 prompts.ids[chosen.prompt],
@@ -252,17 +304,24 @@ def pair_examples(round_: Round, pairs: PairSet, prompts: Prompts, num_generatio
                 chosen.reference_logprob,
                 rejected.reference_logprob,
                 pair.chosen_prob,
+                mismatched,
             )
         )
     return examples
+
+
+@torch.no_grad()
+def move_average(average: PreTrainedModel, policy: PreTrainedModel, decay: float) -> None:
+    """Set each weight to decay average + (1 - decay) policy: the soft update of TR-DPO (arXiv 2404.09656)."""
+    for mean, current in zip(average.parameters(), policy.parameters(), strict=True):
+        mean.lerp_(current, 1.0 - decay)
 
 
 def accumulate_gradients(
     policy: PreTrainedModel,
     examples: Sequence[PairExample],
     *,
-    beta: float,
-    loss_type: LossType,
+    objective: PreferenceObjective,
     temperature: float,
     micro_batch_tokens: int,
 ) -> PairSums:
@@ -274,13 +333,13 @@ def accumulate_gradients(
     Args:
         policy: in eval mode (no dropout), with gradients.
         examples: one optimiser step's pairs.
-        beta: of the loss.
-        loss_type: of the loss.
+        objective: the loss and its constants.
         temperature: of sampling.
         micro_batch_tokens: padded tokens in one forward pass; both responses of a pair go through one.
     """
     lengths = [len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)) for e in examples]
-    sums = PairSums()
+    kl = kto_kl(policy, examples, temperature, micro_batch_tokens) if objective.loss_type == "kto" else None
+    sums = PairSums(kto_kl=kl or 0.0)
     buckets = length_buckets(lengths, max_rows=len(examples), max_tokens=max(1, micro_batch_tokens // 2))
     for rows in buckets:
         micro = [examples[i] for i in rows]
@@ -300,23 +359,47 @@ def accumulate_gradients(
             like([e.reference_chosen for e in micro]),
             like([e.reference_rejected for e in micro]),
             chosen_prob=like([e.chosen_prob for e in micro]),
-            beta=beta,
-            loss_type=loss_type,
+            objective=objective,
             chosen_lengths=token_counts[:b],
             rejected_lengths=token_counts[b:],
+            kl=kl,
         )
         torch.autograd.backward(loss.losses.sum() / len(examples))
-        sums = PairSums(
-            sums.pairs + b,
-            sums.loss + _total(loss.losses),
-            sums.rewards_chosen + _total(loss.rewards_chosen),
-            sums.rewards_rejected + _total(loss.rewards_rejected),
-            sums.margins + _total(loss.margins),
-            sums.accuracies + _total(loss.accuracies),
-            sums.logps_chosen + _total(summed[:b]),
-            sums.logps_rejected + _total(summed[b:]),
+        sums = sums.plus(
+            PairSums(
+                b,
+                _total(loss.losses),
+                _total(loss.rewards_chosen),
+                _total(loss.rewards_rejected),
+                _total(loss.margins),
+                _total(loss.accuracies),
+                _total(summed[:b]),
+                _total(summed[b:]),
+            )
         )
     return sums
+
+
+def kto_kl(
+    policy: PreTrainedModel, examples: Sequence[PairExample], temperature: float, micro_batch_tokens: int
+) -> float:
+    """z0 of KTO: max(0, mean of log pi(y|x') - log pi_ref(y|x')) over both responses of every pair, in nats.
+
+    It is one number for the whole minibatch, so that micro-batches do not change the loss.
+
+    Raises:
+        ValueError: an example lacks what KTO needs.
+    """
+    crossed: list[tuple[Sequence[int], Sequence[int]]] = []
+    references: list[float] = []
+    for example in examples:
+        if example.mismatched is None:
+            raise ValueError("the round was collected without mismatched prompts, which kto needs")
+        prompt_ids, *of_reference = example.mismatched
+        crossed += [(prompt_ids, example.chosen_ids), (prompt_ids, example.rejected_ids)]
+        references += of_reference
+    of_policy = sequence_logprobs(policy, crossed, temperature, micro_batch_tokens)
+    return max(0.0, fmean(mine - theirs for mine, theirs in zip(of_policy, references, strict=True)))
 
 
 def _total(values: Tensor) -> float:
@@ -340,7 +423,7 @@ def round_metrics(round_: Round) -> dict[str, float | None]:
     }
 
 
-def pair_metrics(pair_set: PairSet, sums: PairSums) -> dict[str, float | None]:
+def pair_metrics(pair_set: PairSet, sums: PairSums, loss_type: LossType) -> dict[str, float | None]:
     """What was learned from, and how: means over the pairs of all optimiser steps; None where there was no pair."""
 
     def mean(total: float) -> float | None:
@@ -356,6 +439,7 @@ def pair_metrics(pair_set: PairSet, sums: PairSums) -> dict[str, float | None]:
         "logps/chosen": mean(sums.logps_chosen),
         "logps/rejected": mean(sums.logps_rejected),
         "grad_norm": sums.grad_norm / sums.updates if sums.updates else None,
+        **({"kto/kl": sums.kto_kl / sums.updates if sums.updates else None} if loss_type == "kto" else {}),
         "pairs/count": float(len(pairs)),
         "pairs/chosen_prob": fmean(p.chosen_prob for p in pairs) if pairs else None,
         "pairs/margin": fmean(p.margin for p in pairs) if pairs else None,

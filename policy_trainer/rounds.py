@@ -18,10 +18,10 @@ import torch
 
 from policy_trainer.batching import collate, length_buckets
 from policy_trainer.logprobs import token_logprobs
-from policy_trainer.online import OnlineTrainer
+from policy_trainer.online import OnlineTrainer, Prompts
 from policy_trainer.reward_source import Reward
 from policy_trainer.rollout import decode_response
-from rlaif.errors import StorageError
+from rlaif.errors import DataError, StorageError
 from rlaif.runs import write_atomic
 from rlaif.types import with_response
 
@@ -43,6 +43,8 @@ class RoundSample(NamedTuple):
         reference_logprob: the same under the reference of this round's log-ratios.
         kl: log-probability under the policy minus that under the frozen reference model (k1), in nats.
         reward: what is learned from: the server's, less the penalty of an unfinished response.
+        mismatched_logprob: the log-probability of the response under the reference of the log-ratios, given
+            `mismatched_prompt` instead of its own; None unless KTO needs it.
     """
 
     prompt: int
@@ -53,6 +55,7 @@ class RoundSample(NamedTuple):
     reference_logprob: float
     kl: float
     reward: Reward
+    mismatched_logprob: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +84,18 @@ class Round:
         return [self.samples[i : i + size] for i in range(0, len(self.samples), size)]
 
 
-def collect_round(trainer: OnlineTrainer, *, log_ratios_to: PreTrainedModel) -> Round:
+def collect_round(
+    trainer: OnlineTrainer, *, log_ratios_to: PreTrainedModel, read_mismatched: bool = False
+) -> Round:
     """Sample responses to this step's prompts, and read them with the reference while the server scores them.
 
     Args:
         trainer: whose policy samples, and whose reference KL is measured against.
-        log_ratios_to: the model that DPO's log-ratios are taken to: the reference, or the current policy.
+        log_ratios_to: the model that DPO's log-ratios are taken to: the reference, the current policy, another.
+        read_mismatched: read the responses with another prompt as well (`mismatched_prompt`), for KTO.
 
     Raises:
+        DataError: `read_mismatched`, and all prompts are the same.
         RewardServerError: the server cannot be reached or used.
     """
     config, prompts, source = trainer.config, trainer.prompts, trainer.source
@@ -118,13 +125,19 @@ def collect_round(trainer: OnlineTrainer, *, log_ratios_to: PreTrainedModel) -> 
     how = (config.temperature, config.micro_batch_tokens)
     frozen = sequence_logprobs(trainer.reference, pairs, *how)
     ratio = frozen if log_ratios_to is trainer.reference else sequence_logprobs(log_ratios_to, pairs, *how)
+    of_mismatched: Sequence[float | None] = [None] * len(sampled)
+    if read_mismatched:
+        crossed = [(mismatched_prompt(prompts, rows[s.prompt_index]), s.response_ids) for s in sampled]
+        of_mismatched = sequence_logprobs(log_ratios_to, crossed, *how)
     read_at = time.perf_counter()
 
     # 4. Rewards. A missing one stays missing; an unfinished response pays its penalty in both units.
     rewards = pending.result()
     info = source.info()
     samples = []
-    for s, text, reward, of_frozen, of_ratio in zip(sampled, texts, rewards, frozen, ratio, strict=True):
+    for s, text, reward, of_frozen, of_ratio, of_other in zip(
+        sampled, texts, rewards, frozen, ratio, of_mismatched, strict=True
+    ):
         logprob = sum(s.logprobs)
         samples.append(
             RoundSample(
@@ -136,6 +149,7 @@ def collect_round(trainer: OnlineTrainer, *, log_ratios_to: PreTrainedModel) -> 
                 reference_logprob=of_ratio,
                 kl=logprob - of_frozen,
                 reward=reward if s.finished else penalised(reward, config.missing_eos_penalty, info.scale),
+                mismatched_logprob=of_other,
             )
         )
     seconds = {
@@ -144,6 +158,24 @@ def collect_round(trainer: OnlineTrainer, *, log_ratios_to: PreTrainedModel) -> 
         "reward": time.perf_counter() - read_at,
     }
     return Round(trainer.step, samples, seconds, info.version)
+
+
+def mismatched_prompt(prompts: Prompts, row: int) -> list[int]:
+    """The prompt that KTO reads the responses to `row` with: the next one of the dataset that differs from it.
+
+    KTO estimates the KL to the reference from responses that answer another prompt (arXiv 2402.01306: the outputs of a
+    batch, each moved to another input of it). A pairing that depends on the row alone is the same whatever minibatch a
+    response is learned in, and finds another prompt in any dataset that has one.
+
+    Raises:
+        DataError: all prompts are the same.
+    """
+    n = len(prompts.ids)
+    for step in range(1, n):
+        other = prompts.ids[(row + step) % n]
+        if other != prompts.ids[row]:
+            return other
+    raise DataError("all prompts are the same: loss_type kto reads each response with another prompt as well")
 
 
 def penalised(reward: Reward, penalty: float, scale: float) -> Reward:
@@ -197,7 +229,8 @@ def stored_round(output_dir: Path, step: int, reward_version: str) -> Round | No
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["reward_version"] != reward_version:
             return None
-        samples = [RoundSample(*fields)._replace(reward=Reward(*fields[-1])) for fields in record["samples"]]
+        read = [RoundSample(*fields) for fields in record["samples"]]
+        samples = [sample._replace(reward=Reward(*sample.reward)) for sample in read]
         return Round(int(record["step"]), samples, dict(record["seconds"]), reward_version)
     except (ValueError, KeyError, TypeError) as err:
         raise StorageError(f"{path} cannot be read: remove it and run the same command again") from err

@@ -21,12 +21,29 @@ from transformers import LlamaForCausalLM
 from policy_trainer.checkpoint import list_checkpoints
 from policy_trainer.client import RewardClient
 from policy_trainer.config import DPOConfig
-from policy_trainer.dpo import PairExample, PairSums, accumulate_gradients, train
-from policy_trainer.preference_losses import LossType
+from policy_trainer.dpo import (
+    Mismatched,
+    PairExample,
+    PairSums,
+    accumulate_gradients,
+    kto_kl,
+    move_average,
+    train,
+)
+from policy_trainer.online import Prompts
+from policy_trainer.preference_losses import PreferenceObjective
 from policy_trainer.reward_source import FunctionReward, Reward
-from policy_trainer.rounds import Round, RoundSample, penalised, sequence_logprobs, store_round, stored_round
+from policy_trainer.rounds import (
+    Round,
+    RoundSample,
+    mismatched_prompt,
+    penalised,
+    sequence_logprobs,
+    store_round,
+    stored_round,
+)
 from rlaif.cli import main
-from rlaif.errors import ConfigError, ModelError, QualityError, RewardServerError
+from rlaif.errors import ConfigError, DataError, ModelError, QualityError, RewardServerError
 from rlaif.types import Conversation
 from tests.policy_trainer import tiny
 from tests.policy_trainer.reward_servers import NumberServer, free_port, serving
@@ -94,15 +111,39 @@ class Interrupting(FunctionReward):
 # ---- the gradient of a minibatch ----
 
 
+EVERY_LOSS: dict[str, dict[str, Any]] = {
+    "sigmoid": {},
+    "cdpo": {"label_smoothing": 0.1},
+    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
+    "ipo": {"loss_type": "ipo"},
+    "hinge": {"loss_type": "hinge"},
+    "kto": {"loss_type": "kto", "desirable_weight": 1.3},
+}
+"""Flags of each loss, by its name in the field."""
+
+
 def some_pairs(count: int = 5) -> list[PairExample]:
     rng = random.Random(5)
 
     def words(most: int) -> list[int]:
         return [rng.randrange(6, 30) for _ in range(rng.randint(1, most))]
 
+    def unlikely() -> float:
+        return -rng.uniform(1, 30)
+
     return [
-        PairExample([1, 4, *words(9), 5], words(12), words(12), -rng.uniform(1, 30), -rng.uniform(1, 30), p)
+        PairExample([1, 4, *words(9), 5], words(12), words(12), unlikely(), unlikely(), p)
         for p in (1.0, 0.9, 0.6, 0.75, 0.5)[:count]
+    ]
+
+
+def some_pairs_for_kto() -> list[PairExample]:
+    """The same, and a prompt of another pair for each. The reference is far below the policy: the KL is not 0."""
+    examples = some_pairs()
+    others = [*examples[1:], examples[0]]
+    return [
+        e._replace(mismatched=Mismatched(other.prompt_ids, -60.0 - i, -70.0 + i))
+        for i, (e, other) in enumerate(zip(examples, others, strict=True))
     ]
 
 
@@ -111,14 +152,13 @@ def gradients(model: LlamaForCausalLM) -> torch.Tensor:
 
 
 def gradient_of(
-    examples: Sequence[PairExample], micro_batch_tokens: int, loss_type: LossType = "sigmoid"
+    examples: Sequence[PairExample], micro_batch_tokens: int, **flags: Any
 ) -> tuple[torch.Tensor, PairSums]:
     model = tiny.model()
     sums = accumulate_gradients(
         model,
         examples,
-        beta=0.2,
-        loss_type=loss_type,
+        objective=PreferenceObjective(**{"beta": 0.2, **flags}),
         temperature=0.7,
         micro_batch_tokens=micro_batch_tokens,
     )
@@ -161,17 +201,62 @@ def test_a_mean_of_micro_batch_means_would_be_another_gradient() -> None:
     assert (gradient - wrong).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+@pytest.mark.parametrize("loss", EVERY_LOSS)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=st.permutations(range(5)), micro_batch_tokens=st.integers(1, 400))
 def test_neither_order_nor_padding_nor_micro_batches_change_the_gradient_or_the_metrics(
-    loss_type: LossType, order: list[int], micro_batch_tokens: int
+    loss: str, order: list[int], micro_batch_tokens: int
 ) -> None:
-    examples = some_pairs()
-    expected, expected_sums = gradient_of(examples, 100_000, loss_type)
-    gradient, sums = gradient_of([examples[i] for i in order], micro_batch_tokens, loss_type)
+    # KTO's losses are flat for pairs as unlikely as these: a small beta keeps their gradient above rounding errors.
+    flags = {**EVERY_LOSS[loss], "beta": 0.02 if loss == "kto" else 0.2}
+    examples = some_pairs_for_kto()
+    expected, expected_sums = gradient_of(examples, 100_000, **flags)
+    gradient, sums = gradient_of([examples[i] for i in order], micro_batch_tokens, **flags)
+    assert expected.abs().max() > 1e-2
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
     assert list(sums) == pytest.approx(list(expected_sums), rel=1e-5)
+
+
+def kl_by_hand(examples: Sequence[PairExample]) -> float:
+    """z0 from the model's plain logits, one sequence at a time."""
+    model, differences = tiny.model(), []
+    for example in examples:
+        assert example.mismatched is not None
+        prompt = example.mismatched.prompt_ids
+        for response, reference in (
+            (example.chosen_ids, example.mismatched.reference_chosen),
+            (example.rejected_ids, example.mismatched.reference_rejected),
+        ):
+            ids = torch.tensor([[*prompt, *response]])
+            logps = (model(ids).logits[0, :-1] / 0.7).log_softmax(-1)
+            own = logps[range(ids.shape[1] - 1), ids[0, 1:]][len(prompt) - 1 :].sum().item()
+            differences.append(own - reference)
+    return max(0.0, sum(differences) / len(differences))
+
+
+def test_the_kl_of_kto_is_that_of_responses_read_with_another_prompt_and_never_negative() -> None:
+    examples = some_pairs_for_kto()
+    expected = kl_by_hand(examples)
+    assert expected > 1
+    assert kto_kl(tiny.model(), examples, 0.7, 60) == pytest.approx(expected, rel=1e-5)
+    assert gradient_of(examples, 60, loss_type="kto")[1].kto_kl == pytest.approx(expected, rel=1e-5)
+    likely = [e._replace(mismatched=Mismatched(e.prompt_ids, 0.0, 0.0)) for e in examples]
+    assert kto_kl(tiny.model(), likely, 0.7, 60) == 0.0
+
+
+def test_the_prompt_that_kto_reads_a_response_with_is_the_next_one_that_differs() -> None:
+    prompts = Prompts([(), (), (), ()], [[1], [2], [2], [1]])
+    assert [mismatched_prompt(prompts, row) for row in range(4)] == [[2], [1], [1], [2]]
+    with pytest.raises(DataError, match="all prompts are the same"):
+        mismatched_prompt(Prompts([(), ()], [[1], [1]]), 0)
+
+
+def test_the_average_moves_by_its_share() -> None:
+    average, policy = tiny.model(seed=0), tiny.model(seed=1)
+    before, current = (torch.cat([p.flatten() for p in m.parameters()]).clone() for m in (average, policy))
+    move_average(average, policy, 0.75)
+    after = torch.cat([p.flatten() for p in average.parameters()])
+    torch.testing.assert_close(after, 0.75 * before + 0.25 * current)
 
 
 def test_log_probabilities_of_sequences_are_the_models() -> None:
@@ -209,15 +294,47 @@ def test_log_ratios_to_the_previous_policy_start_every_round_at_zero(
     assert metrics(tmp_path / "initial")[2]["loss/dpo"] != pytest.approx(math.log(2), abs=1e-4)
 
 
+def test_the_moving_average_lies_between_the_policy_before_training_and_the_previous_one(
+    tmp_path: Path, source: FunctionReward
+) -> None:
+    def run(name: str, **changes: Any) -> Path:
+        train(dpo_config(tmp_path, max_steps=3, output_dir=tmp_path / name, **changes), source)
+        return tmp_path / name
+
+    assert_same_run(run("ema 1", reference="ema", ema_decay=1.0), run("initial"))
+    previous = run("previous", reference="previous")
+    assert_same_run(run("ema 0", reference="ema", ema_decay=0.0), previous)
+    between = run("ema", reference="ema", ema_decay=0.5)
+    assert metrics(between)[1] != metrics(previous)[1]
+    assert metrics(between)[1] != metrics(tmp_path / "initial")[1]
+
+
+def test_kto_starts_at_the_reference_and_every_round_at_its_previous_policy(
+    tmp_path: Path, source: FunctionReward
+) -> None:
+    online = {"max_steps": 2, "per_device_train_batch_size": 8, "loss_type": "kto"}
+    train(dpo_config(tmp_path, reference="previous", **online), source)
+    for row in metrics(tmp_path / "run"):
+        assert row["kto/kl"] == pytest.approx(0.0, abs=1e-4)
+        assert row["loss/dpo"] == pytest.approx(0.5, abs=1e-4)  # 1 - s(0) of either side
+
+
+def test_threshold_learns_from_several_pairs_of_a_prompt(tmp_path: Path, source: FunctionReward) -> None:
+    train(dpo_config(tmp_path, max_steps=1, pair_strategy="threshold"), source)
+    (row,) = metrics(tmp_path / "run")
+    assert row["pairs/count"] > 8
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"soft_labels": False},
         {"reference": "previous"},
+        {"reference": "ema"},
         {"pair_strategy": "random"},
-        {"loss_type": "ipo"},
-        {"loss_type": "hinge"},
+        {"pair_strategy": "threshold", "tie_threshold": 0.1},
+        *list(EVERY_LOSS.values())[1:],
     ],
     ids=str,
 )
@@ -308,17 +425,26 @@ def test_too_many_missing_rewards_stop_the_run_at_a_checkpoint_from_which_it_goe
 # ---- resume ----
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"reference": "ema", "ema_decay": 0.6},
+        {"loss_type": "kto", "reference": "previous", "pair_strategy": "threshold"},
+    ],
+    ids=str,
+)
 def test_a_run_stopped_between_two_updates_of_a_round_goes_on_to_the_same_result(
-    tmp_path: Path, source: FunctionReward
+    tmp_path: Path, source: FunctionReward, changes: dict[str, Any]
 ) -> None:
-    config = dpo_config(tmp_path, num_train_epochs=2)
+    config = dpo_config(tmp_path, num_train_epochs=2, **changes)
     with pytest.raises(KeyboardInterrupt):
         train(config, Interrupting(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     state = json.loads((list_checkpoints(tmp_path / "run")[-1] / "state.json").read_text())
     assert (state["step"], state["updates"]) == (1, 1)
     counting = Interrupting(-1, None)
     train(config, counting)
-    train(dpo_config(tmp_path, num_train_epochs=2, output_dir=tmp_path / "whole"), source)
+    train(replace(config, output_dir=tmp_path / "whole"), source)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     # The self-check, and rounds 3 and 4: the round under way had been scored already.
     assert counting.calls == 3
@@ -336,9 +462,11 @@ def test_a_server_that_is_lost_leaves_a_checkpoint(tmp_path: Path, source: Funct
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_micro_batches_do_not_change_the_run(tmp_path: Path, source: FunctionReward) -> None:
-    train(dpo_config(tmp_path, micro_batch_tokens=30, output_dir=tmp_path / "small"), source)
-    train(dpo_config(tmp_path, micro_batch_tokens=100_000, output_dir=tmp_path / "large"), source)
+@pytest.mark.parametrize("loss", EVERY_LOSS)
+def test_micro_batches_do_not_change_the_run(tmp_path: Path, source: FunctionReward, loss: str) -> None:
+    flags = EVERY_LOSS[loss]
+    train(dpo_config(tmp_path, **flags, micro_batch_tokens=30, output_dir=tmp_path / "small"), source)
+    train(dpo_config(tmp_path, **flags, micro_batch_tokens=100_000, output_dir=tmp_path / "large"), source)
     for small, large in zip(metrics(tmp_path / "small"), metrics(tmp_path / "large"), strict=True):
         if (
             small["step"] == 1
@@ -411,7 +539,9 @@ def test_kill_9_at_a_random_moment_and_the_same_command_again_give_the_uninterru
 
 def test_a_stored_round_is_read_back_exactly_and_only_for_its_reward_model(tmp_path: Path) -> None:
     sample = RoundSample(3, [7, 2], "w1", True, -1.1, -1.3, 0.2, Reward(0.1 + 0.2, 1 / 3, None, 9))
-    missing = RoundSample(3, [8], "w2", False, -2.0, -2.0, 0.0, Reward(None, None, "out_of_range: long"))
+    missing = RoundSample(
+        3, [8], "w2", False, -2.0, -2.0, 0.0, Reward(None, None, "out_of_range: long"), -0.7
+    )
     written = Round(4, [sample, missing], {"rollout": 0.25}, "v1")
     store_round(tmp_path, written)
     assert stored_round(tmp_path, 4, "v1") == written
@@ -431,6 +561,10 @@ def test_the_penalty_of_an_unfinished_response_counts_in_both_units() -> None:
         ({"num_generations": 1}, "num_generations"),
         ({"beta": 0.0}, "beta"),
         ({"label_temperature": 0.0}, "label"),
+        ({"label_smoothing": 0.5}, "label_smoothing"),
+        ({"loss_type": "robust"}, "label_smoothing"),
+        ({"undesirable_weight": 2.0}, "kto"),
+        ({"ema_decay": 1.5}, "ema_decay"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, Any], word: str) -> None:
