@@ -10,6 +10,7 @@ from torch import Tensor
 
 from policy_trainer.batching import PAD_FILL, length_buckets
 from policy_trainer.logprobs import gather_logprobs
+from policy_trainer.optim import step_seed
 from rlaif.errors import QualityError
 
 if TYPE_CHECKING:
@@ -88,10 +89,11 @@ class HFRollout:
         """
         if temperature <= 0 or not all(prompt_ids):
             raise ValueError("prompts must have at least one token and the temperature must be positive")
-        generator = torch.Generator(device=self._model.device).manual_seed(seed)
         max_rows = max(1, self._batch_size // num_return_sequences)
         sampled: list[Sampled] = []
-        for batch in length_buckets([len(p) for p in prompt_ids], max_rows=max_rows):
+        for number, batch in enumerate(length_buckets([len(p) for p in prompt_ids], max_rows=max_rows)):
+            # A generator of its own: what a bucket samples does not depend on who samples the others, or when.
+            generator = torch.Generator(device=self._model.device).manual_seed(step_seed(seed, number))
             prompts = [prompt_ids[i] for i in batch]
             rows = self._decode(prompts, num_return_sequences, max_new_tokens, temperature, generator)
             for k, (ids, logprobs, finished) in enumerate(rows):

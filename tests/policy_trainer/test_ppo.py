@@ -325,8 +325,9 @@ def test_in_the_critics_warm_up_only_the_critic_learns(tmp_path: Path) -> None:
     config = tiny.ppo_config(tmp_path, critic_warmup_steps=2, lr_scheduler_type="constant")
     train(config, source())
     first, second, third = metrics(tmp_path)
-    assert second["val/ratio_var"] == 0.0 and second["objective/kl"] == 0.0
-    assert third["val/ratio_var"] > 0.0
+    # A later epoch reads in other micro-batches, so its ratios are 1 but for rounding.
+    assert second["val/ratio_var"] < 1e-6 < 1e-5 < third["val/ratio_var"]
+    assert second["objective/kl"] == 0.0
     assert second["loss/value_avg"] != first["loss/value_avg"]
 
 

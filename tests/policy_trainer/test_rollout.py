@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from policy_trainer.batching import collate, pad_right
+from policy_trainer.batching import collate, length_buckets, pad_right
 from policy_trainer.logprobs import token_logprobs
 from policy_trainer.rollout import HFRollout, Sampled, decode_response
 from tests.policy_trainer import tiny
@@ -21,6 +21,20 @@ def sample(seed: int = 0, *, copies: int = 1, temperature: float = 0.8, batch_si
 def test_equal_seeds_give_equal_responses_and_others_do_not() -> None:
     assert sample(3) == sample(3)
     assert sample(3) != sample(4)
+
+
+def test_a_bucket_samples_the_same_whatever_was_sampled_before_it() -> None:
+    """Other prompts in the earlier buckets draw other numbers of tokens, which must not move this one's."""
+    sampled = sample()
+    last = length_buckets([len(p) for p in PROMPTS], max_rows=7)[-1]
+    engine = HFRollout(tiny.model(), [2], batch_size=7)
+
+    def sample_with_others(others: list[int]) -> list[Sampled]:
+        prompts = [PROMPTS[i] if i in last else [*others, *PROMPTS[i]] for i in range(24)]
+        found = engine.generate(prompts, max_new_tokens=10, temperature=0.8, seed=0)
+        return [found[i] for i in last]
+
+    assert sample_with_others([9, 9]) == sample_with_others([8] * 5) == [sampled[i] for i in last]
 
 
 @pytest.mark.parametrize("copies", [1, 3])
