@@ -10,6 +10,7 @@ from rlaif.errors import ConfigError
 
 AdvantageEstimator = Literal["gae", "reinforce", "rloo", "grpo", "dr_grpo"]
 KLEstimator = Literal["k1", "k2", "k3"]
+ImportanceSamplingMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 @dataclass(frozen=True, kw_only=True)

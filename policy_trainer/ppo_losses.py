@@ -19,7 +19,7 @@ class PolicyLoss(NamedTuple):
     """Sums over the tokens that count; scalars. All but `loss` are without gradient.
 
     Attributes:
-        loss: of -min(ratio * A, clip(ratio) * A).
+        loss: of -min(ratio * A, clip(ratio) * A), weighted.
         clipped: number of tokens whose clipped term was the larger loss.
         approx_kl: of (log ratio)^2 / 2, the k2 estimate of KL(old || new).
         ratio: of pi / pi_old.
@@ -46,12 +46,17 @@ class ValueLoss(NamedTuple):
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, cliprange: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    cliprange: float,
+    weights: Tensor | None = None,
 ) -> PolicyLoss:
     """The clipped surrogate objective (arXiv 1707.06347, equation 7), negated.
 
         rho_t = exp(log pi(y_t) - log pi_old(y_t))
-        loss  = sum_t max(-rho_t A_t, -clip(rho_t, 1 - eps, 1 + eps) A_t)
+        loss  = sum_t w_t max(-rho_t A_t, -clip(rho_t, 1 - eps, 1 + eps) A_t)
 
     Args:
         logprobs: (N, R), with gradient.
@@ -59,15 +64,19 @@ def policy_loss(
         advantages: (N, R).
         response_mask: (N, R) bool.
         cliprange: eps, > 0.
+        weights: (N, R), w of the loss alone (`importance.importance_weights`); 1 if None.
     """
     # Padding is set to 0 before exp: whatever the models say there must not become inf * 0.
     log_ratio = torch.where(response_mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    losses = torch.maximum(plain, clipped)
+    if weights is not None:
+        losses = weights * losses
     seen = ratio.detach()[response_mask]
     return PolicyLoss(
-        loss=torch.maximum(plain, clipped)[response_mask].sum(),
+        loss=losses[response_mask].sum(),
         clipped=(clipped > plain)[response_mask].sum(),
         approx_kl=log_ratio.detach().square().sum() / 2,
         ratio=seen.sum(),

@@ -1,0 +1,75 @@
+"""How far the sampling engine is from the trainer, and the correction for it.
+
+An engine of its own (other kernels, another number format, another batch) samples from a distribution mu that is
+not quite the trainer's pi_old, though both have the same weights. The surrogate objective assumes samples of pi_old;
+weighting a token's loss by pi_old / mu mends that, and a bound on the weight keeps its variance finite: truncated
+importance sampling (Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025; TRL's
+`vllm_importance_sampling_correction`, verl's `rollout_is`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from policy_trainer.config import ImportanceSamplingMode
+from policy_trainer.kl import MAX_LOG_RATIO
+
+
+def importance_weights(
+    logprobs: Tensor,
+    engine_logprobs: Tensor,
+    response_mask: Tensor,
+    *,
+    mode: ImportanceSamplingMode,
+    clip_max: float,
+) -> Tensor:
+    """Weights of the policy loss: pi_old / mu, bounded; exactly 1 where the two agree to the last bit.
+
+        token_truncate     min(rho_t, C)
+        token_mask         rho_t where rho_t <= C, else 0
+        sequence_truncate  min(prod_t rho_t, C) for every token of the response
+        sequence_mask      prod_t rho_t where that is <= C, else 0
+
+    Args:
+        logprobs: (N, R), log pi_old, by the trainer's own forward.
+        engine_logprobs: (N, R), log mu, as the engine reported them.
+        response_mask: (N, R) bool.
+        mode: which of the four. A product over a response varies with its length.
+        clip_max: C, > 0.
+
+    Returns:
+        (N, R), without gradient; 1 at padding in the token modes.
+    """
+    log_ratio = torch.where(response_mask, logprobs.detach() - engine_logprobs, torch.zeros_like(logprobs))
+    if mode in ("sequence_truncate", "sequence_mask"):
+        log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    if mode in ("token_mask", "sequence_mask"):
+        return ratio.masked_fill(ratio > clip_max, 0.0)
+    return ratio.clamp(max=clip_max)
+
+
+def difference_metrics(logprobs: Tensor, engine_logprobs: Tensor, response_mask: Tensor) -> dict[str, float]:
+    """Mean and maximum of |log pi_old - log mu| over the tokens that count, in nats, by TRL's names.
+
+    Args:
+        logprobs: (N, R), by the trainer's own forward.
+        engine_logprobs: (N, R), as the engine reported them.
+        response_mask: (N, R) bool, True somewhere.
+    """
+    difference = (logprobs - engine_logprobs)[response_mask].abs()
+    return {
+        "sampling/sampling_logp_difference/mean": float(difference.mean()),
+        "sampling/sampling_logp_difference/max": float(difference.max()),
+    }
+
+
+def weight_metrics(weights: Tensor, response_mask: Tensor) -> dict[str, float]:
+    """Minimum, mean and maximum of `importance_weights` over the tokens that count, by TRL's names."""
+    seen = weights[response_mask]
+    return {
+        "sampling/importance_sampling_ratio/min": float(seen.min()),
+        "sampling/importance_sampling_ratio/mean": float(seen.mean()),
+        "sampling/importance_sampling_ratio/max": float(seen.max()),
+    }
