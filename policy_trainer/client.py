@@ -1,4 +1,4 @@
-"""A reward server over gRPC: with `admin`, which builds on it, the only file of this package that knows protobuf.
+"""A reward server over gRPC: with `wire` and with `admin`, which builds on it, all of this package that knows protobuf.
 
 `AsyncRewardClient` holds the rules: deadlines, retries, pinned versions, splitting. `RewardClient` is the same for
 code that does not await: it runs one on an event loop in a thread of its own.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
-import math
 import os
 import random
 import socket
@@ -19,19 +18,30 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from policy_trainer.reward_source import DEFAULT_REQUEST_BYTES, Reward, ServerInfo
+from policy_trainer.reward_source import DEFAULT_REQUEST_BYTES, Comparison, Reward, ServerInfo
+from policy_trainer.wire import (
+    INVALID_TEXT,
+    Item,
+    encode,
+    encode_pair,
+    read_comparison,
+    read_outcome,
+    split,
+    too_large,
+)
 from protos.rlaif.reward.v1 import reward_pb2, reward_pb2_grpc
 from rlaif.errors import ConfigError, RewardServerError
-from rlaif.types import Conversation
+from rlaif.types import Conversation, Pair
 
 Result = TypeVar("Result")
 
@@ -212,29 +222,52 @@ class AsyncRewardClient:
             RewardServerError: the server cannot be reached, refuses the request, or serves another model.
         """
         info = await self.info()
-        rewards: list[Reward | None] = [None] * len(conversations)
-        items: list[tuple[int, reward_pb2.Conversation]] = []
+        return await self._by_parts(
+            [encode(conversation) for conversation in conversations],
+            partial(self._score, info),
+            lambda reason: Reward(None, None, reason),
+        )
+
+    async def compare(self, pairs: Sequence[Pair]) -> list[Comparison]:
+        """Which response of each pair is preferred, in order; requests are split to the server's limits.
+
+        Raises:
+            RewardServerError: the server cannot be reached, refuses the request, or serves another model.
+        """
+        info = await self.info()
+        return await self._by_parts(
+            [encode_pair(pair) for pair in pairs],
+            partial(self._compare, info),
+            lambda reason: Comparison(None, reason=reason),
+        )
+
+    async def _by_parts(
+        self,
+        messages: Sequence[Item | None],
+        ask: Callable[[Sequence[Item]], Awaitable[list[Result]]],
+        missing: Callable[[str], Result],
+    ) -> list[Result]:
+        """Ask for all messages that can be sent, in parts that the server takes, and put the answers in order."""
+        info = await self.info()
+        found: dict[int, Result] = {}
+        items: list[tuple[int, Item]] = []
         room = info.max_request_bytes - REQUEST_OVERHEAD_BYTES
-        for index, conversation in enumerate(conversations):
-            message = encode(conversation)
+        for index, message in enumerate(messages):
             if message is None:
-                rewards[index] = Reward(None, None, "invalid_text: lone surrogates cannot be sent as UTF-8")
+                found[index] = missing(INVALID_TEXT)
             elif message.ByteSize() > room:
-                rewards[index] = Reward(
-                    None, None, f"too_large: {message.ByteSize()} bytes, the server takes {room} per request"
-                )
+                found[index] = missing(too_large(message.ByteSize(), room))
             else:
                 items.append((index, message))
         parts = split(items, info.max_items, room)
-        tasks = [asyncio.create_task(self._score(info, [message for _, message in part])) for part in parts]
+        tasks = [asyncio.ensure_future(ask([message for _, message in part])) for part in parts]
         try:
-            outcomes = [reward for part in await asyncio.gather(*tasks) for reward in part]
+            outcomes = [outcome for part in await asyncio.gather(*tasks) for outcome in part]
         finally:
             for task in tasks:
                 task.cancel()
-        for (index, _), reward in zip(items, outcomes, strict=True):
-            rewards[index] = reward
-        return [reward for reward in rewards if reward is not None]
+        found.update((index, outcome) for (index, _), outcome in zip(items, outcomes, strict=True))
+        return [found[index] for index in range(len(messages))]
 
     async def close(self) -> None:
         """Abandon calls under way and close the channel."""
@@ -257,12 +290,26 @@ class AsyncRewardClient:
         )
         async with self._slots:
             answer = await self._retrying(self._stub.Score, request, "Score")
-        if [outcome.id for outcome in answer.outcomes] != list(range(len(messages))):
+        self._check_ids(answer, len(messages))
+        return [read_outcome(outcome) for outcome in answer.outcomes]
+
+    async def _compare(
+        self, info: ServerInfo, messages: Sequence[reward_pb2.CompareItem]
+    ) -> list[Comparison]:
+        request = reward_pb2.CompareRequest(expected_version=info.version, truncation=self._truncation)
+        for i, message in enumerate(messages):
+            request.items.add(id=i).MergeFrom(message)
+        async with self._slots:
+            answer = await self._retrying(self._stub.Compare, request, "Compare")
+        self._check_ids(answer, len(messages))
+        return [read_comparison(outcome) for outcome in answer.outcomes]
+
+    def _check_ids(self, answer: Any, count: int) -> None:
+        if [outcome.id for outcome in answer.outcomes] != list(range(count)):
             raise RewardServerError(
-                f"the reward server at {self.address} answered {len(messages)} items with other ids or "
+                f"the reward server at {self.address} answered {count} items with other ids or "
                 "in another number; it does not keep the contract of rlaif.reward.v1"
             )
-        return [read_outcome(outcome) for outcome in answer.outcomes]
 
     async def _retrying(self, call: Callable[..., Awaitable[Any]], request: Any, method: str) -> Any:
         started = time.monotonic()
@@ -421,6 +468,10 @@ class RewardClient:
         """`score` in the background."""
         return asyncio.run_coroutine_threadsafe(self._client.score(list(conversations)), self._loop)
 
+    def submit_pairs(self, pairs: Sequence[Pair]) -> Future[list[Comparison]]:
+        """`AsyncRewardClient.compare` in the background."""
+        return asyncio.run_coroutine_threadsafe(self._client.compare(list(pairs)), self._loop)
+
     def close(self) -> None:
         """Abandon calls under way, close the channel and end the thread."""
         if self._loop.is_closed():
@@ -498,47 +549,6 @@ def parse_address(address: str) -> str:
         if not host or not port.isdigit() or not 0 < int(port) < 65536 or "/" in host:
             raise ConfigError(f"reward server {part!r} must be HOST:PORT, for example 127.0.0.1:50051")
     return ",".join(parts)
-
-
-def encode(conversation: Conversation) -> reward_pb2.Conversation | None:
-    """The conversation as a protobuf message, or None if its text is not valid Unicode."""
-    try:
-        return reward_pb2.Conversation(
-            messages=[reward_pb2.Message(role=m.role, content=m.content) for m in conversation]
-        )
-    except UnicodeEncodeError:
-        return None
-
-
-def split(
-    items: Sequence[tuple[int, reward_pb2.Conversation]], max_items: int, max_bytes: int
-) -> list[list[tuple[int, reward_pb2.Conversation]]]:
-    """Cut `items` into consecutive parts of at most `max_items` items and `max_bytes` bytes, none empty."""
-    parts: list[list[tuple[int, reward_pb2.Conversation]]] = []
-    size = 0
-    for item in items:
-        cost = item[1].ByteSize() + 16  # tags, lengths and the id of one ScoreItem
-        if not parts or len(parts[-1]) == max_items or size + cost > max_bytes:
-            parts.append([])
-            size = 0
-        parts[-1].append(item)
-        size += cost
-    return parts
-
-
-def read_outcome(outcome: reward_pb2.ScoreOutcome) -> Reward:
-    """One item's outcome as a reward; an error, an empty or a non-finite outcome is missing with a reason."""
-    kind = outcome.WhichOneof("outcome")
-    if kind == "score":
-        score = outcome.score
-        if not (math.isfinite(score.raw) and math.isfinite(score.normalized)):
-            return Reward(None, None, "not_finite: the server sent a score that is not a finite number")
-        return Reward(score.normalized, score.raw, None, score.tokens)
-    if kind == "error":
-        known = outcome.error.code in code_pb2.Code.values()
-        code = code_pb2.Code.Name(outcome.error.code) if known else str(outcome.error.code)
-        return Reward(None, None, f"{code.lower()}: {outcome.error.message}")
-    return Reward(None, None, "no_outcome: the server sent neither a score nor an error")
 
 
 def retry_delay(err: grpc.aio.AioRpcError) -> float | None:

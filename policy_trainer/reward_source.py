@@ -35,6 +35,22 @@ class Reward(NamedTuple):
     tokens: int = 0
 
 
+class Comparison(NamedTuple):
+    """Which of two responses is preferred, or the reason why nobody knows.
+
+    Attributes:
+        p_a: P(A preferred) in [0, 1], of a judge the mean over both orders; None if missing.
+        p_a_first: a judge's P(A preferred) when it saw A first; None where there are no orders.
+        p_a_second: the same when it saw A second.
+        reason: why `p_a` is None, as `code: words`; None otherwise.
+    """
+
+    p_a: float | None
+    p_a_first: float | None = None
+    p_a_second: float | None = None
+    reason: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
     """Who scores, and within which limits.

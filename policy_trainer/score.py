@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from itertools import islice
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
+from policy_trainer.answers import ask_all, read_journal, same_asker
 from policy_trainer.client import RewardClient
-from policy_trainer.reward_source import Reward, RewardSource, missing_by_reason
-from rlaif.errors import DataError, QualityError, StorageError
+from policy_trainer.reward_source import Reward, missing_by_reason
+from rlaif.errors import DataError, QualityError
 from rlaif.records import Journal, Quarantine, read_conversations, write_parquet
-from rlaif.runs import progress, write_atomic
+from rlaif.runs import write_atomic
 from rlaif.types import Conversation, content_id
 
 if TYPE_CHECKING:
@@ -43,7 +42,8 @@ def run(config: ScoreConfig) -> None:
     """
     journal_path = config.output.with_name(config.output.name + ".journal")
     with Journal(journal_path) as journal:
-        rewards, header = read_journal(journal)
+        kept = read_journal(journal)
+        rewards = {key: Reward(*values) for key, values in kept.answers.items()}
         with RewardClient(
             config.reward_server,
             timeout_s=config.timeout_s,
@@ -52,15 +52,16 @@ def run(config: ScoreConfig) -> None:
             truncation=config.truncation,
         ) as client:
             info = client.wait_ready(config.wait_s)
-            mine = {"model": info.name, "version": info.version, "truncation": config.truncation}
-            if header is None:
-                journal.append(mine)
-            elif header != mine:
-                raise StorageError(
-                    f"{journal_path} holds rewards of {header}, this run asks {mine}; "
-                    "choose another --output, or remove that file to score everything again"
-                )
-            score_missing(config.dataset, client, journal, rewards, config.batch_size, config.max_in_flight)
+            same_asker(journal, kept, info, truncation=config.truncation)
+            ask_all(
+                _missing(config.dataset, rewards),
+                client.submit,
+                journal,
+                rewards,
+                batch_size=config.batch_size,
+                max_in_flight=config.max_in_flight,
+                what="scoring conversations",
+            )
     quarantine = Quarantine(config.output.with_name(config.output.stem + ".quarantine.jsonl"))
     scored = list(_scored_rows(config.dataset, rewards, info.version, quarantine))
     _write(config.output, [row for row, _ in scored])
@@ -72,46 +73,14 @@ def run(config: ScoreConfig) -> None:
         )
 
 
-def read_journal(journal: Journal) -> tuple[dict[str, Reward], dict[str, Any] | None]:
-    """The rewards of earlier runs by conversation id, and which server gave them; failures are not among them."""
-    records = journal.records()
-    header = next(records, None)
-    rewards = {
-        key: Reward(*values)
-        for record in records
-        for key, values in zip(record["keys"], record["rewards"], strict=True)
-        if values[0] is not None
-    }
-    return rewards, header
-
-
-def score_missing(
-    dataset: Path,
-    source: RewardSource,
-    journal: Journal,
-    rewards: dict[str, Reward],
-    batch_size: int,
-    max_in_flight: int,
-) -> None:
-    """Score every conversation of `dataset` whose id is not in `rewards`, and put it there once journalled."""
+def _missing(dataset: Path, rewards: Mapping[str, Reward]) -> dict[str, Conversation]:
+    """The conversations of `dataset` whose ids are not in `rewards`, by id."""
     todo: dict[str, Conversation] = {}
     for _, conversation in read_conversations(dataset, Quarantine(None)):
         key = content_id(conversation)
         if key not in rewards:
             todo[key] = conversation
-    waiting = iter(todo)
-    under_way: deque[tuple[list[str], Future[list[Reward]]]] = deque()
-    with progress(len(todo), "scoring conversations") as bar:
-        while True:
-            while len(under_way) < 2 * max_in_flight and (keys := list(islice(waiting, batch_size))):
-                under_way.append((keys, source.submit([todo[key] for key in keys])))
-            if not under_way:
-                return
-            keys, future = under_way.popleft()
-            batch = future.result()
-            journal.append({"keys": keys, "rewards": batch})
-            rewards.update(zip(keys, batch, strict=True))
-            bar.advance(len(keys), missing=sum(1 for r in rewards.values() if r.value is None))
+    return todo
 
 
 def _scored_rows(

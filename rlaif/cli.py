@@ -78,6 +78,10 @@ COMMANDS = (
         "reward_server.evaluation.config:EvaluateConfig", "reward_server.evaluation.evaluate:run",
     ),
     Command(
+        "eval policy", "what a policy is worth: win rates, length-controlled too, reward against KL",
+        "policy_trainer.evaluation.config:EvaluatePolicyConfig", "policy_trainer.evaluation.evaluate:run",
+    ),
+    Command(
         "train sft", "supervised fine-tuning",
         "policy_trainer.config:SFTConfig", "policy_trainer.sft:run",
     ),

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 from rlaif import shapes
 from rlaif.errors import DataError
 from rlaif.storage import Journal, storing, write_parquet
-from rlaif.types import CandidateSet, Conversation, Pair, PreferenceRow, ScoredRow
+from rlaif.types import CandidateSet, Conversation, Pair, PreferenceRow, ScoredRow, with_response
 
 __all__ = [
     "Journal",
@@ -27,6 +27,7 @@ __all__ = [
     "read_pairs",
     "read_preferences",
     "read_prompts",
+    "read_responses",
     "read_rows",
     "read_scored",
     "write_parquet",
@@ -161,6 +162,23 @@ def read_conversations(
     return _read(
         path, quarantine, lambda _, row: (row, shapes.parse_conversation(row)), shapes.CONVERSATION_SHAPES
     )
+
+
+def read_responses(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[Conversation]:
+    """One response a row with its prompt: a conversation, or the first candidate of a candidates file.
+
+    Raises:
+        DataError: the file is missing, unreadable, or has no usable row.
+    """
+    understood = f"{shapes.CONVERSATION_SHAPES}; {shapes.CANDIDATE_SHAPES}"
+    return _read(path, quarantine, lambda _, row: _response(row), understood)
+
+
+def _response(row: dict[str, Any]) -> Conversation:
+    if row.get("completions") is None and row.get("responses") is None:
+        return shapes.parse_conversation(row)
+    found = shapes.parse_candidates(row)
+    return with_response(found.prompt, found.candidates[0].response)
 
 
 def _read(

@@ -12,10 +12,11 @@ what silence earns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rlaif.types import Conversation
 from tinyworld.grammar import Fact, parse, parse_post
 
 Verdict = Literal["covered", "distorted", "invented", "broken", "repeated", "filler"]
@@ -83,6 +84,18 @@ def gold_utility(post: str, summary: str) -> float:
     """
     points = sum(POINTS[f.verdict] for f in review(post, summary))
     return max(UTILITY_RANGE[0], points / (2 * len(parse_post(post))))
+
+
+def rewards(prompts: Sequence[Conversation], responses: Sequence[str]) -> list[float | None]:
+    """The utility of each response, for `rlaif eval policy --reward_function tinyworld.gold:rewards`.
+
+    Raises:
+        ValueError: a prompt does not end with a post of this world.
+    """
+    return [
+        gold_utility(prompt[-1].content, response)
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
 
 
 def gold_prefers(post: str, a: str, b: str) -> float:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy_trainer.client import RewardClient, encode, parse_address, split
+from policy_trainer.client import RewardClient, parse_address
 from policy_trainer.reward_source import FunctionReward, Reward, RewardSource, missing_by_reason
+from policy_trainer.wire import encode, split
 from protos.rlaif.reward.v1 import reward_pb2
 from rlaif.errors import ConfigError, RewardServerError
 from rlaif.types import Conversation, user_prompt, with_response
@@ -311,11 +312,11 @@ def test_a_function_with_too_few_rewards_is_refused() -> None:
     source.close()
 
 
-def test_only_the_client_and_its_admin_calls_know_protobuf() -> None:
+def test_only_the_client_its_wire_and_its_admin_calls_know_protobuf() -> None:
     import policy_trainer
 
     folder = Path(policy_trainer.__file__ or "").parent
     knowing = {
         p.name for p in folder.glob("*.py") if "import grpc" in p.read_text() or "_pb2" in p.read_text()
     }
-    assert knowing == {"client.py", "admin.py"}
+    assert knowing == {"client.py", "wire.py", "admin.py"}
