@@ -118,14 +118,17 @@ def _panel(axis: Axes, policies: Sequence[Found], index: int, rater: Found, base
             lines.setdefault(policy["run"] or policy["name"], []).append(
                 {"kl": policy["kl"], "y": found[what], "step": policy["step"]}
             )
+    names = list(dict.fromkeys(policy["run"] or policy["name"] for policy in policies))
     for name, points in lines.items():
         x, y = [p["kl"]["value"] for p in points], [p["y"]["value"] for p in points]
         below = [p["y"]["value"] - p["y"]["low"] for p in points]
         above = [p["y"]["high"] - p["y"]["value"] for p in points]
-        axis.errorbar(x, y, yerr=[below, above], marker="o", capsize=2, label=name)
+        colour = f"C{names.index(name)}"
+        axis.errorbar(x, y, yerr=[below, above], marker="o", capsize=2, color=colour, label=name)
         for point in points:
             if point["step"] is not None:
-                axis.annotate(str(point["step"]), (point["kl"]["value"], point["y"]["value"]), fontsize=7)
+                at = point["kl"]["value"], point["y"]["value"]
+                axis.annotate(str(point["step"]), at, (4, 4), textcoords="offset points", fontsize=7)
     axis.set_xlabel("KL to the reference, nats per response")
     axis.set_ylabel(f"win rate over {baseline}" if rater["compares"] else f"score by {rater['name']}")
     axis.legend(fontsize=7)

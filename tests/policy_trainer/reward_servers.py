@@ -76,8 +76,12 @@ class NumberServer(reward_pb2_grpc.RewardServiceServicer):
     center: float = 1.0
     scale: float = 2.0
     score: Callable[[str], float] = spelled_number
+    preference: Callable[[float], float] = lambda difference: (
+        0.5 + 0.25 * ((difference > 0) - (difference < 0))
+    )
     moods: list[Callable[[grpc.ServicerContext], None]] = field(default_factory=list)
     calls: list[reward_pb2.ScoreRequest] = field(default_factory=list)
+    compared: list[reward_pb2.CompareRequest] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def GetInfo(
@@ -106,6 +110,31 @@ class NumberServer(reward_pb2_grpc.RewardServiceServicer):
             outcomes=[self._outcome(item) for item in request.items],
             model=reward_pb2.ModelVersion(name="numbers", version=self.version),
         )
+
+    def Compare(
+        self, request: reward_pb2.CompareRequest, context: grpc.ServicerContext
+    ) -> reward_pb2.CompareResponse:
+        """Prefers the greater number; like a judge with a taste for what it sees first."""
+        with self.lock:
+            self.compared.append(request)
+        if request.expected_version != self.version:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"serving version {self.version}")
+        if len(request.items) > self.max_items:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "over the limits of GetInfo")
+        return reward_pb2.CompareResponse(
+            outcomes=[self._comparison(item) for item in request.items],
+            model=reward_pb2.ModelVersion(name="numbers", version=self.version),
+        )
+
+    def _comparison(self, item: reward_pb2.CompareItem) -> reward_pb2.CompareOutcome:
+        try:
+            a, b = self.score(item.response_a), self.score(item.response_b)
+        except ValueError:
+            error = status_pb2.Status(code=code_pb2.OUT_OF_RANGE, message="no number")
+            return reward_pb2.CompareOutcome(id=item.id, error=error)
+        p = self.preference(a - b)
+        found = reward_pb2.Comparison(p_a=p, p_a_first=p + 0.2, p_a_second=p - 0.2)
+        return reward_pb2.CompareOutcome(id=item.id, comparison=found)
 
     def _outcome(self, item: reward_pb2.ScoreItem) -> reward_pb2.ScoreOutcome:
         text = item.conversation.messages[-1].content

@@ -14,7 +14,7 @@ from policy_trainer.reward_source import FunctionReward, Reward, RewardSource, m
 from policy_trainer.wire import encode, split
 from protos.rlaif.reward.v1 import reward_pb2
 from rlaif.errors import ConfigError, RewardServerError
-from rlaif.types import Conversation, user_prompt, with_response
+from rlaif.types import Conversation, Pair, user_prompt, with_response
 from tests.policy_trainer.reward_servers import (
     NumberServer,
     conversation,
@@ -320,3 +320,41 @@ def test_only_the_client_its_wire_and_its_admin_calls_know_protobuf() -> None:
         p.name for p in folder.glob("*.py") if "import grpc" in p.read_text() or "_pb2" in p.read_text()
     }
     assert knowing == {"client.py", "wire.py", "admin.py"}
+
+
+# ---- comparisons ----
+
+
+def pair(a: str, b: str) -> Pair:
+    return Pair(user_prompt("which number is greater"), a, b)
+
+
+def test_comparisons_come_back_in_order_however_they_are_split(
+    client: RewardClient, numbers: NumberServer
+) -> None:
+    found = client.submit_pairs([pair(str(i % 3), "1") for i in range(10)]).result()
+    assert [c.p_a for c in found] == [(0.25, 0.5, 0.75)[i % 3] for i in range(10)]
+    assert found[2].p_a_first == pytest.approx(0.95) and found[2].p_a_second == pytest.approx(0.55)
+    assert [len(call.items) for call in numbers.compared] == [4, 4, 2]
+
+
+def test_a_pair_that_cannot_be_compared_is_missing_and_its_siblings_are_not(client: RewardClient) -> None:
+    found = client.submit_pairs([pair("1", "many"), pair("2", "\ud800"), pair("2", "1")]).result()
+    assert [c.p_a for c in found] == [None, None, 0.75]
+    assert [(c.reason or "").partition(":")[0] for c in found] == ["out_of_range", "invalid_text", ""]
+
+
+@pytest.mark.parametrize("sent", [1.5, -0.1, float("nan")])
+def test_a_preference_that_is_no_probability_is_missing(
+    client: RewardClient, numbers: NumberServer, sent: float
+) -> None:
+    numbers.preference = lambda difference: sent
+    (found,) = client.submit_pairs([pair("2", "1")]).result()
+    assert found.p_a is None and found.reason is not None
+
+
+def test_comparisons_are_pinned_to_one_version(client: RewardClient, numbers: NumberServer) -> None:
+    client.info()
+    numbers.version = "v2"
+    with pytest.raises(RewardServerError, match="another model"):
+        client.submit_pairs([pair("2", "1")]).result()
