@@ -85,6 +85,20 @@ class OnlineConfig(TrainingConfig):
     """Prompts per step."""
     generation_batch_size: int = 128
     """Most sequences decoded at once."""
+    use_vllm: bool = False
+    """Sample with vLLM; by default transformers samples with the very model that is trained."""
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    """An engine that this run starts beside the trainer, or a `vllm serve` that runs already."""
+    vllm_server_base_url: str = "http://127.0.0.1:8000"
+    """The server's URL (server). It needs VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs."""
+    vllm_server_timeout: float = 240.0
+    """How long the server may take to come up, and to answer one request, in seconds (server)."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """Share of the GPU's memory for vLLM's weights and cache (colocate)."""
+    vllm_enable_sleep_mode: bool = False
+    """Give the GPU's memory back while the trainer learns (colocate)."""
+    vllm_sync_dir: Path | None = None
+    """Where weights are put for vLLM, which reads them under the same path. By default the run directory."""
     missing_eos_penalty: float = 0.0
     """Subtracted from the normalised score of a response that was cut off before its EOS."""
     max_missing_rewards: float = 0.5
@@ -103,6 +117,11 @@ class OnlineConfig(TrainingConfig):
             "reward_server",
             "reward_timeout_s",
             "reward_give_up_after_s",
+            "vllm_server_base_url",
+            "vllm_server_timeout",
+            "vllm_gpu_memory_utilization",
+            "vllm_enable_sleep_mode",
+            "vllm_sync_dir",
             "max_missing_rewards",
             "self_check",
             "samples_per_step",
@@ -134,6 +153,13 @@ class OnlineConfig(TrainingConfig):
         require(self.missing_eos_penalty >= 0, "missing_eos_penalty", self.missing_eos_penalty, "at least 0")
         require(
             0 <= self.max_missing_rewards < 1, "max_missing_rewards", self.max_missing_rewards, "in [0, 1)"
+        )
+        require(self.vllm_server_timeout > 0, "vllm_server_timeout", self.vllm_server_timeout, "positive")
+        require(
+            0 < self.vllm_gpu_memory_utilization <= 1,
+            "vllm_gpu_memory_utilization",
+            self.vllm_gpu_memory_utilization,
+            "above 0 and at most 1",
         )
 
     @property

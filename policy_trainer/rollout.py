@@ -25,16 +25,27 @@ class Sampled(NamedTuple):
         response_ids: sampled token ids, the EOS included when there is one; at least one token.
         logprobs: log-probability of each at the sampling temperature, as the engine computed it.
         finished: whether it ended with an EOS; False when `max_new_tokens` cut it off.
+        policy_version: which policy sampled it, as `RolloutEngine.sync` was told.
     """
 
     prompt_index: int
     response_ids: list[int]
     logprobs: list[float]
     finished: bool
+    policy_version: int = 0
 
 
 class RolloutEngine(Protocol):
-    """Whatever samples from the current policy's full distribution (no top-k, no top-p, no penalties)."""
+    """Whatever samples from a policy's full distribution (no top-k, no top-p, no penalties)."""
+
+    def sync(self, policy: PreTrainedModel, version: int) -> None:
+        """Sample from `policy`, as it is now; to be called before every `generate`, since an engine may forget.
+
+        Args:
+            policy: in eval mode. An engine may sample with this very module, so it must not change meanwhile.
+            version: names these weights, and must be another for others; how many steps have changed them will do.
+        """
+        ...
 
     def generate(
         self,
@@ -46,6 +57,10 @@ class RolloutEngine(Protocol):
         seed: int,
     ) -> list[Sampled]:
         """Sample responses for each prompt, ordered by prompt; equal seeds give equal responses."""
+        ...
+
+    def close(self) -> None:
+        """Release what the engine holds; it is not used afterwards."""
         ...
 
 
@@ -60,7 +75,7 @@ class HFRollout:
     """
 
     def __init__(self, model: PreTrainedModel, eos_ids: Sequence[int], *, batch_size: int = 128) -> None:
-        """Wrap a model that is in eval mode; its weights of the moment are sampled.
+        """Wrap a model that is in eval mode; its weights of the moment are sampled, until `sync` names another.
 
         Args:
             model: a causal language model.
@@ -70,6 +85,14 @@ class HFRollout:
         self._model = model
         self._eos = torch.tensor(sorted(eos_ids), device=model.device)
         self._batch_size = batch_size
+        self._version = 0
+
+    def sync(self, policy: PreTrainedModel, version: int) -> None:
+        """See `RolloutEngine.sync`."""
+        self._model, self._version = policy, version
+
+    def close(self) -> None:
+        """See `RolloutEngine.close`."""
 
     @torch.no_grad()
     def generate(
@@ -97,7 +120,8 @@ class HFRollout:
             prompts = [prompt_ids[i] for i in batch]
             rows = self._decode(prompts, num_return_sequences, max_new_tokens, temperature, generator)
             for k, (ids, logprobs, finished) in enumerate(rows):
-                sampled.append(Sampled(batch[k // num_return_sequences], ids, logprobs, finished))
+                index = batch[k // num_return_sequences]
+                sampled.append(Sampled(index, ids, logprobs, finished, self._version))
         # A stable sort: samples of one prompt keep their order.
         return sorted(sampled, key=lambda s: s.prompt_index)
 

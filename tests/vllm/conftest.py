@@ -56,13 +56,13 @@ def served(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @contextmanager
-def serving(model_dir: Path, log: Path) -> Iterator[str]:
+def serving(model_dir: Path, log: Path, *options: str, **environment: str) -> Iterator[str]:
     """The URL of a server for the model, which it calls `tiny-llama`, while it runs."""
     port = _free_port()
     with log.open("w") as output:
         server = subprocess.Popen(
-            [EXAMPLES / "serve_tiny_vllm.sh", model_dir, str(port)],
-            env={**os.environ, "PYTHON": sys.executable},
+            [EXAMPLES / "serve_tiny_vllm.sh", model_dir, str(port), *options],
+            env={**os.environ, "PYTHON": sys.executable, **environment},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
