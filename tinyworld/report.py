@@ -29,18 +29,20 @@ def render_report(results: Results) -> str:
         trim_blocks=True,
     )
     figures = {
-        "gold": _figure(lambda ax: _gold_curves(ax, results)),
-        "reward": _figure(lambda ax: _training_curves(ax, results, "reward", "reward (normalised)")),
-        "kl": _figure(lambda ax: _training_curves(ax, results, "kl", "KL to the start (nats per response)")),
-        "wins": _figure(lambda ax: _win_rates(ax, results)),
-        "calibration": _figure(lambda ax: _calibration(ax, results)),
-        "agreement": _figure(lambda ax: _agreement(ax, results)),
+        "gold": draw_figure(lambda ax: _gold_curves(ax, results)),
+        "reward": draw_figure(lambda ax: _training_curves(ax, results, "reward", "reward (normalised)")),
+        "kl": draw_figure(
+            lambda ax: _training_curves(ax, results, "kl", "KL to the start (nats per response)")
+        ),
+        "wins": draw_figure(lambda ax: _win_rates(ax, results)),
+        "calibration": draw_figure(lambda ax: _calibration(ax, results)),
+        "agreement": draw_figure(lambda ax: _agreement(ax, results)),
     }
     return environment.get_template("report.html.jinja").render(results=results, figures=figures)
 
 
-def _figure(draw: Callable[[Axes], None]) -> Markup:
-    """Draw on fresh axes and return the picture as an inline SVG element."""
+def draw_figure(*panels: Callable[[Axes], None]) -> Markup:
+    """Draw each panel on fresh axes, side by side; an SVG element, fit for a page or a file of its own."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -53,8 +55,10 @@ def _figure(draw: Callable[[Axes], None]) -> Markup:
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
     }  # fmt: skip
     with plt.rc_context(settings):
-        figure, axes = plt.subplots(figsize=(5.4, 3.3), layout="constrained")
-        draw(axes)
+        n = len(panels)
+        figure, axes = plt.subplots(1, n, figsize=(5.4 * n, 3.3), layout="constrained", squeeze=False)
+        for draw, ax in zip(panels, axes[0], strict=True):
+            draw(ax)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)

@@ -180,14 +180,10 @@ def collect_results(out: Path, policies: Mapping[str, str]) -> Results:
         DataError: a stage's file is missing or unreadable.
     """
     settings = json.loads((out / "demo.json").read_text(encoding="utf-8"))
-    responses = {name: _responses(out / "eval" / name) for name in ("start", *policies)}
-    posts = list(responses["start"])
-    gold = {
-        name: np.array([gold_utility(post, by[post]) for post in posts]) for name, by in responses.items()
-    }
-    words = {
-        name: float(np.mean([len(by[post].split()) for post in posts])) for name, by in responses.items()
-    }
+    written = {name: responses(out / "eval" / name) for name in ("start", *policies)}
+    posts = list(written["start"])
+    gold = {name: np.array([gold_utility(post, by[post]) for post in posts]) for name, by in written.items()}
+    words = {name: float(np.mean([len(by[post].split()) for post in posts])) for name, by in written.items()}
     titles = {"start": "start", **policies}
 
     def result(name: str) -> PolicyResult:
@@ -196,19 +192,19 @@ def collect_results(out: Path, policies: Mapping[str, str]) -> Results:
             name=name,
             title=titles[name],
             mean_gold=float(gold[name].mean()),
-            gold=_estimate(gold[name]),
+            gold=estimate(gold[name]),
             mean_words=words[name],
-            win_rate=None if wins is None else _estimate(wins),
+            win_rate=None if wins is None else estimate(wins),
             ties=0.0 if wins is None else float(np.mean(wins == 0.5)),
-            gold_curve=Curve([], []) if name == "start" else _gold_curve(out / name),
-            curves={} if name == "start" else _training_curves(out / name),
+            gold_curve=Curve([], []) if name == "start" else gold_curve(out / name),
+            curves={} if name == "start" else training_curves(out / name),
         )
 
     rows = pq.read_table(out / "labels" / "preferences.parquet").to_pylist()
     return Results(
         seed=settings["seed"],
         date=date.today().isoformat(),
-        machine=f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}",
+        machine=machine(),
         num_eval_prompts=len(posts),
         start=result("start"),
         policies=[result(name) for name in policies],
@@ -224,7 +220,7 @@ def collect_results(out: Path, policies: Mapping[str, str]) -> Results:
                 p,
                 [
                     SampleResponse(titles[n], _parts(p, by[p]), gold_utility(p, by[p]))
-                    for n, by in responses.items()
+                    for n, by in written.items()
                 ],
             )
             for p in posts[:SAMPLES_SHOWN]
@@ -234,20 +230,31 @@ def collect_results(out: Path, policies: Mapping[str, str]) -> Results:
     )
 
 
-def _estimate(
+def machine() -> str:
+    """Where this runs, for a report."""
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}"
+
+
+def estimate(
     values: np.ndarray[Any, np.dtype[np.float64]], statistic: Callable[..., float] | None = None
 ) -> Estimate:
+    """A statistic of rows with its 95 % bootstrap interval; the mean unless given."""
     pick = statistic or (lambda v: float(np.mean(v)))
     low, high = bootstrap_interval(values, pick, seed=0)
     return Estimate(float(pick(values)), float(low), float(high))
 
 
-def _responses(folder: Path) -> dict[str, str]:
+def responses(folder: Path) -> dict[str, str]:
+    """The first response to each post in a folder that `rlaif sample` wrote.
+
+    Raises:
+        DataError: it is missing or unreadable.
+    """
     sets = read_candidates(folder, Quarantine(None))
     return {s.prompt[-1].content: s.candidates[0].response for s in sets}
 
 
-def _gold_curve(run: Path) -> Curve:
+def gold_curve(run: Path) -> Curve:
     """Mean gold utility of the training samples that the run wrote down, by step."""
     steps, values = [], []
     for path in sorted((run / "samples").glob("step-*.jsonl")):
@@ -261,14 +268,16 @@ def _post(prompt: str | Sequence[Mapping[str, str]]) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def _training_curves(run: Path) -> dict[str, Curve]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def training_curves(run: Path) -> dict[str, Curve]:
+    """The metrics that the report draws."""
+    return {"reward": metric_curve(run, "objective/scores"), "kl": metric_curve(run, "objective/kl")}
 
-    def curve(key: str) -> Curve:
-        rows = [r for r in lines if r.get(key) is not None]
-        return Curve([r["step"] for r in rows], [r[key] for r in rows])
 
-    return {"reward": curve("objective/scores"), "kl": curve("objective/kl")}
+def metric_curve(run: Path, key: str) -> Curve:
+    """A metric by step, without the steps at which it could not be had."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row.get(key) is not None]
+    return Curve([r["step"] for r in rows], [r[key] for r in rows])
 
 
 def label_result(title: str, rows: Sequence[Mapping[str, Any]]) -> LabelResult:
@@ -291,9 +300,9 @@ def label_result(title: str, rows: Sequence[Mapping[str, Any]]) -> LabelResult:
     return LabelResult(
         title=title,
         pairs=len(table),
-        agreement=_estimate(agreements(averaged, truth)),
-        kappa=_estimate(table, lambda t: cohen_kappa(t[:, 1], t[:, 0])),
-        one_order=_estimate((agreements(first, truth) + agreements(second, truth)) / 2),
+        agreement=estimate(agreements(averaged, truth)),
+        kappa=estimate(table, lambda t: cohen_kappa(t[:, 1], t[:, 0])),
+        one_order=estimate((agreements(first, truth) + agreements(second, truth)) / 2),
         same_position=float(np.mean(same_position(first, 1 - second))),
         same_position_averaged=float(np.mean(same_position(averaged, 1 - averaged))),
         label_mass=float(np.mean([(r["label_mass_ab"] + r["label_mass_ba"]) / 2 for r in asked])),

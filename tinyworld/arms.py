@@ -1,0 +1,110 @@
+"""The studies as data: which policies are trained, how, and what they are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WRONG_LABELS = 0.25
+"""Share of labels that the noisy labeler turns; see `noise`."""
+
+NOISY = "noisy.jsonl"
+"""Its labels, in a seed's folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A policy to be trained.
+
+    Attributes:
+        name: of its run directory, the same in every study that it is part of.
+        title: what the report calls it.
+        command: how it is trained: `ppo`, `dpo`, ...
+        settings: name of its settings under `configs/study`.
+        reward: what rewards it: `judge`, or one of `REWARD_MODELS`.
+        options: flags beside its settings.
+    """
+
+    name: str
+    title: str
+    command: str
+    settings: str
+    reward: str = "rm"
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """Arms to compare.
+
+    Attributes:
+        name: for the command line and for pictures.
+        title: a heading.
+        arms: the first one is what the others are held against.
+        curves: whether the report draws how they learned.
+    """
+
+    name: str
+    title: str
+    arms: tuple[Arm, ...]
+    curves: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModel:
+    """A reward model to be trained.
+
+    Attributes:
+        title: what it learned from, for the report.
+        labels: its dataset, in a seed's folder.
+        loss_type: its loss.
+    """
+
+    title: str
+    labels: str
+    loss_type: str = "soft_cross_entropy"
+
+
+REWARD_MODELS = {
+    "rm": RewardModel("the judge's soft labels", "labels"),
+    "rm-soft": RewardModel("noisy soft labels", NOISY),
+    "rm-hard": RewardModel("the same, hard", NOISY, "bradley_terry"),
+}
+
+RLOO = Arm("rloo", "RLOO", "ppo", "rloo")
+METHODS = (
+    Arm("ppo", "PPO", "ppo", "ppo"),
+    RLOO,
+    Arm("grpo", "GRPO", "ppo", "grpo"),
+    Arm("online-dpo", "online DPO", "dpo", "online-dpo"),
+    Arm("iterative-dpo", "iterative DPO", "dpo", "iterative-dpo"),
+)
+STUDIES = (
+    Study(
+        "methods",
+        "Methods, against the same reward model, with equal numbers of responses",
+        METHODS,
+        curves=True,
+    ),
+    Study(
+        "direct",
+        "Direct against distilled reward",
+        (Arm("rloo-direct", "direct: the judge's own scores", "ppo", "rloo", "judge"), RLOO),
+    ),
+    Study(
+        "soft",
+        f"Soft against hard labels of a labeler that errs on {WRONG_LABELS:.0%}",
+        (
+            Arm("rloo-soft", "soft labels", "ppo", "rloo", "rm-soft"),
+            Arm("rloo-hard", "hard labels", "ppo", "rloo", "rm-hard"),
+        ),
+    ),
+    Study(
+        "overoptimisation",
+        "Over-optimisation, without and with the KL term",
+        (
+            Arm("no-kl", "without KL term", "ppo", "long", options=("--kl_coef", "0")),
+            Arm("with-kl", "with KL term", "ppo", "long"),
+        ),
+        curves=True,
+    ),
+)
