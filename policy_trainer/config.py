@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -311,7 +312,71 @@ class SFTConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(OnlineConfig):
+class RoundConfig(OnlineConfig):
+    """What the commands have in common that sample a round, store it, and learn from it in several updates."""
+
+    max_steps: int = 20
+    """Rounds. One step is one round: rollout_batch_size prompts sampled, scored and learned from."""
+    num_train_epochs: int = 1
+    """Passes over each round's data."""
+    per_device_train_batch_size: int = 32
+    """Pairs or responses in one optimiser step."""
+    adam_epsilon: float = 1e-8
+    """Epsilon of AdamW."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        super().__post_init__()
+        require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "at least 1")
+        size = self.per_device_train_batch_size
+        require(size > 0, "per_device_train_batch_size", size, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfNConfig(RoundConfig):
+    """Fine-tune a policy on the best of its own responses: rejection sampling (Llama 2), RAFT, ReST."""
+
+    num_generations: int = 8
+    """Responses sampled per prompt: the n of best of n."""
+    keep_best: int | None = 1
+    """How many responses of a prompt may be learned from, the best ones; None leaves it to reward_thresholds."""
+    reward_thresholds: tuple[float, ...] = ()
+    """Rising normalised rewards (ReST): one pass over the round for each, over the responses above it."""
+    kl_coef: float = 0.0
+    """Times a response's log-ratio to the reference, subtracted from its reward before it is compared (RAFT)."""
+    num_train_epochs: int = 1
+    """Passes over what was kept of a round; with reward_thresholds, for each of them."""
+    per_device_train_batch_size: int = 32
+    """Responses in one optimiser step."""
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        super().__post_init__()
+        n = self.num_generations
+        require(n > 1, "num_generations", n, "at least 2, for one to be the best")
+        require(self.kl_coef >= 0, "kl_coef", self.kl_coef, "at least 0")
+        if self.keep_best is not None:
+            require(self.keep_best > 0, "keep_best", self.keep_best, "at least 1, or None")
+        rising = all(a < b for a, b in pairwise(self.reward_thresholds))
+        require(rising, "reward_thresholds", self.reward_thresholds, "rising")
+        if not self.reward_thresholds and (self.keep_best is None or self.keep_best >= n):
+            raise ConfigError(
+                "without --reward_thresholds, --keep_best must be below --num_generations: nothing would be rejected"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(RoundConfig):
     """Improve a policy by iterative DPO: sample, score, pair, train; online DPO is one update per round."""
 
     max_steps: int = 20
@@ -324,8 +389,6 @@ class DPOConfig(OnlineConfig):
     """Pairs in one optimiser step. With as many as a round makes, every round is one online update."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
-    adam_epsilon: float = 1e-8
-    """Epsilon of AdamW."""
     beta: float = 0.1
     """Pull towards the reference: the implicit reward is beta times the log-ratio to it."""
     loss_type: Literal["sigmoid", "robust", "ipo", "hinge", "kto"] = "sigmoid"
@@ -362,9 +425,6 @@ class DPOConfig(OnlineConfig):
         require(
             self.num_generations > 1, "num_generations", self.num_generations, "at least 2, to make a pair"
         )
-        require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "at least 1")
-        size = self.per_device_train_batch_size
-        require(size > 0, "per_device_train_batch_size", size, "at least 1")
         require(self.beta > 0, "beta", self.beta, "positive")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "in [0, 0.5)")
         require(self.desirable_weight > 0, "desirable_weight", self.desirable_weight, "positive")

@@ -11,7 +11,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,28 +21,19 @@ from policy_trainer import optim
 from policy_trainer.batching import collate, length_buckets
 from policy_trainer.config import DPOConfig
 from policy_trainer.logprobs import token_logprobs
-from policy_trainer.online import (
-    OnlineTrainer,
-    Prompts,
-    Purpose,
-    check_missing,
-    served_reward,
-    session,
-)
+from policy_trainer.online import Prompts, Purpose, served_reward, session
 from policy_trainer.pairs import PairSet, build_pairs
 from policy_trainer.preference_losses import LossType, PreferenceObjective, preference_loss
 from policy_trainer.reward_source import RewardSource
 from policy_trainer.rounds import (
     Round,
+    RoundTrainer,
     collect_round,
-    forget_rounds,
     mismatched_prompt,
+    round_metrics,
     sequence_logprobs,
-    store_round,
-    stored_round,
+    transcripts,
 )
-from rlaif.errors import QualityError, RewardServerError
-from rlaif.types import to_dicts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,16 +67,7 @@ def train(config: DPOConfig, source: RewardSource) -> None:
 
             # 1. Sample, score, and read with the reference while the server scores; or take up the round that
             #    was under way when the run was interrupted.
-            round_ = stored_round(config.output_dir, trainer.step, source.info().version)
-            if round_ is None:
-                try:
-                    round_ = trainer.collect()
-                    scored = [i for i, r in enumerate(round_.rewards) if r.value is not None]
-                    check_missing(round_.rewards, scored, config.max_missing_rewards, trainer.step + 1)
-                except (RewardServerError, QualityError):
-                    trainer.save()
-                    raise
-                store_round(config.output_dir, round_)
+            round_ = trainer.take_round()
 
             # 2. Pairs with their soft labels. Ties and missing rewards make none.
             pairs = trainer.pair(round_)
@@ -93,7 +75,8 @@ def train(config: DPOConfig, source: RewardSource) -> None:
             updating = time.perf_counter()
 
             # 3. Epochs over the pairs, in minibatches; one optimiser step each.
-            for update, rows in enumerate(trainer.minibatches(len(examples))):
+            epochs = [range(len(examples))] * config.num_train_epochs
+            for update, rows in enumerate(trainer.minibatches(epochs)):
                 if update < trainer.updates:  # learned before the interruption
                     continue
                 trainer.update([examples[i] for i in rows])
@@ -167,17 +150,15 @@ class PairSums(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Trainer(OnlineTrainer):
-    """The policy, how far the round under way has been learned from, and the operations of the loop.
+class Trainer(RoundTrainer):
+    """The policy, what the round under way has taught it, and the operations of the loop.
 
     Attributes:
-        updates: optimiser steps taken in the round under way.
-        sums: what they amounted to.
+        sums: what the updates of the round under way amounted to.
         average: the moving average of the policies with `--reference ema`, otherwise None.
     """
 
     config: DPOConfig
-    updates: int = 0
     sums: PairSums = field(default_factory=PairSums)
     average: PreTrainedModel | None = field(init=False, default=None)
 
@@ -214,18 +195,6 @@ class Trainer(OnlineTrainer):
             seed=optim.step_seed(config.seed, Purpose.PAIRING, self.step),
         )
 
-    def minibatches(self, pairs: int) -> list[list[int]]:
-        """Which pairs each of this round's optimiser steps takes.
-
-        Every epoch has an order of its own; its last minibatch may be smaller.
-        """
-        size = self.config.per_device_train_batch_size
-        orders = [
-            optim.permutation(pairs, optim.step_seed(self.config.seed, Purpose.SHUFFLING, self.step, epoch))
-            for epoch in range(self.config.num_train_epochs)
-        ]
-        return [order[i : i + size] for order in orders for i in range(0, pairs, size)]
-
     def update(self, examples: Sequence[PairExample]) -> None:
         """One optimiser step.
 
@@ -256,12 +225,8 @@ class Trainer(OnlineTrainer):
         """The round is done."""
         if self.average is not None:
             move_average(self.average, self.policy, self.config.ema_decay)
-        self.step, self.updates, self.sums = self.step + 1, 0, PairSums()
-
-    @property
-    def untrained(self) -> bool:
-        """Whether no update has been made yet."""
-        return self.step == 0 and self.updates == 0
+        super().next_step()
+        self.sums = PairSums()
 
     def state(self) -> dict[str, Any]:
         """See `OnlineTrainer.state`."""
@@ -271,19 +236,14 @@ class Trainer(OnlineTrainer):
 
     def info(self) -> dict[str, Any]:
         """See `OnlineTrainer.info`."""
-        return {**super().info(), "updates": self.updates, "sums": list(self.sums)}
+        return {**super().info(), "sums": list(self.sums)}
 
     def restore(self, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
         """See `OnlineTrainer.restore`."""
         super().restore(state, info)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.updates, self.sums = info["updates"], PairSums(*info["sums"])
-
-    def save(self) -> None:
-        """Write a checkpoint of the completed rounds and of the one under way."""
-        super().save()
-        forget_rounds(self.config.output_dir, self.step)
+        self.sums = PairSums(*info["sums"])
 
 
 def pair_examples(round_: Round, pairs: PairSet, prompts: Prompts, num_generations: int) -> list[PairExample]:
@@ -406,23 +366,6 @@ def _total(values: Tensor) -> float:
     return float(values.detach().double().sum())
 
 
-def round_metrics(round_: Round) -> dict[str, float | None]:
-    """What the policy of a round's start did, over the samples that have a reward; KL and lengths over all."""
-    values = [r.value for r in round_.rewards if r.value is not None]
-    raws = [r.raw for r in round_.rewards if r.raw is not None]
-    n = len(round_.samples)
-    return {
-        "objective/kl": fmean(s.kl for s in round_.samples),
-        "objective/entropy": fmean(-s.logprob for s in round_.samples),
-        "objective/scores": fmean(values) if values else None,
-        "objective/scores_std": pstdev(values) if values else None,
-        "objective/scores_raw": fmean(raws) if raws else None,
-        "reward/missing": float(n - len(values)),
-        "response/length": fmean(len(s.response_ids) for s in round_.samples),
-        "val/num_eos_tokens": float(sum(s.finished for s in round_.samples)),
-    }
-
-
 def pair_metrics(pair_set: PairSet, sums: PairSums, loss_type: LossType) -> dict[str, float | None]:
     """What was learned from, and how: means over the pairs of all optimiser steps; None where there was no pair."""
 
@@ -448,18 +391,3 @@ def pair_metrics(pair_set: PairSet, sums: PairSums, loss_type: LossType) -> dict
             for reason in ("tie", "identical", "too_few_rewards")
         },
     }
-
-
-def transcripts(round_: Round, prompts: Prompts) -> list[dict[str, Any]]:
-    """Rows for `samples/`: what was asked, what was answered, what it earned."""
-    return [
-        {
-            "prompt": to_dicts(prompts.conversations[s.prompt]),
-            "response": s.response,
-            "reward": s.reward.value,
-            "raw": s.reward.raw,
-            "kl": s.kl,
-            "finished": s.finished,
-        }
-        for s in round_.samples
-    ]

@@ -1,4 +1,4 @@
-"""A round of iterative DPO as data: responses of one policy, their rewards, and what the reference thinks of them.
+"""Rounds: responses of one policy, their rewards, and what the reference thinks of them; and learning from them.
 
 A round is written to the run directory before it is learned from, so that neither the sampling nor the reward
 calls are paid for twice when a run is killed, and a resumed run learns from the very numbers of the first
@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from policy_trainer import optim
 from policy_trainer.batching import collate, length_buckets
+from policy_trainer.config import RoundConfig
 from policy_trainer.logprobs import token_logprobs
-from policy_trainer.online import OnlineTrainer, Prompts
+from policy_trainer.online import OnlineTrainer, Prompts, Purpose, check_missing
 from policy_trainer.reward_source import Reward
 from policy_trainer.rollout import decode_response
-from rlaif.errors import DataError, StorageError
+from rlaif.errors import DataError, QualityError, RewardServerError, StorageError
 from rlaif.runs import write_atomic
-from rlaif.types import with_response
+from rlaif.types import to_dicts, with_response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,6 +85,81 @@ class Round:
     def groups(self, size: int) -> list[list[RoundSample]]:
         """The samples of each prompt together."""
         return [self.samples[i : i + size] for i in range(0, len(self.samples), size)]
+
+
+@dataclass(kw_only=True)
+class RoundTrainer(OnlineTrainer):
+    """A trainer that learns from stored rounds, each in several updates, and may be interrupted between any two.
+
+    Attributes:
+        updates: optimiser steps taken in the round under way.
+    """
+
+    config: RoundConfig
+    updates: int = 0
+
+    def collect(self) -> Round:
+        """Sample and score this step's round.
+
+        Raises:
+            RewardServerError: the server cannot be reached or used.
+        """
+        return collect_round(self, log_ratios_to=self.reference)
+
+    def take_round(self) -> Round:
+        """This step's round: the one that an interrupted attempt has stored, or else a fresh one, which is stored.
+
+        Raises:
+            QualityError: too many rewards are missing; a checkpoint has been written.
+            RewardServerError: the server cannot be reached or used; a checkpoint has been written.
+        """
+        round_ = stored_round(self.config.output_dir, self.step, self.source.info().version)
+        if round_ is None:
+            try:
+                round_ = self.collect()
+                scored = [i for i, r in enumerate(round_.rewards) if r.value is not None]
+                check_missing(round_.rewards, scored, self.config.max_missing_rewards, self.step + 1)
+            except (RewardServerError, QualityError):
+                self.save()
+                raise
+            store_round(self.config.output_dir, round_)
+        return round_
+
+    def minibatches(self, epochs: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Which items each of this round's optimiser steps takes.
+
+        Args:
+            epochs: the items of each pass. Every pass has an order of its own; its last minibatch may be smaller.
+        """
+        size, batches = self.config.per_device_train_batch_size, []
+        for epoch, items in enumerate(epochs):
+            seed = optim.step_seed(self.config.seed, Purpose.SHUFFLING, self.step, epoch)
+            order = [items[i] for i in optim.permutation(len(items), seed)]
+            batches += [order[i : i + size] for i in range(0, len(order), size)]
+        return batches
+
+    def next_step(self) -> None:
+        """The round is done."""
+        self.step, self.updates = self.step + 1, 0
+
+    @property
+    def untrained(self) -> bool:
+        """Whether no update has been made yet."""
+        return self.step == 0 and self.updates == 0
+
+    def info(self) -> dict[str, Any]:
+        """See `OnlineTrainer.info`."""
+        return {**super().info(), "updates": self.updates}
+
+    def restore(self, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+        """See `OnlineTrainer.restore`."""
+        super().restore(state, info)
+        self.updates = info["updates"]
+
+    def save(self) -> None:
+        """Write a checkpoint of the completed rounds and of the one under way."""
+        super().save()
+        forget_rounds(self.config.output_dir, self.step)
 
 
 def collect_round(
@@ -245,3 +323,35 @@ def forget_rounds(output_dir: Path, before: int) -> None:
 
 def _path(output_dir: Path, step: int) -> Path:
     return output_dir / ROUNDS_FOLDER / f"round-{step:06d}.json"
+
+
+def round_metrics(round_: Round) -> dict[str, float | None]:
+    """What the policy of a round's start did, over the samples that have a reward; KL and lengths over all."""
+    values = [r.value for r in round_.rewards if r.value is not None]
+    raws = [r.raw for r in round_.rewards if r.raw is not None]
+    n = len(round_.samples)
+    return {
+        "objective/kl": fmean(s.kl for s in round_.samples),
+        "objective/entropy": fmean(-s.logprob for s in round_.samples),
+        "objective/scores": fmean(values) if values else None,
+        "objective/scores_std": pstdev(values) if values else None,
+        "objective/scores_raw": fmean(raws) if raws else None,
+        "reward/missing": float(n - len(values)),
+        "response/length": fmean(len(s.response_ids) for s in round_.samples),
+        "val/num_eos_tokens": float(sum(s.finished for s in round_.samples)),
+    }
+
+
+def transcripts(round_: Round, prompts: Prompts) -> list[dict[str, Any]]:
+    """Rows for `samples/`: what was asked, what was answered, what it earned."""
+    return [
+        {
+            "prompt": to_dicts(prompts.conversations[s.prompt]),
+            "response": s.response,
+            "reward": s.reward.value,
+            "raw": s.reward.raw,
+            "kl": s.kl,
+            "finished": s.finished,
+        }
+        for s in round_.samples
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ from rlaif.runs import Run, progress
 from rlaif.types import Conversation, with_response
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def run(config: SFTConfig) -> None:
@@ -55,7 +56,6 @@ def run(config: SFTConfig) -> None:
         steps = math.ceil(total / config.per_device_train_batch_size)
         if config.max_steps is not None:
             steps = min(steps, config.max_steps)
-        lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
         parameters = list(model.parameters())
         with progress(steps, "SFT steps") as bar:
             bar.advance(step)
@@ -63,28 +63,13 @@ def run(config: SFTConfig) -> None:
                 started = time.perf_counter()
                 seen = step * config.per_device_train_batch_size
                 count = min(config.per_device_train_batch_size, total - seen)
-                chosen = optim.shuffled_stream(len(examples), config.seed, seen, count)
-                tokens = sum(len(examples[i].response_ids) for i in chosen)
+                chosen = [examples[i] for i in optim.shuffled_stream(len(examples), config.seed, seen, count)]
                 rate = config.learning_rate * optim.lr_factor(
                     config.lr_scheduler_type, step, steps, config.warmup_steps
                 )
                 optim.set_learning_rate(optimizer, rate)
                 optimizer.zero_grad(set_to_none=True)
-                loss_sum = 0.0
-                micro_batches = length_buckets(
-                    lengths, max_rows=count, max_tokens=config.micro_batch_tokens, indices=chosen
-                )
-                for rows in micro_batches:
-                    batch = collate(
-                        [examples[i].prompt_ids for i in rows], [examples[i].response_ids for i in rows]
-                    ).to(model.device)
-                    read = token_logprobs(
-                        model, batch.input_ids, batch.attention_mask, batch.response_len, temperature=1.0
-                    )
-                    # Divided by the tokens of the whole step, so that the cut into micro-batches does not matter.
-                    loss = -read.logprobs[batch.response_mask].sum() / tokens
-                    torch.autograd.backward(loss)
-                    loss_sum += loss.item()
+                loss = accumulate_gradients(model, chosen, micro_batch_tokens=config.micro_batch_tokens)
                 norm = optim.clip_gradients(parameters, config.max_grad_norm, "model")
                 optimizer.step()
 
@@ -92,15 +77,15 @@ def run(config: SFTConfig) -> None:
                 out.log(
                     step,
                     {
-                        "loss": loss_sum,
+                        "loss": loss,
                         "epoch": (seen + count) / len(examples),
-                        "num_tokens": tokens,
+                        "num_tokens": sum(len(e.response_ids) for e in chosen),
                         "grad_norm": norm.item(),
                         "learning_rate": rate,
                         "time/step": time.perf_counter() - started,
                     },
                 )
-                bar.advance(1, loss=loss_sum)
+                bar.advance(1, loss=loss)
                 if stop or step % config.save_steps == 0 or step == steps:
                     save_checkpoint(
                         config.output_dir,
@@ -114,6 +99,42 @@ def run(config: SFTConfig) -> None:
                 if stop and step < steps:
                     raise KeyboardInterrupt
         save_final(config.output_dir, model, tokenizer)
+
+
+def accumulate_gradients(
+    model: PreTrainedModel,
+    examples: Sequence[EncodedPair],
+    *,
+    micro_batch_tokens: int,
+    temperature: float = 1.0,
+) -> float:
+    """Add the gradient of the negative log-likelihood, averaged over all response tokens, to the model's parameters.
+
+    Each micro-batch adds its *sum* divided by the tokens of the whole step, so that the cut into micro-batches does not
+    matter.
+
+    Args:
+        model: in eval mode (no dropout), with gradients.
+        examples: one optimiser step's.
+        micro_batch_tokens: padded tokens in one forward pass.
+        temperature: of the distribution that is fitted.
+
+    Returns:
+        The loss in nats per token.
+    """
+    tokens = sum(len(e.response_ids) for e in examples)
+    lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
+    total = 0.0
+    for rows in length_buckets(lengths, max_rows=len(examples), max_tokens=micro_batch_tokens):
+        micro = [examples[i] for i in rows]
+        batch = collate([e.prompt_ids for e in micro], [e.response_ids for e in micro]).to(model.device)
+        read = token_logprobs(
+            model, batch.input_ids, batch.attention_mask, batch.response_len, temperature=temperature
+        )
+        loss = -read.logprobs[batch.response_mask].sum() / tokens
+        torch.autograd.backward(loss)
+        total += loss.item()
+    return total
 
 
 def load_examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> list[EncodedPair]:

@@ -98,6 +98,10 @@ COMMANDS = (
         "policy_trainer.config:DPOConfig", "policy_trainer.dpo:run",
     ),
     Command(
+        "train best_of_n", "fine-tuning on the best of n responses against a reward server",
+        "policy_trainer.config:BestOfNConfig", "policy_trainer.best_of_n:run",
+    ),
+    Command(
         "serve", "reward server (gRPC): a learned RM or a direct judge",
         "reward_server.config:ServeConfig", "reward_server.server:run",
     ),

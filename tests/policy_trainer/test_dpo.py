@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from policy_trainer.checkpoint import list_checkpoints
@@ -46,6 +45,7 @@ from rlaif.cli import main
 from rlaif.errors import ConfigError, DataError, ModelError, QualityError, RewardServerError
 from rlaif.types import Conversation
 from tests.policy_trainer import tiny
+from tests.policy_trainer.online_runs import Interrupting, assert_same_run, metrics, weights
 from tests.policy_trainer.reward_servers import NumberServer, free_port, serving
 
 
@@ -72,40 +72,11 @@ def dpo_config(folder: Path, **changes: Any) -> DPOConfig:
     return DPOConfig(**{**given, **changes})
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return tiny.without_times(rows)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert metrics(one) == metrics(other)
-    mine, theirs = weights(one), weights(other)
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-
-
 @pytest.fixture
 def source() -> Iterator[FunctionReward]:
     made = FunctionReward(tiny.share_of_w0)
     yield made
     made.close()
-
-
-class Interrupting(FunctionReward):
-    """Share of w0, and something that happens at the n-th call (the self-check's is call 0)."""
-
-    def __init__(self, at: int, event: Any, function: Any = tiny.share_of_w0) -> None:
-        super().__init__(function)
-        self.calls, self._at, self._event = 0, at, event
-
-    def score(self, conversations: Sequence[Conversation]) -> list[Reward]:
-        self.calls += 1
-        if self.calls - 1 == self._at:
-            self._event()
-        return super().score(conversations)
 
 
 # ---- the gradient of a minibatch ----
