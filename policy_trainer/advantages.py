@@ -36,6 +36,18 @@ class Moments(NamedTuple):
     variance: float
     size: int
 
+    def merged(self, other: Moments) -> Moments:
+        """Of the values of both (Chan, Golub and LeVeque, 1979)."""
+        size = self.size + other.size
+        apart = other.mean - self.mean
+        within = self.variance * self.size + other.variance * other.size
+        between = apart**2 * self.size * other.size / size
+        return Moments(self.mean + apart * other.size / size, (within + between) / size, size)
+
+
+NO_VALUES = Moments(0.0, 0.0, 0)
+"""The moments of nothing, to begin a running mean with."""
+
 
 def estimate(
     estimator: AdvantageEstimator,

@@ -10,8 +10,10 @@ from typing import ClassVar, Literal
 from rlaif.errors import ConfigError
 
 AdvantageEstimator = Literal["gae", "reinforce", "rloo", "grpo", "dr_grpo"]
-KLEstimator = Literal["k1", "k2", "k3"]
+ImportanceSamplingLevel = Literal["token", "sequence"]
 ImportanceSamplingMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+KLEstimator = Literal["k1", "k2", "k3", "k3+"]
+PolicyObjective = Literal["clip", "penalty"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +197,8 @@ class PPOConfig(OnlineConfig):
     use_kl_loss: bool | None = None
     """KL in the loss, or (False) in the reward, per token as k1. By default in the loss for grpo and dr_grpo alone."""
     kl_estimator: KLEstimator = "k3"
-    """How KL in the loss is estimated. Each has the gradient of the reverse KL; k1 is noisiest."""
+    """How KL in the loss is estimated. Each has the gradient of the reverse KL; k1 is noisiest, and k3+ has the value
+    of k3 and the gradient of k2 (verl's straight-through)."""
     target_kl: float | None = None
     """Steer kl_coef towards this KL per response, in nats (Ziegler et al.); None keeps it fixed."""
     kl_horizon: float = 10_000.0
@@ -204,16 +207,49 @@ class PPOConfig(OnlineConfig):
     """Discount (gae and reinforce; the others reward a response as a whole)."""
     lam: float = 0.95
     """Lambda of generalised advantage estimation (gae)."""
+    policy_objective: PolicyObjective = "clip"
+    """PPO's surrogate: `clip` bounds the ratio to the policy that sampled, `penalty` adds KL(old || new) to the loss
+    with a weight that adapts (Schulman et al., equations 7 and 8)."""
     cliprange: float = 0.2
-    """Clip range of the probability ratio."""
+    """Clip range of the probability ratio (clip)."""
+    cliprange_high: float | None = None
+    """Clip range upwards where it is another: DAPO's clip-higher, TRL's epsilon_high (clip)."""
+    dual_clip: float | None = None
+    """Bounds the loss of a token of negative advantage A at dual_clip * |A|; verl's clip_ratio_c, usually 3 (clip)."""
+    importance_sampling_level: ImportanceSamplingLevel = "token"
+    """One probability ratio per token, or one per response, the geometric mean of its tokens' as in GSPO (clip, and
+    estimators that give all tokens of a response one advantage: rloo, grpo, dr_grpo)."""
+    penalty_coef: float = 1.0
+    """Weight of KL(old || new) at the start (penalty)."""
+    penalty_target: float = 0.01
+    """KL(old || new) that a step should make, in nats per token: at less than 2/3 of it the weight is halved, at more
+    than 3/2 doubled (penalty)."""
     cliprange_value: float = 0.2
     """Clip range of the critic's move (gae)."""
     vf_coef: float = 0.1
     """Weight of the value loss (gae)."""
     whiten_rewards: bool = False
     """Scale token rewards to unit variance over the batch, keeping their mean (gae and reinforce)."""
+    reward_normalization: Literal["none", "batch", "running"] = "none"
+    """Shift and scale served scores to mean 0 and variance 1: over each step's responses, or over all since the
+    start."""
     reward_clip: float | None = None
     """Clip normalised scores to [-x, x]; None does not clip."""
+    length_penalty_coef: float = 0.0
+    """Subtracted from the clipped score for each token beyond length_budget. 1/b with the budget max_new_tokens - b is
+    DAPO's soft overlong punishment."""
+    length_budget: int = 0
+    """Tokens of a response that cost nothing."""
+    missing_eos_reward: float | None = None
+    """What a response earns that was cut off before its EOS, in place of its score (N+ has -1); None leaves it its
+    score less missing_eos_penalty."""
+    ptx_dataset: Path | None = None
+    """Text whose log-likelihood is raised beside PPO's objective (InstructGPT's PPO-ptx): rows of `text`, cut after
+    max_prompt_length + max_new_tokens, or any shape that `rlaif train sft` reads."""
+    ptx_coef: float = 0.05
+    """Weight of the log-likelihood per token of ptx_dataset."""
+    ptx_batch_size: int = 32
+    """Rows of ptx_dataset in one optimiser step."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.
@@ -243,6 +279,30 @@ class PPOConfig(OnlineConfig):
         require(self.cliprange > 0, "cliprange", self.cliprange, "positive")
         require(self.cliprange_value > 0, "cliprange_value", self.cliprange_value, "positive")
         require(self.reward_clip is None or self.reward_clip > 0, "reward_clip", self.reward_clip, "positive")
+        high, dual = self.cliprange_high, self.dual_clip
+        require(high is None or high > 0, "cliprange_high", high, "positive")
+        require(dual is None or dual > 1, "dual_clip", dual, "above 1")
+        require(self.penalty_coef > 0, "penalty_coef", self.penalty_coef, "positive")
+        require(self.penalty_target > 0, "penalty_target", self.penalty_target, "positive")
+        require(self.length_penalty_coef >= 0, "length_penalty_coef", self.length_penalty_coef, "at least 0")
+        require(self.length_budget >= 0, "length_budget", self.length_budget, "at least 0")
+        require(self.ptx_coef > 0, "ptx_coef", self.ptx_coef, "positive; leave out ptx_dataset for no mixing")
+        require(self.ptx_batch_size > 0, "ptx_batch_size", self.ptx_batch_size, "at least 1")
+        by_response = self.importance_sampling_level == "sequence"
+        if self.policy_objective == "penalty" and (high is not None or dual is not None or by_response):
+            raise ConfigError(
+                "policy_objective penalty clips nothing: leave out cliprange_high, dual_clip and "
+                "importance_sampling_level, or use clip"
+            )
+        if by_response and not self.grouped:
+            raise ConfigError(
+                f"advantage_estimator {self.advantage_estimator} has an advantage for each token: "
+                "importance_sampling_level sequence goes with rloo, grpo and dr_grpo"
+            )
+        if self.missing_eos_reward is not None and self.missing_eos_penalty:
+            raise ConfigError(
+                "missing_eos_reward replaces the score that missing_eos_penalty would be taken from: use one of them"
+            )
         if self.value_head == "shared" and self.critic_init != "policy":
             raise ConfigError("critic_init names a separate critic: use it with value_head separate")
         if not self.has_critic and (self.critic_init != "policy" or self.critic_warmup_steps):

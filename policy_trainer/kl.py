@@ -8,7 +8,8 @@ With samples y ~ pi and d = log pi(y) - log pi_ref(y), Schulman ("Approximating 
 
 That is about *values*. As a term of a loss, the gradient of E[k1] with fixed samples is zero in expectation, that
 of k2 is the gradient of the reverse KL, and that of k3 the gradient of the *forward* KL. k1 therefore belongs
-in the reward, where no gradient flows through it; `ppo_losses.kl_loss` mends the gradients for the loss.
+in the reward, where no gradient flows through it; `ppo_losses.kl_loss` mends the gradients for the loss. A fourth,
+verl's `k3+`, has the value of k3 and, straight through it, the gradient of k2.
 """
 
 from __future__ import annotations
@@ -38,9 +39,13 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator =
     d = logprobs - ref_logprobs
     if estimator == "k1":
         return d
+    k2 = d.square() / 2
     if estimator == "k2":
-        return d.square() / 2
-    return torch.exp((-d).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) - 1 + d
+        return k2
+    k3 = torch.exp((-d).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) - 1 + d
+    if estimator == "k3":
+        return k3
+    return k3.detach() + (k2 - k2.detach())
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +70,26 @@ class KLController:
             return self
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         return replace(self, coef=self.coef * (1.0 + error * episodes / self.horizon))
+
+
+@dataclass(frozen=True, slots=True)
+class PenaltyController:
+    """The weight beta of KL(old || new) in PPO-penalty (Schulman et al., arXiv 1707.06347, section 4).
+
+        d < target / 1.5  ->  beta / 2          d > 1.5 * target  ->  2 * beta
+
+    Attributes:
+        coef: beta, > 0.
+        target: wished-for KL(old || new) of one step's update, in nats per token.
+    """
+
+    coef: float
+    target: float
+
+    def updated(self, kl: float) -> PenaltyController:
+        """The controller after an update that moved the policy by `kl`, in nats per token."""
+        if kl < self.target / 1.5:
+            return replace(self, coef=self.coef / 2)
+        if kl > self.target * 1.5:
+            return replace(self, coef=self.coef * 2)
+        return self

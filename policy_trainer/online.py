@@ -53,6 +53,7 @@ class Purpose(IntEnum):
     SHUFFLING = 2
     PAIRING = 3
     SELF_CHECK = 4
+    PTX = 5
 
 
 class Prompts(NamedTuple):
@@ -358,13 +359,19 @@ def load_prompts(config: OnlineConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
     return Prompts(conversations, ids)
 
 
+def context_length(policy: PreTrainedModel) -> int | None:
+    """The most tokens that the policy can read; None if its config does not say."""
+    length: int | None = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
 def check_context(config: OnlineConfig, policy: PreTrainedModel, prompts: Prompts) -> None:
     """The longest prompt and a full response fit the model's context.
 
     Raises:
         ConfigError: they do not.
     """
-    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(policy)
     longest = max(map(len, prompts.ids))
     if context is not None and longest + config.max_new_tokens > context:
         raise ConfigError(

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from policy_trainer import optim
-from policy_trainer.advantages import estimate, moments, whiten
+from policy_trainer.advantages import NO_VALUES, Moments, estimate, moments, whiten
 from policy_trainer.batching import length_buckets
 from policy_trainer.config import PPOConfig
 from policy_trainer.episodes import Episodes, Reading, mean_raw, scatter, transcripts
-from policy_trainer.kl import KLController
+from policy_trainer.kl import KLController, PenaltyController, kl_estimate
 from policy_trainer.logprobs import token_logprobs
 from policy_trainer.models import ActorCritic, build_critic, build_value_head
 from policy_trainer.online import (
@@ -28,14 +28,18 @@ from policy_trainer.online import (
     Purpose,
     check_missing,
     comparable,
+    context_length,
     served_reward,
     session,
 )
-from policy_trainer.ppo_losses import kl_loss, policy_loss, value_loss
+from policy_trainer.ppo_losses import kl_loss, penalised_policy_loss, policy_loss, value_loss
+from policy_trainer.ptx import TextMix
 from policy_trainer.reward_source import RewardSource
 from policy_trainer.rewards import adjust_scores, token_rewards
 from policy_trainer.rollout import decode_response
+from policy_trainer.sft import accumulate_gradients
 from rlaif.errors import QualityError
+from rlaif.records import Quarantine
 from rlaif.types import with_response
 
 
@@ -90,7 +94,15 @@ def train(config: PPOConfig, source: RewardSource) -> None:
 
             # 4. Token rewards: the KL penalty on each token unless it is in the loss, the score on the last.
             adjusted = adjust_scores(
-                scores, finished, clip=config.reward_clip, missing_eos_penalty=config.missing_eos_penalty
+                scores,
+                finished,
+                mask.sum(1),
+                over=trainer.normalised_by(scores),
+                clip=config.reward_clip,
+                length_penalty_coef=config.length_penalty_coef,
+                length_budget=config.length_budget,
+                missing_eos_penalty=config.missing_eos_penalty,
+                missing_eos_reward=config.missing_eos_reward,
             )
             penalty = 0.0 if config.kl_in_loss else trainer.kl.coef
             shaped = token_rewards(adjusted, read.logprobs[kept], read.ref_logprobs[kept], mask, penalty)
@@ -158,12 +170,18 @@ class Trainer(OnlineTrainer):
         model: the policy with its critic.
         value_optimizer: the critic's; None without one.
         kl: the coefficient of the KL to the reference.
+        penalty: the coefficient of KL(old || new), of PPO-penalty.
+        scores_seen: mean and variance of the scores learned from so far, where they are normalised by those.
+        text: what is mixed in; None for nothing.
     """
 
     config: PPOConfig
     model: ActorCritic = field(init=False)
     value_optimizer: torch.optim.AdamW | None = field(init=False, default=None)
     kl: KLController = field(init=False)
+    penalty: PenaltyController = field(init=False)
+    scores_seen: Moments = NO_VALUES
+    text: TextMix | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,6 +194,17 @@ class Trainer(OnlineTrainer):
             self.value_optimizer = optim.adamw(critic.parameters(), config.critic_learning_rate, config)
         self.model = ActorCritic(self.policy, critic)
         self.kl = KLController(config.kl_coef, config.target_kl, config.kl_horizon)
+        self.penalty = PenaltyController(config.penalty_coef, config.penalty_target)
+        if config.ptx_dataset is not None:
+            longest = config.max_prompt_length + config.max_new_tokens
+            self.text = TextMix.load(
+                config.ptx_dataset,
+                self.tokenizer,
+                max_length=min(longest, context_length(self.policy) or longest),
+                batch_size=config.ptx_batch_size,
+                seed=optim.step_seed(config.seed, Purpose.PTX),
+                quarantine=Quarantine(config.output_dir / "quarantine-ptx.jsonl"),
+            )
 
     def rollout(self) -> Episodes:
         """Sample this step's responses."""
@@ -213,6 +242,16 @@ class Trainer(OnlineTrainer):
                     target[rows, : batch.response_len] = (part * batch.response_mask).cpu()
         return reading
 
+    def normalised_by(self, scores: Tensor) -> Moments | None:
+        """The moments that this step's scores, (N,), are normalised by; None leaves them as they are."""
+        if self.config.reward_normalization == "none":
+            return None
+        of_step = moments(scores, torch.ones_like(scores, dtype=torch.bool))
+        if self.config.reward_normalization == "batch":
+            return of_step
+        self.scores_seen = self.scores_seen.merged(of_step)
+        return self.scores_seen
+
     def minibatches(self, episodes: Episodes, epoch: int) -> list[list[list[int]]]:
         """Shuffled minibatches of this step's responses, each cut into micro-batches of like length."""
         n = len(episodes.sampled)
@@ -233,6 +272,8 @@ class Trainer(OnlineTrainer):
     ) -> dict[str, float]:
         """Learn from the responses in `kept`, several times over; returns means over all tokens seen.
 
+        In PPO-penalty the coefficient of KL(old || new) then adapts to how far the policy has moved.
+
         Args:
             episodes: N responses.
             read: what was known before the update.
@@ -248,8 +289,9 @@ class Trainer(OnlineTrainer):
             optim.set_learning_rate(self.value_optimizer, self.learning_rate(config.critic_learning_rate))
         sums: dict[str, float] = {}
         tokens_seen = 0
+        text_losses = []
         for epoch in range(config.num_ppo_epochs):
-            for minibatch in self.minibatches(episodes, epoch):
+            for number, minibatch in enumerate(self.minibatches(episodes, epoch)):
                 micro_batches = [[i for i in rows if i in known] for rows in minibatch]
                 micro_batches = [rows for rows in micro_batches if rows]
                 if not micro_batches:
@@ -263,10 +305,46 @@ class Trainer(OnlineTrainer):
                     found = self.accumulate(episodes, read, advantages, returns, rows, divisor, learns)
                     sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
                 tokens_seen += tokens
+                if self.text is not None and learns:
+                    epochs = self.step * config.num_ppo_epochs + epoch
+                    examples = self.text.batch(epochs * config.num_mini_batches + number)
+                    text_losses.append(
+                        accumulate_gradients(
+                            self.policy,
+                            examples,
+                            micro_batch_tokens=config.micro_batch_tokens,
+                            weight=config.ptx_coef,
+                        )
+                    )
                 self.apply_gradients(learns)
         mean = {name: value / tokens_seen for name, value in sums.items()}
         mean["val/ratio_var"] = max(0.0, mean.pop("ratio_sq") - mean["val/ratio"] ** 2)
+        if text_losses:
+            mean["loss/ptx_avg"] = sum(text_losses) / len(text_losses)
+        if config.policy_objective == "penalty":
+            moved = self.moved(episodes, read, kept)
+            mean |= {"policy/penalty_coef": self.penalty.coef, "policy/penalty_kl": moved}
+            self.penalty = self.penalty.updated(moved)
         return mean
+
+    @torch.no_grad()
+    def moved(self, episodes: Episodes, read: Reading, kept: Sequence[int]) -> float:
+        """KL(old || new) over the step's responses, in nats per token: how far the update has moved the policy."""
+        total = 0.0
+        for rows in length_buckets(
+            episodes.lengths, max_rows=len(kept), max_tokens=self.config.micro_batch_tokens, indices=kept
+        ):
+            batch = episodes.collate(rows).to(self.device)
+            now = token_logprobs(
+                self.policy,
+                batch.input_ids,
+                batch.attention_mask,
+                batch.response_len,
+                self.config.temperature,
+            ).logprobs
+            old = read.logprobs[rows, : batch.response_len].to(self.device)
+            total += float(kl_estimate(old, now, "k3")[batch.response_mask].double().sum())
+        return total / int(read.mask[kept].sum())
 
     def loss_divisor(self, tokens: int, responses: int) -> int:
         """What the sums of a minibatch's losses are divided by.
@@ -303,7 +381,17 @@ class Trainer(OnlineTrainer):
             batch.input_ids, batch.attention_mask, batch.response_len, config.temperature, with_entropy=True
         )
         assert now.entropy is not None
-        policy = policy_loss(now.logprobs, old_logprobs, advantage, mask, config.cliprange)
+        surrogate = (now.logprobs, old_logprobs, advantage, mask)
+        if config.policy_objective == "penalty":
+            policy = penalised_policy_loss(*surrogate, self.penalty.coef)
+        else:
+            policy = policy_loss(
+                *surrogate,
+                config.cliprange,
+                cliprange_high=config.cliprange_high,
+                dual_clip=config.dual_clip,
+                level=config.importance_sampling_level,
+            )
         loss = policy.loss if policy_learns else torch.zeros_like(policy.loss)
         sums = {
             "loss/policy_avg": policy.loss,
@@ -352,7 +440,12 @@ class Trainer(OnlineTrainer):
 
     def info(self) -> dict[str, Any]:
         """See `OnlineTrainer.info`."""
-        return {**super().info(), "kl_coef": self.kl.coef}
+        return {
+            **super().info(),
+            "kl_coef": self.kl.coef,
+            "penalty_coef": self.penalty.coef,
+            "scores_seen": list(self.scores_seen),
+        }
 
     def restore(self, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
         """See `OnlineTrainer.restore`."""
@@ -361,6 +454,8 @@ class Trainer(OnlineTrainer):
             self.model.critic.load_state_dict(state["value"])
             self.value_optimizer.load_state_dict(state["value_optimizer"])
         self.kl = replace(self.kl, coef=info["kl_coef"])
+        self.penalty = replace(self.penalty, coef=info["penalty_coef"])
+        self.scores_seen = Moments(*info["scores_seen"])
 
     @property
     def device(self) -> torch.device:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from policy_trainer.advantages import Moments
 from policy_trainer.kl import kl_estimate
 
 
@@ -25,21 +26,45 @@ class TokenRewards(NamedTuple):
 
 
 def adjust_scores(
-    scores: Tensor, finished: Tensor, *, clip: float | None = None, missing_eos_penalty: float = 0.0
+    scores: Tensor,
+    finished: Tensor,
+    lengths: Tensor,
+    *,
+    over: Moments | None = None,
+    clip: float | None = None,
+    length_penalty_coef: float = 0.0,
+    length_budget: int = 0,
+    missing_eos_penalty: float = 0.0,
+    missing_eos_reward: float | None = None,
 ) -> Tensor:
-    """Clip the served scores, then subtract the penalty from responses that were cut off before an EOS.
+    """From served scores to what a response earned: normalise, clip, then the penalties for length and for no EOS.
 
-    The penalty comes after the clip, so it is felt at either end of the range. (TRL's PPO subtracts as well; the
-    N+ implementation replaces the score by -1.)
+        s <- clip((s - mean) / std) - c max(0, |y| - L) - [no EOS] penalty
+
+    The penalties come after the clip, so they are felt at either end of the range, and are in the units that
+    normalisation leaves. With c = 1/b and L = max_new_tokens - b the second is DAPO's soft overlong punishment over
+    the last b tokens (arXiv 2503.14476, equation 13). A missing EOS is subtracted for as in TRL's PPO, or the
+    score is replaced as in the N+ implementation, there by -1.
 
     Args:
-        scores: (N,), normalised scores as the reward server sent them.
+        scores: (N,), scores as the reward server sent them.
         finished: (N,) bool, True = the response ends with an EOS.
+        lengths: (N,), tokens of the response.
+        over: moments that scores are normalised by; None leaves them as they are.
         clip: scores are limited to [-clip, clip]; None for no limit.
+        length_penalty_coef: c, per token, >= 0.
+        length_budget: L, tokens that cost nothing.
         missing_eos_penalty: in units of the score, >= 0.
+        missing_eos_reward: what a response without EOS earns, whatever its score; None leaves it its score.
     """
+    if over is not None:
+        scores = (scores - over.mean) * (over.variance + 1e-8) ** -0.5
     if clip is not None:
         scores = scores.clamp(-clip, clip)
+    if length_penalty_coef:
+        scores = scores - length_penalty_coef * (lengths - length_budget).clamp(min=0)
+    if missing_eos_reward is not None:
+        return torch.where(finished, scores, missing_eos_reward)
     return scores - missing_eos_penalty * (~finished).to(scores.dtype)
 
 

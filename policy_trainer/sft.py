@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -107,20 +108,22 @@ def accumulate_gradients(
     *,
     micro_batch_tokens: int,
     temperature: float = 1.0,
+    weight: float = 1.0,
 ) -> float:
-    """Add the gradient of the negative log-likelihood, averaged over all response tokens, to the model's parameters.
+    """Add the gradient of `weight` times the negative log-likelihood per response token.
 
-    Each micro-batch adds its *sum* divided by the tokens of the whole step, so that the cut into micro-batches does not
-    matter.
+    Each micro-batch adds its *sum* divided by the tokens of the whole step, so that neither the cut into micro-batches
+    nor padding nor order matters.
 
     Args:
         model: in eval mode (no dropout), with gradients.
         examples: one optimiser step's.
         micro_batch_tokens: padded tokens in one forward pass.
         temperature: of the distribution that is fitted.
+        weight: of the loss.
 
     Returns:
-        The loss in nats per token.
+        The loss without its weight, in nats per token.
     """
     tokens = sum(len(e.response_ids) for e in examples)
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
@@ -132,7 +135,7 @@ def accumulate_gradients(
             model, batch.input_ids, batch.attention_mask, batch.response_len, temperature=temperature
         )
         loss = -read.logprobs[batch.response_mask].sum() / tokens
-        torch.autograd.backward(loss)
+        torch.autograd.backward(weight * loss)
         total += loss.item()
     return total
 
@@ -144,15 +147,7 @@ def load_examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> list
         DataError: nothing usable is left.
     """
     quarantine = Quarantine(config.output_dir / "quarantine.jsonl")
-    encoded = []
-    for number, conversation in enumerate(_conversations(config, quarantine), 1):
-        example = encode_pair(tokenizer, conversation[:-1], conversation[-1].content)
-        size = len(example.prompt_ids) + len(example.response_ids)
-        if size > config.max_length:
-            reason = f"longer than max_length {config.max_length} tokens"
-            quarantine.add(number, reason, conversation[-1].content)
-        else:
-            encoded.append(example)
+    encoded = read_examples(config.dataset, tokenizer, config.max_length, quarantine)
     if not encoded:
         raise DataError(
             f"{config.dataset} has no conversation of at most {config.max_length} tokens; raise --max_length"
@@ -160,12 +155,31 @@ def load_examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> list
     return encoded
 
 
-def _conversations(config: SFTConfig, quarantine: Quarantine) -> list[Conversation]:
-    _, first = next(read_rows(config.dataset, Quarantine(None)))
+def read_examples(
+    dataset: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, quarantine: Quarantine
+) -> list[EncodedPair]:
+    """Prompts and responses as token ids; what is unusable or longer than `max_length` tokens is in quarantine.
+
+    Raises:
+        DataError: the file is missing, unreadable, or has no usable row.
+    """
+    encoded = []
+    for number, conversation in enumerate(_conversations(dataset, quarantine), 1):
+        example = encode_pair(tokenizer, conversation[:-1], conversation[-1].content)
+        if len(example.prompt_ids) + len(example.response_ids) > max_length:
+            reason = f"longer than max_length {max_length} tokens"
+            quarantine.add(number, reason, conversation[-1].content)
+        else:
+            encoded.append(example)
+    return encoded
+
+
+def _conversations(dataset: Path, quarantine: Quarantine) -> list[Conversation]:
+    _, first = next(read_rows(dataset, Quarantine(None)))
     if "chosen" in first:
-        rows = read_preferences(config.dataset, quarantine)
+        rows = read_preferences(dataset, quarantine)
         return [with_response(row.prompt, row.chosen) for row in rows]
-    return [conversation for _, conversation in read_conversations(config.dataset, quarantine)]
+    return [conversation for _, conversation in read_conversations(dataset, quarantine)]
 
 
 def check_context(config: SFTConfig, examples: list[EncodedPair], context: int | None) -> None:

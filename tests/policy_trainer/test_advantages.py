@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy_trainer.advantages import dr_grpo, estimate, gae, grpo, moments, rloo, whiten
+from policy_trainer.advantages import NO_VALUES, dr_grpo, estimate, gae, grpo, moments, rloo, whiten
 
 
 def test_gae_by_hand() -> None:
@@ -101,6 +102,18 @@ def test_whitening_a_part_with_the_moments_of_the_whole_is_the_part_of_the_whole
 def test_moments_of_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="no values"):
         moments(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool))
+
+
+@given(st.lists(st.lists(st.floats(-100, 100), min_size=1, max_size=6), min_size=1, max_size=5))
+def test_merged_moments_are_those_of_all_values(parts: list[list[float]]) -> None:
+    running = NO_VALUES
+    for part in parts:
+        values = torch.tensor(part, dtype=torch.float64)
+        running = running.merged(moments(values, torch.ones_like(values, dtype=torch.bool)))
+    everything = [x for part in parts for x in part]
+    assert running.size == len(everything)
+    assert running.mean == pytest.approx(statistics.fmean(everything), abs=1e-9)
+    assert running.variance == pytest.approx(statistics.pvariance(everything), abs=1e-7)
 
 
 # ---- without a critic ----

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from policy_trainer.config import KLEstimator
-from policy_trainer.kl import KLController, kl_estimate
+from policy_trainer.kl import KLController, PenaltyController, kl_estimate
 
 P = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
 Q = torch.tensor([0.25, 0.25, 0.25, 0.25], dtype=torch.float64)
@@ -70,6 +70,31 @@ def test_k2_as_a_loss_has_the_gradient_of_the_reverse_kl() -> None:
 def test_k3_as_a_loss_has_the_gradient_of_the_forward_kl() -> None:
     torch.testing.assert_close(expected_gradient("k3"), divergence_gradient(forward=True), atol=1e-12, rtol=0)
     assert not torch.allclose(expected_gradient("k3"), divergence_gradient(forward=False), atol=1e-3)
+
+
+def test_straight_through_k3_has_the_value_of_k3_and_the_gradient_of_k2() -> None:
+    logp = torch.tensor([-0.1, -1.0, -4.0], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([-2.0, -0.5, -4.0], dtype=torch.float64)
+    found = kl_estimate(logp, ref, "k3+")
+    assert torch.equal(found, kl_estimate(logp, ref, "k3"))
+    found.sum().backward()
+    # The derivative of d^2 / 2 is d = (1.9, -0.5, 0); that of k3 would be 1 - exp(-d).
+    torch.testing.assert_close(logp.grad, torch.tensor([1.9, -0.5, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        expected_gradient("k3+"), divergence_gradient(forward=False), atol=1e-12, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("kl", "coef"),
+    [(0.0066, 0.5), (0.0067, 1.0), (0.0149, 1.0), (0.0151, 2.0)],
+    ids=["below", "just in", "still in", "above"],
+)
+def test_the_penalty_coefficient_is_halved_and_doubled_outside_the_target_range(
+    kl: float, coef: float
+) -> None:
+    """Target 0.01: below 0.01 / 1.5 = 0.00667 and above 0.01 * 1.5 = 0.015."""
+    assert PenaltyController(1.0, 0.01).updated(kl) == PenaltyController(coef, 0.01)
 
 
 def test_fixed_coefficient_never_moves() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from policy_trainer.advantages import moments, whiten
+from policy_trainer.advantages import Moments, moments, whiten
 from policy_trainer.batching import SequenceBatch
 from policy_trainer.checkpoint import load_latest
+from policy_trainer.config import PPOConfig
 from policy_trainer.episodes import Episodes, Reading
 from policy_trainer.ppo import Trainer, train
 from policy_trainer.reward_source import FunctionReward
-from rlaif.errors import ConfigError, QualityError, SelfCheckError
+from rlaif.errors import ConfigError, DataError, QualityError, SelfCheckError
 from rlaif.types import Conversation
 from tests.policy_trainer import tiny
 
@@ -32,6 +34,10 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "separate critic": {"value_head": "separate"},
     "shared critic": {"value_head": "shared"},
     **CRITIC_FREE,
+    "penalty": {"policy_objective": "penalty"},
+    "clip-higher and dual clip": {"cliprange_high": 0.28, "dual_clip": 1.3},
+    "grpo with ratios of responses": {**CRITIC_FREE["grpo"], "importance_sampling_level": "sequence"},
+    "straight-through kl": {"use_kl_loss": True, "kl_estimator": "k3+"},
 }
 
 
@@ -61,7 +67,8 @@ def test_at_the_first_step_ratio_is_1_and_kl_0_to_the_last_bit(
     assert first["objective/kl"] == 0.0
     assert first["objective/non_score_reward"] == 0.0
     assert first["objective/rlhf_reward"] == first["objective/scores"]
-    assert first.get("loss/kl_avg", 0.0) == 0.0 and ("loss/kl_avg" in first) == ("grpo" in estimator)
+    assert first.get("loss/kl_avg", 0.0) == 0.0
+    assert ("loss/kl_avg" in first) == ("grpo" in estimator or "kl" in estimator)
 
 
 def test_later_minibatches_move_away_from_ratio_1(tmp_path: Path) -> None:
@@ -187,6 +194,139 @@ def test_at_ratio_1_the_step_of_reinforce_is_the_policy_gradient(tmp_path: Path)
 
 def positions(batch: SequenceBatch) -> torch.Tensor:
     return (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+# ---- beside the objective ----
+
+
+def test_the_penalty_coefficient_follows_how_far_the_policy_moved(tmp_path: Path) -> None:
+    """A target far above what a step of this size moves halves it each time; one far below doubles it."""
+    for target, factor in ((10.0, 0.5), (1e-9, 2.0)):
+        run = tmp_path / str(target)
+        train(
+            tiny.ppo_config(tmp_path, output_dir=run, policy_objective="penalty", penalty_target=target),
+            source(),
+        )
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [row["policy/penalty_coef"] for row in rows] == [1.0, factor, factor**2]
+        assert all(1e-9 < row["policy/penalty_kl"] < 1 for row in rows)
+
+
+def test_a_large_penalty_holds_the_policy_where_it_was(tmp_path: Path) -> None:
+    moved = []
+    for coef in (0.01, 100.0):
+        run = tmp_path / str(coef)
+        settings = {"policy_objective": "penalty", "penalty_coef": coef, "max_steps": 1, "num_ppo_epochs": 6}
+        train(tiny.ppo_config(tmp_path, output_dir=run, **settings), source())
+        moved.append(json.loads((run / "metrics.jsonl").read_text())["policy/penalty_kl"])
+    assert moved[1] < moved[0] / 3
+
+
+def mixed(folder: Path, rows: Sequence[dict[str, str]], **changes: Any) -> PPOConfig:
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tiny.ppo_config(folder, ptx_dataset=text, ptx_batch_size=3, **changes)
+
+
+TEXTS = [{"text": " ".join(f"w{(i * 5 + j) % 24}" for j in range(2 + i % 4))} for i in range(7)]
+
+
+def test_the_mixed_in_gradient_is_that_of_the_mean_log_likelihood(tmp_path: Path) -> None:
+    """Without anything else to learn from, an optimiser step is one on the text alone; against plain logits."""
+    config = mixed(tmp_path, TEXTS, ptx_coef=0.5, kl_coef=0.0, max_grad_norm=1e9, micro_batch_tokens=10)
+    trainer = Trainer.start(config, source())
+    assert trainer.text is not None
+    episodes = trainer.rollout()
+    read = trainer.read(episodes)
+    nothing = torch.zeros_like(read.logprobs)
+    seen = [trainer.text.batch(0), trainer.text.batch(1)]
+    assert seen[0] != seen[1]
+    trainer.config = dataclasses.replace(config, num_ppo_epochs=1, num_mini_batches=1)
+    stats = trainer.update(episodes, read, nothing, nothing, range(8))
+    found = [p.grad.clone() for p in trainer.policy.parameters() if p.grad is not None]
+
+    fresh = tiny.model()
+    total, tokens = torch.zeros(()), 0
+    for example in seen[0]:
+        ids = torch.tensor([[*example.prompt_ids, *example.response_ids]])
+        logprobs = fresh(ids).logits[0, :-1].log_softmax(-1)
+        total = total - logprobs.gather(1, ids[0, 1:, None]).sum()
+        tokens += len(example.response_ids)
+    expected = torch.autograd.grad(0.5 * total / tokens, list(fresh.parameters()))
+    assert stats["loss/ptx_avg"] == pytest.approx(total.item() / tokens, rel=1e-5)
+    for e, g in zip(expected, found, strict=True):
+        torch.testing.assert_close(g, e, atol=2e-6, rtol=1e-4)
+
+
+def test_each_optimiser_step_mixes_in_the_next_texts(tmp_path: Path) -> None:
+    """3 steps of 2 epochs of 2 minibatches at 3 rows each pass 36 rows: 5 whole passes over 7, and one more row."""
+    trainer = Trainer.start(mixed(tmp_path, TEXTS), source())
+    assert trainer.text is not None
+    counts = Counter(tuple(e.response_ids) for u in range(12) for e in trainer.text.batch(u))
+    assert sorted(counts.values()) == [5, 5, 5, 5, 5, 5, 6]
+
+
+def test_conversations_may_be_mixed_in_and_what_is_too_long_is_set_aside(tmp_path: Path) -> None:
+    rows = [{"prompt": "w1 w2", "completion": "w3"}, {"prompt": "w1", "completion": "w4 " * 200}]
+    config = mixed(tmp_path, rows, max_steps=1)
+    train(config, source())
+    assert math.isfinite(metrics(tmp_path)[0]["loss/ptx_avg"])
+    (line,) = (config.output_dir / "quarantine-ptx.jsonl").read_text().splitlines()
+    assert "longer than max_length 128" in line
+
+
+def test_text_that_cannot_be_learned_from_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"ptx_dataset .*text.jsonl has no row"):
+        train(mixed(tmp_path, [{"text": ""}]), source())
+
+
+def test_running_normalisation_knows_all_steps_and_batch_normalisation_one(tmp_path: Path) -> None:
+    """Scores of 5 and 9, then of 5 and 13, at 8 responses: the advantages of RLOO show what they were divided by."""
+    top = 9.0
+
+    def scores(prompts: Sequence[Conversation], responses: Sequence[str]) -> list[float | None]:
+        return [5.0, top] * (len(responses) // 2)
+
+    config = tiny.ppo_config(
+        tmp_path, **CRITIC_FREE["reinforce"], kl_coef=0.0, reward_normalization="running"
+    )
+    trainer = Trainer.start(config, source())
+    first = torch.tensor([5.0, 9.0] * 4)
+    second = torch.tensor([5.0, 13.0] * 4)
+    assert trainer.normalised_by(first) == Moments(7.0, 4.0, 8)
+    # All 16: mean 8, variance (8 * 9 + 4 * 1 + 4 * 25) / 16 = 11.
+    assert trainer.normalised_by(second) == Moments(8.0, 11.0, 16)
+    trainer.config = dataclasses.replace(config, reward_normalization="batch")
+    assert trainer.normalised_by(second) == Moments(9.0, 16.0, 8)
+    train(config, source(scores))
+    assert all(row["objective/rlhf_reward"] == pytest.approx(0.0, abs=1e-6) for row in metrics(tmp_path))
+    assert all(row["objective/scores"] == 7.0 for row in metrics(tmp_path))
+    saved = load_latest(config.output_dir)
+    assert saved is not None and saved.info["scores_seen"] == [7.0, 4.0, 24]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"policy_objective": "penalty", "dual_clip": 3.0}, "clips nothing"),
+        ({"importance_sampling_level": "sequence"}, "rloo, grpo and dr_grpo"),
+        ({"missing_eos_reward": -1.0, "missing_eos_penalty": 1.0}, "use one of them"),
+        ({"dual_clip": 1.0}, "dual_clip must be above 1"),
+        ({"ptx_coef": 0.0}, "ptx_coef must be positive"),
+    ],
+    ids=[
+        "penalty and clip",
+        "sequence ratio with gae",
+        "two eos penalties",
+        "dual clip of 1",
+        "no ptx weight",
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tiny.ppo_config(tmp_path, **settings)
 
 
 # ---- without a critic ----
