@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _PREFIX = "checkpoint-"
 _STATE_FILE = "trainer_state.pt"
 _INFO_FILE = "state.json"
+BEST_FILE = "best.json"
+"""Names the checkpoint with the highest held-out win rate, as `step` and `checkpoint`; pruning spares it."""
 _NO_ROOM_BYTES = 64 * 1024
 
 
@@ -60,7 +62,7 @@ def save_checkpoint(
     info: Mapping[str, Any],
     keep: int | None = None,
 ) -> Path:
-    """Write `checkpoint-STEP` atomically, then remove the oldest beyond `keep`.
+    """Write `checkpoint-STEP` atomically, then remove the oldest beyond `keep`, but never the best.
 
     Args:
         output_dir: the run directory.
@@ -75,7 +77,7 @@ def save_checkpoint(
     Raises:
         StorageError: the folder cannot be written; earlier checkpoints are untouched.
     """
-    final = output_dir / f"{_PREFIX}{step:06d}"
+    final = checkpoint_path(output_dir, step)
     temp = output_dir / f".{final.name}.tmp"
     with _saving(output_dir):
         shutil.rmtree(temp, ignore_errors=True)
@@ -90,9 +92,24 @@ def save_checkpoint(
         os.rename(temp, final)
         _flush_folder(output_dir)
         if keep is not None:
+            best = best_checkpoint(output_dir)
             for old in list_checkpoints(output_dir)[:-keep]:
-                shutil.rmtree(old)
+                if old != best:
+                    shutil.rmtree(old)
     return final
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return output_dir / f"{_PREFIX}{step:06d}"
+
+
+def best_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint that `best.json` names; None without evaluations."""
+    path = output_dir / BEST_FILE
+    if not path.is_file():
+        return None
+    return output_dir / str(json.loads(path.read_text(encoding="utf-8"))["checkpoint"])
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from rlaif.errors import ConfigError
+from rlaif.trackers import TrackerName
 
 AdvantageEstimator = Literal["gae", "reinforce", "rloo", "grpo", "dr_grpo"]
 ImportanceSamplingLevel = Literal["token", "sequence"]
@@ -50,6 +51,8 @@ class TrainingConfig:
     """Write a checkpoint every n steps; one is always written at the end."""
     save_total_limit: int | None = 2
     """Checkpoints to keep; None keeps all."""
+    report_to: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio, or none."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.
@@ -114,6 +117,18 @@ class OnlineConfig(TrainingConfig):
     """Check sampling, log-probabilities and the reward server before the first step."""
     samples_per_step: int = 8
     """Transcripts written per step, to samples/."""
+    log_completions: bool = False
+    """Also write every response of each step to a Parquet table in completions/, with its reward and advantage."""
+    eval_dataset: Path | None = None
+    """Held-out prompts to evaluate on: mean reward, and win rate over the reference's responses to them."""
+    eval_steps: int = 10
+    """With eval_dataset: evaluate every n steps and at the end; the best checkpoint is kept, and named in best.json."""
+    eval_by: Literal["score", "compare"] = "score"
+    """Who wins: the higher reward, or whom the reward server prefers when it compares (a judge in both orders)."""
+    early_stop_kl: float | None = None
+    """End at a checkpoint once a step's KL to the reference exceeds this, in nats per response."""
+    early_stopping_patience: int | None = None
+    """With eval_dataset: end at a checkpoint after n evaluations whose win rate is no higher than the best before."""
 
     VOLATILE: ClassVar[frozenset[str]] = frozenset(
         {
@@ -130,6 +145,13 @@ class OnlineConfig(TrainingConfig):
             "samples_per_step",
             "save_steps",
             "save_total_limit",
+            "report_to",
+            "log_completions",
+            "eval_dataset",
+            "eval_steps",
+            "eval_by",
+            "early_stop_kl",
+            "early_stopping_patience",
         }
     )
 
@@ -154,6 +176,14 @@ class OnlineConfig(TrainingConfig):
             self.generation_batch_size > 0, "generation_batch_size", self.generation_batch_size, "at least 1"
         )
         require(self.missing_eos_penalty >= 0, "missing_eos_penalty", self.missing_eos_penalty, "at least 0")
+        require(self.eval_steps > 0, "eval_steps", self.eval_steps, "at least 1")
+        limit, patience = self.early_stop_kl, self.early_stopping_patience
+        require(limit is None or limit > 0, "early_stop_kl", limit, "positive")
+        require(patience is None or patience > 0, "early_stopping_patience", patience, "at least 1")
+        if patience is not None and self.eval_dataset is None:
+            raise ConfigError("early_stopping_patience counts evaluations: give an eval_dataset")
+        if self.eval_dataset is not None and self.eval_dataset.absolute() == self.dataset.absolute():
+            raise ConfigError("eval_dataset is the training data itself: hold prompts out")
         require(
             0 <= self.max_missing_rewards < 1, "max_missing_rewards", self.max_missing_rewards, "in [0, 1)"
         )
@@ -164,6 +194,11 @@ class OnlineConfig(TrainingConfig):
             self.vllm_gpu_memory_utilization,
             "above 0 and at most 1",
         )
+
+    @property
+    def decides_by_metrics(self) -> bool:
+        """Whether the course of the run depends on metrics of earlier steps."""
+        return self.eval_dataset is not None or self.early_stop_kl is not None
 
     @property
     def responses_per_step(self) -> int:
@@ -351,7 +386,7 @@ class SFTConfig(TrainingConfig):
     max_length: int = 1024
     """Longest conversation in tokens; a longer one is set aside, and counted, because its end is what is learned."""
 
-    VOLATILE: ClassVar[frozenset[str]] = frozenset({"save_steps", "save_total_limit"})
+    VOLATILE: ClassVar[frozenset[str]] = frozenset({"save_steps", "save_total_limit", "report_to"})
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.

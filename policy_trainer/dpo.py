@@ -20,7 +20,7 @@ from torch import Tensor
 from policy_trainer import optim
 from policy_trainer.batching import collate, length_buckets
 from policy_trainer.config import DPOConfig
-from policy_trainer.logprobs import token_logprobs
+from policy_trainer.logprobs import sequence_logprobs, token_logprobs
 from policy_trainer.online import Prompts, Purpose, served_reward, session
 from policy_trainer.pairs import PairSet, build_pairs
 from policy_trainer.preference_losses import LossType, PreferenceObjective, preference_loss
@@ -31,7 +31,6 @@ from policy_trainer.rounds import (
     collect_round,
     mismatched_prompt,
     round_metrics,
-    sequence_logprobs,
     transcripts,
 )
 

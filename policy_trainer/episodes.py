@@ -71,9 +71,17 @@ def mean_raw(rewards: Sequence[Reward]) -> float | None:
 
 
 def transcripts(
-    episodes: Episodes, rewards: Sequence[Reward], kept: Sequence[int], kl: Tensor
+    episodes: Episodes, rewards: Sequence[Reward], kept: Sequence[int], kl: Tensor, advantages: Tensor
 ) -> list[dict[str, Any]]:
-    """Rows for `samples/`: what was asked, what was answered, what it earned."""
+    """Rows for `samples/` and `completions/`: what was asked, what was answered, what it earned.
+
+    Args:
+        episodes: N responses.
+        rewards: N of them.
+        kept: the K responses with a reward.
+        kl: (K,) to the reference, in nats per response.
+        advantages: (K,) mean over the response's tokens.
+    """
     return [
         {
             "prompt": to_dicts(episodes.conversations[i][:-1]),
@@ -81,6 +89,7 @@ def transcripts(
             "reward": rewards[i].value,
             "raw": rewards[i].raw,
             "kl": float(kl[at]),
+            "advantage": float(advantages[at]),
             "finished": episodes.sampled[i].finished,
         }
         for at, i in enumerate(kept)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from policy_trainer.batching import collate, length_buckets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,3 +165,24 @@ def token_logprobs(
     ]
     entropy = entropy_of(logits.detach(), temperature) if with_entropy else None
     return TokenLogprobs(gather_logprobs(logits, targets, temperature), entropy)
+
+
+@torch.no_grad()
+def sequence_logprobs(
+    model: PreTrainedModel,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    temperature: float,
+    micro_batch_tokens: int,
+) -> list[float]:
+    """Log-probability of each (prompt ids, response ids), summed over the response including its EOS, in nats."""
+    sums = [0.0] * len(pairs)
+    lengths = [len(prompt) + len(response) for prompt, response in pairs]
+    for rows in length_buckets(lengths, max_rows=len(pairs), max_tokens=micro_batch_tokens):
+        batch = collate([pairs[i][0] for i in rows], [pairs[i][1] for i in rows]).to(model.device)
+        read = token_logprobs(
+            model, batch.input_ids, batch.attention_mask, batch.response_len, temperature
+        ).logprobs
+        totals = read.masked_fill(~batch.response_mask, 0.0).sum(dim=1)
+        for i, total in zip(rows, totals.tolist(), strict=True):
+            sums[i] = total
+    return sums

@@ -13,11 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
 
 from policy_trainer import optim
+from policy_trainer.card import write_card
 from policy_trainer.checkpoint import (
     Checkpoint,
     StopRequest,
@@ -29,6 +31,7 @@ from policy_trainer.checkpoint import (
 )
 from policy_trainer.client import RewardClient
 from policy_trainer.config import OnlineConfig
+from policy_trainer.heldout import HeldOut, best_step, mark_best, reason_to_stop
 from policy_trainer.models import eos_token_ids, fingerprint, load_policy
 from policy_trainer.reward_source import Reward, RewardSource
 from policy_trainer.rollout import HFRollout, RolloutEngine, Sampled
@@ -54,6 +57,7 @@ class Purpose(IntEnum):
     PAIRING = 3
     SELF_CHECK = 4
     PTX = 5
+    EVALUATION = 6
 
 
 class Prompts(NamedTuple):
@@ -112,8 +116,7 @@ class OnlineTrainer:
         # The reference is named by the config and never by a checkpoint: a resumed run keeps its anchor.
         reference = load_policy(config.ref_model or config.model_name_or_path, dtype=config.dtype).model
         reference.requires_grad_(False)
-        prompts = load_prompts(config, tokenizer)
-        check_context(config, policy, prompts)
+        prompts = load_prompts(config, policy, tokenizer, config.dataset, "quarantine.jsonl")
         trainer = cls(
             config=config,
             policy=policy,
@@ -243,7 +246,7 @@ class OnlineTrainer:
 T = TypeVar("T", bound=OnlineTrainer)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session(Generic[T]):
     """A trainer at work: its run directory, its progress and whether somebody asked it to end.
 
@@ -252,17 +255,21 @@ class Session(Generic[T]):
         run: the run directory.
         bar: progress.
         stop: true once a signal has asked for an end.
+        held_out: evaluation on the way; None without held-out prompts.
+        ended: why the run ends before `max_steps`; None while it goes on.
     """
 
     trainer: T
     run: Run
     bar: Progress
     stop: StopRequest
+    held_out: HeldOut | None = None
+    ended: str | None = None
 
     @property
     def unfinished(self) -> bool:
         """Whether there is another step to do."""
-        return self.trainer.step < self.trainer.config.max_steps
+        return self.ended is None and self.trainer.step < self.trainer.config.max_steps
 
     def end_step(
         self,
@@ -278,10 +285,20 @@ class Session(Generic[T]):
         """
         trainer, config = self.trainer, self.trainer.config
         self.run.samples(trainer.step, transcripts[: config.samples_per_step])
+        if config.log_completions:
+            self.run.completions(trainer.step, transcripts)
+        evaluated = self.held_out is not None and self.held_out.is_due()
+        if self.held_out is not None and evaluated:
+            metrics = {**metrics, **self.held_out.evaluate()}
         self.run.log(trainer.step, metrics)
         self.bar.advance(1, **shown)
-        if self.stop or trainer.step % config.save_steps == 0 or not self.unfinished:
+        rows = self.run.metrics() if config.decides_by_metrics else []
+        self.ended = reason_to_stop(config, rows)
+        best = evaluated and best_step(rows) == trainer.step
+        if self.stop or best or trainer.step % config.save_steps == 0 or not self.unfinished:
             trainer.save()
+        if best:
+            mark_best(self.run, rows)
         if self.stop and self.unfinished:
             raise KeyboardInterrupt
 
@@ -305,12 +322,30 @@ def session(
     with Run.open(config.output_dir, config, command=f"train {method}") as run, stop_on_signal() as stop:
         trainer = kind.start(config, source)
         run.truncate_metrics(trainer.step)
+        rows = run.metrics()
+        mark_best(run, rows)  # a kill may have come between a checkpoint and its mark
         if config.self_check and trainer.step < config.max_steps:
             trainer.self_check()
         with progress(config.max_steps, f"{method.upper()} steps") as bar:
             bar.advance(trainer.step)
-            yield Session(trainer, run, bar, stop)
+            at_work = Session(trainer, run, bar, stop, _held_out(trainer, run), reason_to_stop(config, rows))
+            yield at_work
         save_final(config.output_dir, trainer.policy, trainer.tokenizer)
+        run.end(trainer.step, at_work.ended or "max_steps")
+        info = source.info()
+        write_card(run, reward_model=(info.name, info.version))
+        if at_work.ended is not None:
+            print(f"ended at step {trainer.step}: {at_work.ended}", file=sys.stderr)
+
+
+def _held_out(trainer: OnlineTrainer, run: Run) -> HeldOut | None:
+    config = trainer.config
+    if config.eval_dataset is None or trainer.step >= config.max_steps:
+        return None
+    prompts = load_prompts(
+        config, trainer.policy, trainer.tokenizer, config.eval_dataset, "eval-quarantine.jsonl"
+    )
+    return HeldOut(trainer, prompts, run, seed=optim.step_seed(config.seed, Purpose.EVALUATION))
 
 
 @contextmanager
@@ -347,16 +382,24 @@ class Clock:
         return {**self._laps, "time/step": time.perf_counter() - self._start}
 
 
-def load_prompts(config: OnlineConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    """Read and encode the prompts; rows that cannot be used go to `quarantine.jsonl` in the run directory.
+def load_prompts(
+    config: OnlineConfig,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Path,
+    quarantine: str,
+) -> Prompts:
+    """Read and encode prompts; rows that cannot be used go to the file `quarantine` in the run directory.
 
     Raises:
-        DataError: the file is missing or has no usable row.
+        DataError: the dataset is missing or has no usable row.
+        ConfigError: the longest prompt and a full response exceed the policy's context.
     """
-    quarantine = Quarantine(config.output_dir / "quarantine.jsonl")
-    conversations = list(read_prompts(config.dataset, quarantine))
+    conversations = list(read_prompts(dataset, Quarantine(config.output_dir / quarantine)))
     ids = [encode_prompt(tokenizer, c, max_length=config.max_prompt_length) for c in conversations]
-    return Prompts(conversations, ids)
+    prompts = Prompts(conversations, ids)
+    check_context(config, policy, prompts)
+    return prompts
 
 
 def context_length(policy: PreTrainedModel) -> int | None:

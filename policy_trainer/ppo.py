@@ -156,7 +156,9 @@ def train(config: PPOConfig, source: RewardSource) -> None:
             trainer.kl = trainer.kl.updated(mean_kl, len(kept))
             at_work.end_step(
                 metrics,
-                transcripts(episodes, rewards, kept, shaped.kl),
+                transcripts(
+                    episodes, rewards, kept, shaped.kl, (estimated.advantages * mask).sum(1) / mask.sum(1)
+                ),
                 score=metrics["objective/scores"],
                 kl=mean_kl,
             )

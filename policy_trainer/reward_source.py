@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from rlaif.errors import RewardServerError
-from rlaif.types import Conversation
+from rlaif.types import Conversation, Pair, with_response
 
 DEFAULT_REQUEST_BYTES = 4 * 1024 * 1024
 """gRPC's own default limit, taken when a server declares none."""
@@ -88,6 +88,9 @@ class RewardSource(Protocol):
     def submit(self, conversations: Sequence[Conversation]) -> Future[list[Reward]]:
         """`score` in the background, so that it overlaps other work."""
 
+    def submit_pairs(self, pairs: Sequence[Pair]) -> Future[list[Comparison]]:
+        """Which response of each pair is preferred, in order and in the background."""
+
     def close(self) -> None:
         """Release threads and connections; calls under way are abandoned."""
 
@@ -135,6 +138,19 @@ class FunctionReward:
     def submit(self, conversations: Sequence[Conversation]) -> Future[list[Reward]]:
         """`score` in the background thread."""
         return self._thread.submit(self.score, list(conversations))
+
+    def submit_pairs(self, pairs: Sequence[Pair]) -> Future[list[Comparison]]:
+        """The sigmoid of the difference of raw scores, as a reward server compares; in the background thread."""
+        return self._thread.submit(self._compare, list(pairs))
+
+    def _compare(self, pairs: Sequence[Pair]) -> list[Comparison]:
+        both = self.score([with_response(p.prompt, r) for p in pairs for r in (p.a, p.b)])
+        return [
+            Comparison(None, reason=a.reason or b.reason)
+            if a.raw is None or b.raw is None
+            else Comparison(0.5 + 0.5 * math.tanh((a.raw - b.raw) / 2))
+            for a, b in zip(both[::2], both[1::2], strict=True)
+        ]
 
     def close(self) -> None:
         """Wait for the background thread."""

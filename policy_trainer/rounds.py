@@ -15,12 +15,9 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from policy_trainer import optim
-from policy_trainer.batching import collate, length_buckets
 from policy_trainer.config import RoundConfig
-from policy_trainer.logprobs import token_logprobs
+from policy_trainer.logprobs import sequence_logprobs
 from policy_trainer.online import OnlineTrainer, Prompts, Purpose, check_missing
 from policy_trainer.reward_source import Reward
 from policy_trainer.rollout import decode_response
@@ -261,27 +258,6 @@ def penalised(reward: Reward, penalty: float, scale: float) -> Reward:
     if reward.value is None or reward.raw is None:
         return reward
     return reward._replace(value=reward.value - penalty, raw=reward.raw - penalty * scale)
-
-
-@torch.no_grad()
-def sequence_logprobs(
-    model: PreTrainedModel,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    temperature: float,
-    micro_batch_tokens: int,
-) -> list[float]:
-    """Log-probability of each (prompt ids, response ids), summed over the response including its EOS, in nats."""
-    sums = [0.0] * len(pairs)
-    lengths = [len(prompt) + len(response) for prompt, response in pairs]
-    for rows in length_buckets(lengths, max_rows=len(pairs), max_tokens=micro_batch_tokens):
-        batch = collate([pairs[i][0] for i in rows], [pairs[i][1] for i in rows]).to(model.device)
-        read = token_logprobs(
-            model, batch.input_ids, batch.attention_mask, batch.response_len, temperature
-        ).logprobs
-        totals = read.masked_fill(~batch.response_mask, 0.0).sum(dim=1)
-        for i, total in zip(rows, totals.tolist(), strict=True):
-            sums[i] = total
-    return sums
 
 
 def store_round(output_dir: Path, round_: Round) -> None:

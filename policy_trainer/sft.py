@@ -12,6 +12,7 @@ import torch
 
 from policy_trainer import optim
 from policy_trainer.batching import collate, length_buckets
+from policy_trainer.card import write_card
 from policy_trainer.checkpoint import load_latest, restore_rng, save_checkpoint, save_final, stop_on_signal
 from policy_trainer.config import SFTConfig
 from policy_trainer.logprobs import token_logprobs
@@ -100,6 +101,8 @@ def run(config: SFTConfig) -> None:
                 if stop and step < steps:
                     raise KeyboardInterrupt
         save_final(config.output_dir, model, tokenizer)
+        out.end(step, "max_steps")
+        write_card(out)
 
 
 def accumulate_gradients(

@@ -1,7 +1,9 @@
 """The run directory: what was asked, by which code, and what came out.
 
-`run.json` (resolved config, versions, git revision, command line), `metrics.jsonl` (one line per step), `samples/`
-(transcripts to read), `tb/` (TensorBoard). A directory belongs to one run: opening it again continues that run.
+`run.json` (resolved config, versions, git revision, command line, how it ended), `metrics.jsonl` (one line per step),
+`samples/` (transcripts to read), `completions/` (tables of responses), `tb/` (TensorBoard).
+
+A directory belongs to one run: opening it again continues that run.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rlaif import __version__
 from rlaif.errors import ConfigError, QualityError, StorageError
-from rlaif.storage import cut_torn_line, storing, write_atomic
+from rlaif.storage import cut_torn_line, storing, write_atomic, write_parquet
+from rlaif.trackers import Tracker, TrackerName, check_trackers, open_trackers
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
-    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
     "Progress",
@@ -53,13 +55,23 @@ class Run:
     Attributes:
         directory: the run's folder.
         resumed: whether the directory already held this run.
+        record: what `run.json` says.
     """
 
-    def __init__(self, directory: Path, *, resumed: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        resumed: bool,
+        record: dict[str, Any],
+        report_to: Sequence[TrackerName] = ("tensorboard",),
+    ) -> None:
         self.directory = directory
         self.resumed = resumed
+        self.record = record
+        self._report_to = report_to
         self._metrics_path = directory / "metrics.jsonl"
-        self._board: SummaryWriter | None = None
+        self._trackers: list[Tracker] | None = None
         self._purge_step: int | None = None
 
     @classmethod
@@ -69,7 +81,8 @@ class Run:
         Args:
             output_dir: the folder; parents are made.
             config: the command's config dataclass. Fields in its `VOLATILE: ClassVar[frozenset[str]]` (those that
-                cannot change the result, such as `max_in_flight`) may differ when a run is continued.
+                cannot change the result, such as `max_in_flight`) may differ when a run is continued. Its
+                `report_to`, if it has one, says where metrics go beside `metrics.jsonl`.
             command: the command's name, such as `train ppo`.
 
         Raises:
@@ -77,6 +90,8 @@ class Run:
         """
         directory = Path(output_dir)
         path = directory / "run.json"
+        report_to: Sequence[TrackerName] = getattr(config, "report_to", ("tensorboard",))
+        check_trackers(report_to)
         identity = cls.identity(config)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         record: dict[str, Any] = {
@@ -97,7 +112,14 @@ class Run:
             record["resumed"] = [*earlier.get("resumed", []), now]
         write_atomic(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         cut_torn_line(directory / "metrics.jsonl")
-        return cls(directory, resumed=resumed)
+        return cls(directory, resumed=resumed, record=record, report_to=report_to)
+
+    def end(self, step: int, reason: str) -> None:
+        """Note in `run.json` after which step the run ended, and why; opening the run again takes the note back."""
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        self.record["ended"] = {"step": step, "reason": reason, "at": at}
+        text = json.dumps(self.record, indent=2, ensure_ascii=False) + "\n"
+        write_atomic(self.directory / "run.json", text)
 
     def disown(self) -> None:
         """Let the directory go: another configuration may use it. For a run that failed before it had any result."""
@@ -116,9 +138,9 @@ class Run:
         return {name: value for name, value in plain.items() if name not in skip}
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        """Append one line `{"step": step, **metrics}` to `metrics.jsonl` and to TensorBoard.
+        """Append one line `{"step": step, **metrics}` to `metrics.jsonl` and report it to the trackers.
 
-        None means that the value could not be had at this step; TensorBoard has no point there.
+        None means that the value could not be had at this step; trackers have no point there.
 
         Raises:
             QualityError: a value is NaN or infinite; nothing is written.
@@ -128,10 +150,10 @@ class Run:
         line = json.dumps({"step": step, **values}, allow_nan=False) + "\n"
         with storing(self._metrics_path), self._metrics_path.open("a", encoding="utf-8") as file:
             file.write(line)
-        board = self._tensorboard()
-        for name, value in values.items():
-            if value is not None:
-                board.add_scalar(name, value, step)
+        if self._trackers is None:
+            self._trackers = open_trackers(self._report_to, self.directory, self.record, self._purge_step)
+        for tracker in self._trackers:
+            tracker.log(step, {name: value for name, value in values.items() if value is not None})
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl` in order; empty if there are none."""
@@ -153,12 +175,43 @@ class Run:
         write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return path
 
+    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+        """Write `completions/completions_NNNNN.parquet`, all responses of a step as TRL's `log_completions` has them.
+
+        Args:
+            step: the step.
+            rows: as for `samples`: `prompt` (messages), `response` and `reward`, and what else is known of `advantage`,
+                `raw`, `kl` and `finished`.
+
+        Returns:
+            The file.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        import pyarrow as pa
+
+        message = pa.struct([("role", pa.string()), ("content", pa.string())])
+        numbers = ("reward", "advantage", "raw", "kl")
+        schema = pa.schema(
+            [
+                ("step", pa.int64()),
+                ("prompt", pa.list_(message)),
+                ("completion", pa.string()),
+                *((name, pa.float64()) for name in numbers),
+                ("finished", pa.bool_()),
+            ]
+        )
+        path = self.directory / "completions" / f"completions_{step:05d}.parquet"
+        table = ({**row, "step": step, "completion": row["response"]} for row in rows)
+        write_parquet(path, ({name: row.get(name) for name in schema.names} for row in table), schema)
+        return path
+
     def close(self) -> None:
-        """Flush TensorBoard."""
-        if self._board is not None:
-            with storing(self.directory / "tb"):
-                self._board.close()
-            self._board = None
+        """Flush the trackers."""
+        trackers, self._trackers = self._trackers or (), None
+        for tracker in trackers:
+            tracker.close()
 
     def __enter__(self) -> Run:
         return self
@@ -167,14 +220,6 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _tensorboard(self) -> SummaryWriter:
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            with storing(self.directory / "tb"):
-                self._board = SummaryWriter(str(self.directory / "tb"), purge_step=self._purge_step)
-        return self._board
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from policy_trainer import optim
 from policy_trainer.evaluation.config import EvaluatePolicyConfig
 from policy_trainer.evaluation.sides import Side, identity
+from policy_trainer.logprobs import sequence_logprobs
 from policy_trainer.models import LoadedPolicy, eos_token_ids, load_policy
 from policy_trainer.rollout import HFRollout, decode_response
-from policy_trainer.rounds import sequence_logprobs
 from rlaif.chat import encode_prompt
 from rlaif.errors import ConfigError, ModelError
 from rlaif.records import Quarantine, read_responses

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from rlaif.errors import ConfigError
+from rlaif.trackers import TrackerName
 
 LossType = Literal["soft_cross_entropy", "bradley_terry", "margin", "regression"]
 
@@ -77,10 +78,14 @@ class RewardModelConfig:
     """Write metrics every n steps."""
     save_steps: int = 100
     """Write a checkpoint to resume from every n steps, and after each epoch."""
+    report_to: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio, or none."""
     seed: int = 0
     """Seed of the head, the order of prompts and dropout."""
 
-    VOLATILE: ClassVar[frozenset[str]] = frozenset({"logging_steps", "save_steps", "micro_batch_tokens"})
+    VOLATILE: ClassVar[frozenset[str]] = frozenset(
+        {"logging_steps", "save_steps", "micro_batch_tokens", "report_to"}
+    )
 
     def __post_init__(self) -> None:
         """Refuse combinations that cannot work."""

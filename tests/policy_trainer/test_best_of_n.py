@@ -191,7 +191,7 @@ def test_what_was_selected_is_logged_and_marked_in_the_transcripts(
 def test_each_rising_threshold_learns_from_fewer_and_better_responses(
     tmp_path: Path, source: FunctionReward
 ) -> None:
-    train(config_in(tmp_path, max_steps=1, **REST), source)
+    train(config_in(tmp_path, max_steps=1, rollout_batch_size=64, **REST), source)
     (row,) = metrics(tmp_path / "run")
     counts = [row[f"selected/count_{i}"] for i in (1, 2, 3)]
     assert counts[0] > counts[1] > counts[2] and sum(counts) == row["selected/count"]

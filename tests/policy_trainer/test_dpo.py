@@ -29,6 +29,7 @@ from policy_trainer.dpo import (
     move_average,
     train,
 )
+from policy_trainer.logprobs import sequence_logprobs
 from policy_trainer.online import Prompts
 from policy_trainer.preference_losses import PreferenceObjective
 from policy_trainer.reward_source import FunctionReward, Reward
@@ -37,7 +38,6 @@ from policy_trainer.rounds import (
     RoundSample,
     mismatched_prompt,
     penalised,
-    sequence_logprobs,
     store_round,
     stored_round,
 )
