@@ -10,6 +10,9 @@ WRONG_LABELS = 0.25
 NOISY = "noisy.jsonl"
 """Its labels, in a seed's folder."""
 
+ALL = "all"
+"""Where the evaluation of every arm beside the SFT policy is, under a seed's `eval`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Arm:
@@ -39,14 +42,16 @@ class Study:
     Attributes:
         name: for the command line and for pictures.
         title: a heading.
-        arms: the first one is what the others are held against.
+        arms: what is compared.
         curves: whether the report draws how they learned.
+        versus: whether the others are also compared with the first one, response by response.
     """
 
     name: str
     title: str
     arms: tuple[Arm, ...]
     curves: bool = False
+    versus: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,7 @@ STUDIES = (
         "direct",
         "Direct against distilled reward",
         (Arm("rloo-direct", "direct: the judge's own scores", "ppo", "rloo", "judge"), RLOO),
+        versus=True,
     ),
     Study(
         "soft",
@@ -97,6 +103,7 @@ STUDIES = (
             Arm("rloo-soft", "soft labels", "ppo", "rloo", "rm-soft"),
             Arm("rloo-hard", "hard labels", "ppo", "rloo", "rm-hard"),
         ),
+        versus=True,
     ),
     Study(
         "overoptimisation",

@@ -8,25 +8,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlaif.agreement import bootstrap_interval, mean
+from rlaif.agreement import estimate_mean
 from rlaif.errors import DataError
 from rlaif.storage import write_atomic
-from rlaif.tables import number, percent_interval, table
-from tinyworld.arms import REWARD_MODELS, Arm, Study
-from tinyworld.gold import gold_utility
+from rlaif.tables import number, percent, percent_interval, table
+from tinyworld.arms import ALL, REWARD_MODELS, Arm, Study
 from tinyworld.report import INK, draw_figure
-from tinyworld.results import Estimate, gold_curve, machine, metric_curve, responses
+from tinyworld.results import gold_curve, machine, metric_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Floats = NDArray[np.float64]
 
+START = "start"
 REPORT = "learning.md"
 BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
 """Where the report goes in a page."""
@@ -41,17 +41,21 @@ class Outcome:
     """One arm at one seed.
 
     Attributes:
-        gold: (N,) utility of its response to each unseen post.
-        words: mean length of those.
+        measured: on unseen posts, as `rlaif eval policy` wrote it.
         seen: (T,) responses sampled up to each step of training.
         curves: (T,) each: mean `gold` and `reward` (normalised) of a step's responses, and their `kl` to the SFT
             policy, in nats per response.
     """
 
-    gold: Floats
-    words: float
+    measured: Mapping[str, Any]
     seen: Floats
     curves: Mapping[str, Floats]
+
+    @property
+    def gold(self) -> Mapping[str, Any]:
+        """What gold says of it: `score`, and `win_rate` and others over the SFT policy, which has none itself."""
+        rating: Mapping[str, Any] = self.measured["ratings"][0]
+        return rating
 
 
 Outcomes = Mapping[str, Sequence[Outcome]]
@@ -62,50 +66,50 @@ def outcomes(out: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> Outcomes:
     """Read what finished.
 
     Raises:
-        DataError: a file is missing or unreadable.
+        DataError: the samples or metrics of a step are missing.
     """
-    folders = [out / f"seed-{seed}" for seed in seeds]
-    return {
-        name: [_outcome(folder, name) for folder in folders]
-        for name in ("start", *(arm.name for arm in arms))
-    }
+    found: dict[str, list[Outcome]] = {name: [] for name in (START, *(arm.name for arm in arms))}
+    for folder in (out / f"seed-{seed}" for seed in seeds):
+        start, *others = evaluated(folder, ALL)
+        found[START].append(Outcome(start, np.empty(0), {}))
+        by_name = {Path(policy["name"]).name: policy for policy in others}
+        for arm in arms:
+            found[arm.name].append(Outcome(by_name[arm.name], *training_curves(folder / arm.name)))
+    return found
 
 
-def _outcome(folder: Path, name: str) -> Outcome:
-    posts = list(responses(folder / "eval" / "start"))
-    written = responses(folder / "eval" / name)
-    if missing := [post for post in posts if post not in written]:
-        raise DataError(f"{folder / 'eval' / name} has no response to {len(missing)} of {len(posts)} posts")
-    gold = np.array([gold_utility(post, written[post]) for post in posts])
-    words = float(np.mean([len(written[post].split()) for post in posts]))
-    if name == "start":
-        return Outcome(gold, words, np.empty(0), {})
-    run = folder / name
-    by_step = {
+def evaluated(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The policies of an evaluation, the baseline first."""
+    metrics = json.loads((folder / "eval" / name / "metrics.json").read_text(encoding="utf-8"))
+    policies: list[dict[str, Any]] = metrics["policies"]
+    return policies
+
+
+def training_curves(run: Path) -> tuple[Floats, dict[str, Floats]]:
+    """`Outcome.seen` and `Outcome.curves`.
+
+    Raises:
+        DataError: the samples or metrics of a step are missing.
+    """
+    curves = {
         "gold": gold_curve(run),
         "reward": metric_curve(run, "objective/scores"),
         "kl": metric_curve(run, "objective/kl"),
     }
     seen = metric_curve(run, "episode")
-    for curve in by_step.values():
-        if curve.steps != seen.steps:
-            raise DataError(f"{run} lacks samples or metrics of some steps")
-    return Outcome(
-        gold, words, np.array(seen.values, float), {k: np.array(c.values) for k, c in by_step.items()}
-    )
+    if any(curve.steps != seen.steps for curve in curves.values()):
+        raise DataError(f"{run} lacks the samples or metrics of some steps")
+    return np.array(seen.values, float), {name: np.array(curve.values) for name, curve in curves.items()}
 
 
-def wins(a: Floats, b: Floats) -> Floats:
-    """(N,) 1 where `a` is higher, 0 where `b` is, 1/2 where they are equal."""
-    return np.where(np.isclose(a, b), 0.5, (a > b).astype(np.float64))
-
-
-def over_seeds(rows: Sequence[Floats]) -> Estimate:
-    """Mean of all rows, with a 95 % bootstrap interval that draws whole seeds, or rows where there is one seed."""
-    seeds = [i for i, of_seed in enumerate(rows) for _ in of_seed] if len(rows) > 1 else None
-    values = np.concatenate(rows)
-    low, high = bootstrap_interval(values, mean, groups=seeds)
-    return Estimate(mean(values), low, high)
+def over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean of the seeds' estimates, with a 95 % bootstrap interval over seeds; of one seed, its own interval."""
+    if len(found) == 1:
+        return dict(found[0])
+    values = [estimate["value"] for estimate in found]
+    if None in values:
+        return {"value": None, "low": None, "high": None}
+    return dict(estimate_mean(values))
 
 
 def window(steps: int) -> int:
@@ -126,46 +130,51 @@ def mean_curve(of: Sequence[Outcome], name: str) -> Floats:
 
 def study_tables(study: Study, found: Outcomes, seeds: Sequence[int]) -> Iterator[str]:
     """The study's table over seeds, and its win rates seed by seed, as Markdown."""
-    first, starts = study.arms[0], found["start"]
     rows: list[tuple[str, ...]] = []
     for arm in study.arms:
         of = found[arm.name]
-        over_start = [wins(mine.gold, start.gold) for mine, start in zip(of, starts, strict=True)]
-        over_first = [wins(a.gold, b.gold) for a, b in zip(of, found[first.name], strict=True)]
         gold = smoothed(mean_curve(of, "gold"))
-        end = {name: smoothed(mean_curve(of, name))[-1] for name in ("reward", "kl")}
         rows.append(
             (
                 arm.title,
-                _rate(over_seeds(over_start)),
-                "-" if arm is first else _rate(over_seeds(over_first)),
-                number(float(np.mean([outcome.gold.mean() for outcome in of]))),
+                percent_interval(over_seeds([outcome.gold["win_rate"] for outcome in of])),
+                percent(over_seeds([outcome.gold["length_controlled"] for outcome in of])["value"]),
+                number(over_seeds([outcome.gold["score"] for outcome in of])["value"]),
+                number(over_seeds([outcome.measured["kl"] for outcome in of])["value"]),
+                f"{np.mean([outcome.measured['tokens'] for outcome in of]):.1f}",
                 f"{gold.max():.3f}, {gold[-1]:.3f}",
-                f"{end['reward']:.2f}",
-                f"{end['kl']:.1f}",
-                f"{np.mean([outcome.words for outcome in of]):.1f}",
+                f"{smoothed(mean_curve(of, 'reward'))[-1]:.2f}",
             )
         )
-    start = (
-        number(float(np.mean([s.gold.mean() for s in starts]))),
-        f"{np.mean([s.words for s in starts]):.1f}",
-    )
-    rows.append(("SFT policy", "-", "-", start[0], "-", "-", "0.0", start[1]))
+    of = found[START]
+    start = number(over_seeds([outcome.gold["score"] for outcome in of])["value"])
+    tokens = f"{np.mean([outcome.measured['tokens'] for outcome in of]):.1f}"
+    rows.append(("SFT policy", "-", "-", start, number(0.0), tokens, "-", "-"))
     heads = (
-        "", "gold win rate over SFT, %", f"over {first.title.partition(':')[0]}, %", "gold utility",
-        "gold in training: highest, at the end", "reward at the end", "KL at the end", "words",
+        "", "gold win rate over SFT, %", "length-controlled", "gold utility", "KL", "tokens",
+        "gold in training: highest, at the end", "reward at the end",
     )  # fmt: skip
     yield table(heads, rows)
     if len(seeds) > 1:
-        by_seed = []
-        for arm in study.arms:
-            pairs = zip(found[arm.name], starts, strict=True)
-            by_seed.append((arm.title, *(_rate(over_seeds([wins(a.gold, b.gold)])) for a, b in pairs)))
+        by_seed = [
+            (arm.title, *(percent_interval(outcome.gold["win_rate"]) for outcome in found[arm.name]))
+            for arm in study.arms
+        ]
         yield table(("gold win rate over SFT, %", *(f"seed {seed}" for seed in seeds)), by_seed)
 
 
-def _rate(found: Estimate) -> str:
-    return percent_interval({"value": found.value, "low": found.low, "high": found.high})
+def versus(study: Study, out: Path, seeds: Sequence[int]) -> str:
+    """How often gold prefers each arm to the study's first one, as Markdown."""
+    by_seed = [evaluated(out / f"seed-{seed}", study.name)[1:] for seed in seeds]
+    lines = []
+    for i, arm in enumerate(study.arms[1:]):
+        won = [policies[i]["ratings"][0]["win_rate"] for policies in by_seed]
+        each = ", ".join(percent(found["value"]) for found in won)
+        lines.append(
+            f"Head to head, *{arm.title}* wins over *{study.arms[0].title}* on {percent_interval(over_seeds(won))} % "
+            f"of the posts, ties counting half (by seed: {each})."
+        )
+    return "\n".join(lines)
 
 
 def reward_model_table(out: Path, names: Sequence[str], seeds: Sequence[int]) -> str:
@@ -203,7 +212,7 @@ def draw_study(study: Study, found: Outcomes) -> str:
                     low, high = lines.min(axis=0), lines.max(axis=0)
                     ax.fill_between(across, low, high, color=colour, alpha=0.15, linewidth=0)
             if y == "gold":
-                start = float(np.mean([outcome.gold.mean() for outcome in found["start"]]))
+                start = float(np.mean([outcome.gold["score"]["value"] for outcome in found[START]]))
                 ax.axhline(start, color=INK, linestyle=":", label="SFT policy")
             ax.set(xlabel=xlabel, ylabel=ylabel)
             ax.legend(fontsize=8)
@@ -228,6 +237,8 @@ def write_report(out: Path, studies: Sequence[Study], seeds: Sequence[int]) -> s
     parts = []
     for study in studies:
         parts += [f"### {study.title}", *study_tables(study, found, seeds)]
+        if study.versus:
+            parts.append(versus(study, out, seeds))
         if study.curves:
             name = f"images/learning-{study.name}.svg"
             write_atomic(out / name, draw_study(study, found))
@@ -235,7 +246,7 @@ def write_report(out: Path, studies: Sequence[Study], seeds: Sequence[int]) -> s
     models = [name for name in REWARD_MODELS if any(arm.reward == name for arm in arms)]
     parts += ["### Reward models", reward_model_table(out, models, seeds)]
     seconds = [_seconds(out / f"seed-{seed}") for seed in seeds]
-    posts = len(found["start"][0].gold)
+    posts = found[START][0].measured["responses"]
     parts.append(
         f"Seeds {', '.join(map(str, seeds))}; {posts} unseen posts each; {date.today().isoformat()}; {machine()}; "
         f"processes at work for {np.mean(seconds) / 60:.1f} minutes a seed, two side by side."

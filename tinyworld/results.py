@@ -180,10 +180,14 @@ def collect_results(out: Path, policies: Mapping[str, str]) -> Results:
         DataError: a stage's file is missing or unreadable.
     """
     settings = json.loads((out / "demo.json").read_text(encoding="utf-8"))
-    written = {name: responses(out / "eval" / name) for name in ("start", *policies)}
-    posts = list(written["start"])
-    gold = {name: np.array([gold_utility(post, by[post]) for post in posts]) for name, by in written.items()}
-    words = {name: float(np.mean([len(by[post].split()) for post in posts])) for name, by in written.items()}
+    responses = {name: _responses(out / "eval" / name) for name in ("start", *policies)}
+    posts = list(responses["start"])
+    gold = {
+        name: np.array([gold_utility(post, by[post]) for post in posts]) for name, by in responses.items()
+    }
+    words = {
+        name: float(np.mean([len(by[post].split()) for post in posts])) for name, by in responses.items()
+    }
     titles = {"start": "start", **policies}
 
     def result(name: str) -> PolicyResult:
@@ -192,12 +196,12 @@ def collect_results(out: Path, policies: Mapping[str, str]) -> Results:
             name=name,
             title=titles[name],
             mean_gold=float(gold[name].mean()),
-            gold=estimate(gold[name]),
+            gold=_estimate(gold[name]),
             mean_words=words[name],
-            win_rate=None if wins is None else estimate(wins),
+            win_rate=None if wins is None else _estimate(wins),
             ties=0.0 if wins is None else float(np.mean(wins == 0.5)),
             gold_curve=Curve([], []) if name == "start" else gold_curve(out / name),
-            curves={} if name == "start" else training_curves(out / name),
+            curves={} if name == "start" else _training_curves(out / name),
         )
 
     rows = pq.read_table(out / "labels" / "preferences.parquet").to_pylist()
@@ -220,7 +224,7 @@ def collect_results(out: Path, policies: Mapping[str, str]) -> Results:
                 p,
                 [
                     SampleResponse(titles[n], _parts(p, by[p]), gold_utility(p, by[p]))
-                    for n, by in written.items()
+                    for n, by in responses.items()
                 ],
             )
             for p in posts[:SAMPLES_SHOWN]
@@ -235,21 +239,15 @@ def machine() -> str:
     return f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}"
 
 
-def estimate(
+def _estimate(
     values: np.ndarray[Any, np.dtype[np.float64]], statistic: Callable[..., float] | None = None
 ) -> Estimate:
-    """A statistic of rows with its 95 % bootstrap interval; the mean unless given."""
     pick = statistic or (lambda v: float(np.mean(v)))
     low, high = bootstrap_interval(values, pick, seed=0)
     return Estimate(float(pick(values)), float(low), float(high))
 
 
-def responses(folder: Path) -> dict[str, str]:
-    """The first response to each post in a folder that `rlaif sample` wrote.
-
-    Raises:
-        DataError: it is missing or unreadable.
-    """
+def _responses(folder: Path) -> dict[str, str]:
     sets = read_candidates(folder, Quarantine(None))
     return {s.prompt[-1].content: s.candidates[0].response for s in sets}
 
@@ -268,8 +266,7 @@ def _post(prompt: str | Sequence[Mapping[str, str]]) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def training_curves(run: Path) -> dict[str, Curve]:
-    """The metrics that the report draws."""
+def _training_curves(run: Path) -> dict[str, Curve]:
     return {"reward": metric_curve(run, "objective/scores"), "kl": metric_curve(run, "objective/kl")}
 
 
@@ -300,9 +297,9 @@ def label_result(title: str, rows: Sequence[Mapping[str, Any]]) -> LabelResult:
     return LabelResult(
         title=title,
         pairs=len(table),
-        agreement=estimate(agreements(averaged, truth)),
-        kappa=estimate(table, lambda t: cohen_kappa(t[:, 1], t[:, 0])),
-        one_order=estimate((agreements(first, truth) + agreements(second, truth)) / 2),
+        agreement=_estimate(agreements(averaged, truth)),
+        kappa=_estimate(table, lambda t: cohen_kappa(t[:, 1], t[:, 0])),
+        one_order=_estimate((agreements(first, truth) + agreements(second, truth)) / 2),
         same_position=float(np.mean(same_position(first, 1 - second))),
         same_position_averaged=float(np.mean(same_position(averaged, 1 - averaged))),
         label_mass=float(np.mean([(r["label_mass_ab"] + r["label_mass_ba"]) / 2 for r in asked])),

@@ -1,6 +1,7 @@
 """Stages of a pipeline in the embedded world: commands that a user would type, each a process that resumes on its own.
 
-A finished stage has a marker and is not run again; one that was interrupted goes on where it stopped.
+A finished stage has a marker and is not run again unless its command has changed; one that was interrupted goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def run_phase(phase: Phase, out: Path) -> None:
     Raises:
         RlaifError: a stage failed; its own message stands above. Stages at work are waited for, no other begins.
     """
-    tracks = [[s for s in track if not _marker(out, s).exists()] for track in phase.tracks]
+    tracks = [[stage for stage in track if not _is_done(out, stage)] for track in phase.tracks]
     tracks = [track for track in tracks if track]
     if not tracks:
         return
@@ -121,6 +122,11 @@ def _marker(out: Path, stage: Stage) -> Path:
     return out / "stages" / f"{stage.name}.json"
 
 
+def _is_done(out: Path, stage: Stage) -> bool:
+    marker = _marker(out, stage)
+    return marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["args"] == list(stage.args)
+
+
 def _run_track(track: Sequence[Stage], servers: Mapping[str, str], out: Path) -> None:
     for stage in track:
         address = servers[stage.server] if stage.server else ""
@@ -137,8 +143,12 @@ def _run_track(track: Sequence[Stage], servers: Mapping[str, str], out: Path) ->
             )
         marker = _marker(out, stage)
         marker.parent.mkdir(exist_ok=True)
-        seconds = round(time.monotonic() - started, 1)
-        write_atomic(marker, json.dumps({"command": _shown(stage.module, args), "seconds": seconds}) + "\n")
+        done = {
+            "command": _shown(stage.module, args),
+            "args": stage.args,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        write_atomic(marker, json.dumps(done) + "\n")
 
 
 def _shown(module: str, args: Sequence[str]) -> str:

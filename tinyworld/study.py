@@ -19,7 +19,7 @@ from pathlib import Path
 from rlaif.errors import RlaifError
 from rlaif.storage import write_atomic
 from tinyworld.ablation import gold_pairs
-from tinyworld.arms import NOISY, REWARD_MODELS, STUDIES, WRONG_LABELS, Arm, RewardModel, Study
+from tinyworld.arms import ALL, NOISY, REWARD_MODELS, STUDIES, WRONG_LABELS, Arm, RewardModel, Study
 from tinyworld.learning import insert_report, write_report
 from tinyworld.pairs import WRITERS
 from tinyworld.stages import CONFIGS, JUDGE, POLICY, Phase, Stage, remember, run_phase, write_prompts
@@ -50,27 +50,24 @@ def arms_of(studies: Sequence[Study]) -> list[Arm]:
     return list(dict.fromkeys(arm for study in reversed(studies) for arm in study.arms))
 
 
-def plan(out: Path, seed: int, arms: Sequence[Arm], sizes: Sizes) -> list[Phase]:
+def plan(out: Path, seed: int, studies: Sequence[Study], sizes: Sizes) -> list[Phase]:
     """The commands of one seed, in order; `out` is its folder."""
+    arms = arms_of(studies)
 
     def to(folder: str) -> tuple[str, ...]:
         return ("--output_dir", str(out / folder), "--seed", str(seed))
 
-    def sample(model: str, dataset: str, folder: str, n: int) -> tuple[str, ...]:
-        what = ("--model_name_or_path", model, "--dataset", str(out / dataset))
-        return ("sample", *what, "--num_return_sequences", str(n), "--max_new_tokens", "40", *to(folder))
-
-    def evaluate(name: str, model: str) -> Stage:
-        return Stage(f"eval-{name}", sample(model, "eval-prompts.jsonl", f"eval/{name}", 1))
-
-    def align(arm: Arm) -> tuple[Stage, ...]:
+    def align(arm: Arm) -> tuple[Stage]:
         what = ("--config", str(settings_file(arm.settings)), "--dataset", str(out / "prompts.jsonl"))
         steps = () if sizes.max_steps is None else ("--max_steps", str(sizes.max_steps))
         args = ("train", arm.command, *what, *arm.options, *steps, "--reward_server", "{server}")
-        return (
-            Stage(arm.name, (*args, *to(arm.name)), arm.reward),
-            evaluate(arm.name, str(out / arm.name)),
-        )
+        return (Stage(arm.name, (*args, *to(arm.name)), arm.reward),)
+
+    def compare(name: str, baseline: str, others: Sequence[Arm]) -> tuple[Stage]:
+        policies = ("--model_name_or_path", *(str(out / arm.name) for arm in others), "--baseline", baseline)
+        how = ("--ref_model", POLICY, "--reward_function", "tinyworld.gold:rewards", "--max_new_tokens", "40")
+        what = ("--dataset", str(out / "eval-prompts.jsonl"), *policies, *how)
+        return (Stage(f"eval-{name}", ("eval", "policy", *what, *to(f"eval/{name}"))),)
 
     def distil(name: str, model: RewardModel) -> tuple[Stage, ...]:
         what = ("--config", str(RM_SETTINGS), "--dataset", str(out / model.labels))
@@ -83,8 +80,10 @@ def plan(out: Path, seed: int, arms: Sequence[Arm], sizes: Sizes) -> list[Phase]
     rewards = {arm.reward for arm in arms}
     models = {name: model for name, model in REWARD_MODELS.items() if name in rewards}
     judge = ("--judge", JUDGE, "--rubric", "tinyworld:pair", "--dataset", str(out / "candidates"))
+    candidates = ("--model_name_or_path", POLICY, "--dataset", str(out / "prompts.jsonl"))
+    sampling = (*candidates, "--num_return_sequences", "3", "--max_new_tokens", "40")
     labelling = [
-        Stage("sample", sample(POLICY, "prompts.jsonl", "candidates", 3)),
+        Stage("sample", ("sample", *sampling, *to("candidates"))),
         Stage("label", ("label", "pairs", *judge, *to("labels"))),
     ]
     if any(model.labels == NOISY for model in models.values()):
@@ -96,7 +95,6 @@ def plan(out: Path, seed: int, arms: Sequence[Arm], sizes: Sizes) -> list[Phase]
             (
                 (*labelling, *(stage for name, model in models.items() for stage in distil(name, model))),
                 *(align(arm) for arm in arms if arm.reward == "judge"),
-                (evaluate("start", POLICY),),
             ),
             {"judge": ("--judge", JUDGE, "--rubric", "tinyworld:score")},
         ),
@@ -104,6 +102,18 @@ def plan(out: Path, seed: int, arms: Sequence[Arm], sizes: Sizes) -> list[Phase]
             f"Seed {seed}: every method against the reward models",
             tuple(align(arm) for arm in arms if arm.reward in models),
             {name: ("--model", str(out / name)) for name in models},
+        ),
+        Phase(
+            f"Seed {seed}: every policy on unseen posts, beside the SFT policy and beside each other, by gold",
+            (
+                compare(ALL, POLICY, arms),
+                *(
+                    compare(study.name, str(out / study.arms[0].name), study.arms[1:])
+                    for study in studies
+                    if study.versus
+                ),
+            ),
+            {},
         ),
     ]
 
@@ -113,7 +123,7 @@ def settings_file(name: str) -> Path:
     return CONFIGS / "study" / f"{name}.yaml"
 
 
-def prepare(out: Path, seed: int, arms: Sequence[Arm], sizes: Sizes) -> None:
+def prepare(out: Path, seed: int, studies: Sequence[Study], sizes: Sizes) -> None:
     """Write the data of one seed, and see that what stands in its folder was begun with these settings.
 
     Raises:
@@ -124,7 +134,7 @@ def prepare(out: Path, seed: int, arms: Sequence[Arm], sizes: Sizes) -> None:
     shared = {"reward_models": distilling, "settings": RM_SETTINGS.read_text(encoding="utf-8")}
     remember({"seed": seed, **asdict(sizes), **shared}, out / "study.json")
     (out / "arms").mkdir(exist_ok=True)
-    for arm in arms:
+    for arm in arms_of(studies):
         text = settings_file(arm.settings).read_text(encoding="utf-8")
         of_arm = {**asdict(arm), "options": list(arm.options), "settings": text}
         remember(of_arm, out / "arms" / f"{arm.name}.json")
@@ -154,9 +164,9 @@ def main() -> None:
     sizes = Sizes(args.num_prompts, args.num_eval_prompts, args.max_steps)
     for i, seed in enumerate(args.seeds):
         began = time.monotonic()
-        folder, arms = out / f"seed-{seed}", arms_of(studies)
-        prepare(folder, seed, arms, sizes)
-        for phase in plan(folder, seed, arms, sizes):
+        folder = out / f"seed-{seed}"
+        prepare(folder, seed, studies, sizes)
+        for phase in plan(folder, seed, studies, sizes):
             run_phase(phase, folder)
         print(f"\nseed {seed}: {time.monotonic() - began:.0f} s\n", flush=True)
         print(write_report(out, studies, args.seeds[: i + 1]), flush=True)

@@ -11,14 +11,14 @@ import pytest
 from rlaif.cli import find_command, parse_config
 from rlaif.errors import DataError, StorageError
 from tinyworld.arms import METHODS, REWARD_MODELS, STUDIES, Arm, Study
-from tinyworld.learning import BEGIN, END, Outcome, insert_report, over_seeds, smoothed, study_tables, wins
+from tinyworld.learning import BEGIN, END, Outcome, insert_report, over_seeds, smoothed, study_tables
 from tinyworld.study import Sizes, arms_of, plan, prepare
 
-ALL = arms_of(STUDIES)
+ARMS = arms_of(STUDIES)
 
 
-def configs(tmp_path, arms):
-    phases = plan(tmp_path, 3, arms, Sizes(800, 300))
+def configs(tmp_path, studies):
+    phases = plan(tmp_path, 3, studies, Sizes(800, 300))
     stages = [
         stage for phase in phases for track in phase.tracks for stage in track if stage.module == "rlaif.cli"
     ]
@@ -30,67 +30,68 @@ def configs(tmp_path, arms):
 
 
 def test_every_stage_is_a_command_that_rlaif_takes(tmp_path):
-    found = configs(tmp_path, ALL)
-    for arm in ALL:
+    found = configs(tmp_path, STUDIES)
+    for arm in ARMS:
         assert found[arm.name].seed == 3
-        assert f"eval-{arm.name}" in found
+        assert str(tmp_path / arm.name) in found["eval-all"].model_name_or_path
     assert {name for name in found if name.startswith("rm")} == set(REWARD_MODELS)
 
 
 def test_all_methods_sample_the_same_number_of_responses_and_are_rewarded_alike(tmp_path):
-    found = configs(tmp_path, METHODS)
+    found = configs(tmp_path, STUDIES)
     assert len({found[arm.name].max_steps * found[arm.name].responses_per_step for arm in METHODS}) == 1
     assert {arm.reward for arm in METHODS} == {"rm"}
 
 
 def test_online_dpo_takes_one_update_per_round(tmp_path):
-    config = configs(tmp_path, METHODS)["online-dpo"]
+    config = configs(tmp_path, STUDIES)["online-dpo"]
     assert config.num_train_epochs == 1
     assert config.per_device_train_batch_size >= config.rollout_batch_size
 
 
 def test_the_arms_of_the_over_optimisation_differ_in_the_kl_term_alone(tmp_path):
     without, with_kl = (arm.name for arm in next(s for s in STUDIES if s.name == "overoptimisation").arms)
-    found = configs(tmp_path, ALL)
+    found = configs(tmp_path, STUDIES)
     assert found[without].kl_coef == 0 < found[with_kl].kl_coef
     fields = {k: v for k, v in vars(found[without]).items() if k not in ("kl_coef", "output_dir")}
     assert fields == {k: vars(found[with_kl])[k] for k in fields}
 
 
 def test_every_curve_has_its_samples(tmp_path):
-    found = configs(tmp_path, ALL)
-    for arm in ALL:
+    found = configs(tmp_path, STUDIES)
+    for arm in ARMS:
         assert found[arm.name].samples_per_step >= found[arm.name].responses_per_step
 
 
 def test_gold_reaches_nothing_that_is_trained():
-    for phase in plan(Path("out"), 0, ALL, Sizes(800, 300)):
+    for phase in plan(Path("out"), 0, STUDIES, Sizes(800, 300)):
         for stage in (stage for track in phase.tracks for stage in track):
-            if any("gold" in argument for argument in stage.args):
-                assert stage.args[:2] == ("eval", "rm")
+            assert stage.args[0] == "eval" or not any("gold" in argument for argument in stage.args)
 
 
 def test_what_the_arms_share_is_made_once(tmp_path):
-    names = [s.name for phase in plan(tmp_path, 0, ALL, Sizes(8, 8)) for track in phase.tracks for s in track]
+    names = [
+        s.name for phase in plan(tmp_path, 0, STUDIES, Sizes(8, 8)) for track in phase.tracks for s in track
+    ]
     assert len(names) == len(set(names))
 
 
-def outcome(gold, curve=(0.1, 0.3)):
-    steps = np.arange(1.0, 1 + len(curve))
-    return Outcome(
-        np.array(gold), 10.0, 64 * steps, {name: np.array(curve) for name in ("gold", "reward", "kl")}
-    )
+def estimate(value, low=0.0, high=1.0):
+    return {"value": value, "low": low, "high": high}
 
 
-def test_wins_count_ties_half():
-    assert wins(np.array([0.5, 0.1, 0.3]), np.array([0.2, 0.4, 0.1 + 0.2])).tolist() == [1.0, 0.0, 0.5]
+def outcome(win_rate, score, curve=(0.1, 0.3)):
+    rating = {"win_rate": estimate(win_rate), "length_controlled": estimate(0.5), "score": estimate(score)}
+    measured = {"ratings": [rating], "kl": estimate(2.0), "tokens": 14.0}
+    curves = {name: np.array(curve) for name in ("gold", "reward", "kl")}
+    return Outcome(measured, 64 * np.arange(1.0, 1 + len(curve)), curves)
 
 
-def test_the_interval_over_seeds_draws_whole_seeds():
-    apart = over_seeds([np.ones(100), np.zeros(100)])
-    assert (apart.value, apart.low, apart.high) == (0.5, 0.0, 1.0)
-    alone = over_seeds([np.array([1.0, 0.0] * 50)])
-    assert 0.35 < alone.low < 0.45 < 0.55 < alone.high < 0.65
+def test_the_interval_over_seeds_is_that_of_the_seeds_and_of_one_seed_its_own():
+    apart = over_seeds([estimate(0.0), estimate(1.0)])
+    assert (apart["value"], apart["low"], apart["high"]) == (0.5, 0.0, 1.0)
+    assert over_seeds([estimate(0.7, 0.6, 0.8)]) == estimate(0.7, 0.6, 0.8)
+    assert over_seeds([estimate(0.7), estimate(None, None, None)])["value"] is None
 
 
 def test_a_curve_is_averaged_over_the_last_tenth_of_its_steps():
@@ -99,29 +100,33 @@ def test_a_curve_is_averaged_over_the_last_tenth_of_its_steps():
     assert smoothed(curve[:5]).tolist() == curve[:5].tolist()
 
 
-def test_the_table_by_hand():
-    study = Study("x", "X", (Arm("a", "first", "ppo", "ppo"), Arm("b", "second: longer", "dpo", "dpo")))
+def test_the_tables_by_hand():
+    study = Study("x", "X", (Arm("a", "first", "ppo", "ppo"), Arm("b", "second", "dpo", "dpo")))
     found = {
-        "start": [outcome([0.0, 0.5]), outcome([0.5, 0.5])],
-        "a": [outcome([0.5, 0.5]), outcome([1.0, 0.5])],  # wins, ties; wins, ties
-        "b": [outcome([1.0, 0.0]), outcome([1.0, 1.0])],  # wins, loses; wins, wins
+        "start": [outcome(None, 0.1), outcome(None, 0.3)],
+        "a": [outcome(0.75, 0.5, (0.1, 0.3, 0.2)), outcome(0.75, 0.6, (0.3, 0.5, 0.2))],
+        "b": [outcome(0.5, 0.5), outcome(1.0, 0.9)],
     }
-    over, by_seed = study_tables(study, found, [0, 1])
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in over.splitlines()]
-    assert rows[2] == ["first", "75.0 [75.0, 75.0]", "-", "0.625", "0.300, 0.300", "0.30", "0.3", "10.0"]
-    assert rows[3][:4] == ["second: longer", "75.0 [50.0, 100.0]", "62.5 [50.0, 75.0]", "0.750"]
-    assert rows[4][3] == "0.375"
-    assert by_seed.splitlines()[2].split("|")[1].strip() == "first"
+    over, by_seed = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+        for text in study_tables(study, found, [0, 1])
+    )
+    first = ["first", "75.0 [75.0, 75.0]", "50.0", "0.550", "2.000", "14.0", "0.400, 0.200", "0.20"]
+    assert over[2] == first
+    assert over[3][:4] == ["second", "75.0 [50.0, 100.0]", "50.0", "0.700"]
+    assert over[4][3] == "0.200"
+    assert by_seed[3] == ["second", "50.0 [0.0, 100.0]", "100.0 [0.0, 100.0]"]
 
 
 def test_a_folder_of_other_settings_is_refused_and_further_arms_are_not(tmp_path):
-    prepare(tmp_path, 0, METHODS[:1], Sizes(8, 8))
-    prepare(tmp_path, 0, METHODS, Sizes(8, 8))
+    one = Study("x", "X", METHODS[:1])
+    prepare(tmp_path, 0, [one], Sizes(8, 8))
+    prepare(tmp_path, 0, STUDIES, Sizes(8, 8))
     with pytest.raises(StorageError, match="other settings"):
-        prepare(tmp_path, 0, METHODS, Sizes(8, 9))
+        prepare(tmp_path, 0, STUDIES, Sizes(8, 9))
     changed = Arm(METHODS[0].name, "PPO", "ppo", "rloo")
     with pytest.raises(StorageError, match="holds a ppo with other settings"):
-        prepare(tmp_path, 0, [changed], Sizes(8, 8))
+        prepare(tmp_path, 0, [Study("x", "X", (changed,))], Sizes(8, 8))
 
 
 def test_the_report_goes_between_the_marks_of_a_page(tmp_path):
