@@ -107,7 +107,7 @@ class Run:
         resumed = path.is_file()
         if resumed:
             earlier = _read_record(path)
-            _check_same_run(directory, earlier, command, identity)
+            _check_same_run(directory, earlier, command, identity, _defaults(config))
             record["started"] = earlier.get("started", now)
             record["resumed"] = [*earlier.get("resumed", []), now]
         write_atomic(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
@@ -232,19 +232,38 @@ def _read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _check_same_run(directory: Path, earlier: dict[str, Any], command: str, identity: dict[str, Any]) -> None:
+def _check_same_run(
+    directory: Path,
+    earlier: dict[str, Any],
+    command: str,
+    identity: dict[str, Any],
+    defaults: dict[str, Any],
+) -> None:
     if earlier.get("command") != command:
         raise StorageError(
             f"{directory} holds a run of `rlaif {earlier.get('command')}`, this is `rlaif {command}`; "
             "choose another --output_dir"
         )
-    before = earlier["identity"]
+    # A field that did not exist when the run began had no other value than its default.
+    before = {**{name: value for name, value in defaults.items() if name in identity}, **earlier["identity"]}
     for name in sorted({*before, *identity}):
         if before.get(name) != identity.get(name):
             raise StorageError(
                 f"{directory} holds a run with {name}={before.get(name)!r}, this one has {identity.get(name)!r}; "
                 "choose another --output_dir or the same settings"
             )
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The config's fields that have a default, with it, as JSON values."""
+    given: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        if field.default is not dataclasses.MISSING:
+            given[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            given[field.name] = field.default_factory()
+    plain: dict[str, Any] = _plain(given)
+    return plain
 
 
 def _plain(value: Any) -> Any:

@@ -91,6 +91,21 @@ def test_another_command_is_refused(tmp_path: Path) -> None:
         Run.open(tmp_path, Config(tmp_path), command="train dpo")
 
 
+def test_a_run_of_an_earlier_release_goes_on_if_what_it_could_not_set_is_at_its_default(
+    tmp_path: Path,
+) -> None:
+    @dataclass(frozen=True)
+    class Later(Config):
+        clip: float = 0.2
+
+    open_run(tmp_path)
+    with pytest.raises(StorageError, match=r"clip=0\.2, this one has 0\.5"):
+        Run.open(tmp_path, Later(tmp_path, clip=0.5), command="train ppo")
+    assert Run.open(tmp_path, Later(tmp_path), command="train ppo").resumed
+    with pytest.raises(StorageError, match="holds a run with learning_rate"):
+        Run.open(tmp_path, Later(tmp_path, learning_rate=1.0), command="train ppo")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
 def test_a_run_json_of_something_else_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
