@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 WRONG_LABELS = 0.25
@@ -115,3 +116,8 @@ STUDIES = (
         curves=True,
     ),
 )
+
+
+def arms_of(studies: Sequence[Study]) -> list[Arm]:
+    """The arms of the studies, each once."""
+    return list(dict.fromkeys(arm for study in studies for arm in study.arms))

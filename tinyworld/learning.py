@@ -17,7 +17,7 @@ from rlaif.agreement import estimate_mean
 from rlaif.errors import DataError
 from rlaif.storage import write_atomic
 from rlaif.tables import number, percent, percent_interval, table
-from tinyworld.arms import ALL, REWARD_MODELS, Arm, Study
+from tinyworld.arms import ALL, REWARD_MODELS, Arm, Study, arms_of
 from tinyworld.report import INK, draw_figure
 from tinyworld.results import gold_curve, machine, metric_curve
 
@@ -232,7 +232,7 @@ def write_report(out: Path, studies: Sequence[Study], seeds: Sequence[int]) -> s
     Raises:
         DataError: a run's file is missing or unreadable.
     """
-    arms = list(dict.fromkeys(arm for study in studies for arm in study.arms))
+    arms = arms_of(studies)
     found = outcomes(out, arms, seeds)
     parts = []
     for study in studies:

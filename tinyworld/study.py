@@ -19,7 +19,7 @@ from pathlib import Path
 from rlaif.errors import RlaifError
 from rlaif.storage import write_atomic
 from tinyworld.ablation import gold_pairs
-from tinyworld.arms import ALL, NOISY, REWARD_MODELS, STUDIES, WRONG_LABELS, Arm, RewardModel, Study
+from tinyworld.arms import ALL, NOISY, REWARD_MODELS, STUDIES, WRONG_LABELS, Arm, RewardModel, Study, arms_of
 from tinyworld.learning import insert_report, write_report
 from tinyworld.pairs import WRITERS
 from tinyworld.stages import CONFIGS, JUDGE, POLICY, Phase, Stage, remember, run_phase, write_prompts
@@ -43,11 +43,6 @@ class Sizes:
     num_prompts: int
     num_eval_prompts: int
     max_steps: int | None = None
-
-
-def arms_of(studies: Sequence[Study]) -> list[Arm]:
-    """The arms of the studies, each once, those of the last study first: they take longest."""
-    return list(dict.fromkeys(arm for study in reversed(studies) for arm in study.arms))
 
 
 def plan(out: Path, seed: int, studies: Sequence[Study], sizes: Sizes) -> list[Phase]:

@@ -10,9 +10,9 @@ import pytest
 
 from rlaif.cli import find_command, parse_config
 from rlaif.errors import DataError, StorageError
-from tinyworld.arms import METHODS, REWARD_MODELS, STUDIES, Arm, Study
+from tinyworld.arms import METHODS, REWARD_MODELS, STUDIES, Arm, Study, arms_of
 from tinyworld.learning import BEGIN, END, Outcome, insert_report, over_seeds, smoothed, study_tables
-from tinyworld.study import Sizes, arms_of, plan, prepare
+from tinyworld.study import Sizes, plan, prepare
 
 ARMS = arms_of(STUDIES)
 
