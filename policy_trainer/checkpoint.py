@@ -78,7 +78,7 @@ def save_checkpoint(
         StorageError: the folder cannot be written; earlier checkpoints are untouched.
     """
     final = checkpoint_path(output_dir, step)
-    temp = output_dir / f".{final.name}.tmp"
+    temp, replaced = _partial(final), _aside(final)
     with _saving(output_dir):
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(parents=True)
@@ -88,14 +88,16 @@ def save_checkpoint(
         (temp / _INFO_FILE).write_text(json.dumps({"step": step, **info}, indent=2) + "\n", encoding="utf-8")
         _flush(temp)
         if final.exists():
-            shutil.rmtree(final)
+            os.rename(final, replaced)
         os.rename(temp, final)
+        shutil.rmtree(replaced, ignore_errors=True)
         _flush_folder(output_dir)
         if keep is not None:
             best = best_checkpoint(output_dir)
             for old in list_checkpoints(output_dir)[:-keep]:
                 if old != best:
-                    shutil.rmtree(old)
+                    os.rename(old, _partial(old))
+                    shutil.rmtree(_partial(old))
     return final
 
 
@@ -118,11 +120,13 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def load_latest(output_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run, or None.
+    """The newest checkpoint of a run, or None. For the process that goes on with the run: it tidies up after a kill.
 
     Raises:
         StorageError: it cannot be read.
     """
+    with _saving(output_dir):
+        _tidy(output_dir)
     checkpoints = list_checkpoints(output_dir)
     if not checkpoints:
         return None
@@ -212,6 +216,26 @@ def stop_on_signal() -> Iterator[StopRequest]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def _partial(final: Path) -> Path:
+    """Where a checkpoint is while it is written or removed."""
+    return final.with_name(f".{final.name}.tmp")
+
+
+def _aside(final: Path) -> Path:
+    """Where a checkpoint waits while another of the same step takes its place."""
+    return final.with_name(f".{final.name}.old")
+
+
+def _tidy(output_dir: Path) -> None:
+    """Put back a checkpoint whose successor a kill kept from its place; remove what is partial or outdated."""
+    for path in output_dir.glob(f".{_PREFIX}*"):
+        final = output_dir / path.stem[1:]
+        if path == _aside(final) and not final.exists():
+            os.rename(path, final)
+        else:
+            shutil.rmtree(path)
 
 
 @contextmanager

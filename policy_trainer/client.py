@@ -127,10 +127,10 @@ class AsyncRewardClient:
     """A reward server over gRPC, with deadlines, bounded retries and a pinned model version.
 
     Retried: UNAVAILABLE (restarting, warming up, draining), CANCELLED by the server (it stopped with the call just
-    arrived), RESOURCE_EXHAUSTED that carries RetryInfo (the queue is full) and DEADLINE_EXCEEDED said at once (the
-    queue is longer than the timeout, nothing was computed), until `give_up_after_s` have passed since the call began.
-    Everything else is an error at once. The version is pinned by the first `info()`: a server that comes back with
-    other weights is refused, because rewards of two models must not be mixed in one run.
+    arrived), RESOURCE_EXHAUSTED that carries RetryInfo (the queue is full) and DEADLINE_EXCEEDED (the server hangs, or
+    it said at once that its queue is longer than the timeout), until `give_up_after_s` have passed since the call
+    began. Everything else is an error at once. The version is pinned by the first `info()`: a server that comes back
+    with other weights is refused, because rewards of two models must not be mixed in one run.
     """
 
     def __init__(
@@ -329,7 +329,7 @@ class AsyncRewardClient:
                 wait = max(asked, pause * self._jitter.uniform(0.5, 1.0))
                 waited = time.monotonic() - started
                 if waited + wait > self._give_up_after_s:
-                    raise self._gave_up(err, waited) from err
+                    raise self._gave_up(err, waited, method) from err
             except asyncio.CancelledError as err:
                 self._check_open(err)  # closing the channel cancels its calls
                 raise
@@ -406,7 +406,9 @@ class AsyncRewardClient:
             f"the reward server at {self.address} refused {method} with {code.name}: {details(err)}"
         )
 
-    def _gave_up(self, err: grpc.aio.AioRpcError, waited: float) -> RewardServerError:
+    def _gave_up(self, err: grpc.aio.AioRpcError, waited: float, method: str) -> RewardServerError:
+        if err.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not _refused_early(err):
+            return self._refused(err, method)
         if err.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED):
             return RewardServerError(
                 f"the reward server at {self.address} stayed overloaded for {waited:.0f} s; "
@@ -556,14 +558,17 @@ def retry_delay(err: grpc.aio.AioRpcError) -> float | None:
 
     RESOURCE_EXHAUSTED without RetryInfo is a message over a size limit: the same call would fail again. CANCELLED is
     the server's word here (a call that the caller gives up raises `asyncio.CancelledError`): a stopping server lets go
-    of calls that reached it after its last look, and to score again does no harm.
+    of calls that reached it after its last look. After DEADLINE_EXCEEDED nobody knows what became of the call; to
+    score again does no harm.
     """
-    if err.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+    if err.code() in (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+    ):
         return _retry_info(err) or 0.0
     if err.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return _retry_info(err)
-    if err.code() is grpc.StatusCode.DEADLINE_EXCEEDED and _refused_early(err):
-        return 0.0
     return None
 
 

@@ -110,9 +110,9 @@ class OnlineConfig(TrainingConfig):
     max_missing_rewards: float = 0.5
     """Stop at a checkpoint if a larger share of a step's rewards is missing. Missing ones never count as 0."""
     reward_timeout_s: float = 120.0
-    """Deadline of one request to the reward server, in seconds."""
+    """Deadline of one request to the reward server, in seconds; a request that hangs is made again."""
     reward_give_up_after_s: float = 300.0
-    """How long an unavailable reward server is waited for, in seconds; a restart within it is ridden out."""
+    """How long a reward server that is unavailable or hangs is waited for, in seconds; a restart is ridden out."""
     self_check: bool = True
     """Check sampling, log-probabilities and the reward server before the first step."""
     samples_per_step: int = 8

@@ -38,7 +38,7 @@ from policy_trainer.reward_source import RewardSource
 from policy_trainer.rewards import adjust_scores, token_rewards
 from policy_trainer.rollout import decode_response
 from policy_trainer.sft import accumulate_gradients
-from rlaif.errors import QualityError
+from rlaif.errors import QualityError, RewardServerError
 from rlaif.records import Quarantine
 from rlaif.types import with_response
 
@@ -78,13 +78,13 @@ def train(config: PPOConfig, source: RewardSource) -> None:
 
             # 3. A missing reward takes its response out of everything that follows, and with it a response that
             #    was to be compared with it alone.
-            rewards = pending.result()
-            clock.lap("reward")
-            scored = [i for i, r in enumerate(rewards) if r.value is not None]
-            kept = comparable(scored, episodes.groups) if config.grouped else scored
             try:
+                rewards = pending.result()
+                clock.lap("reward")
+                scored = [i for i, r in enumerate(rewards) if r.value is not None]
+                kept = comparable(scored, episodes.groups) if config.grouped else scored
                 check_missing(rewards, kept, config.max_missing_rewards, trainer.step + 1)
-            except QualityError:
+            except (RewardServerError, QualityError):
                 trainer.save()
                 raise
             mask = read.mask[kept]

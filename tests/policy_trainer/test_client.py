@@ -165,15 +165,25 @@ def test_lasting_overload_ends_with_one_line(address: str, numbers: NumberServer
     assert 2 <= len(numbers.calls) <= 6
 
 
-def test_a_call_that_never_ends_is_cut_by_the_deadline(address: str, numbers: NumberServer) -> None:
+def test_a_call_that_hangs_is_cut_by_the_deadline_and_made_again(address: str, numbers: NumberServer) -> None:
     release = threading.Event()
     numbers.moods = [lambda _: (release.wait(20), None)[1]]
+    with RewardClient(address, timeout_s=0.3) as client:
+        assert [reward.raw for reward in client.score([conversation("4")])] == [4.0]
+    release.set()
+    assert len(numbers.calls) == 2
+
+
+def test_a_server_that_always_hangs_is_given_up(address: str, numbers: NumberServer) -> None:
+    release = threading.Event()
+    numbers.moods = [lambda _: (release.wait(20), None)[1]] * 9
     with (
-        RewardClient(address, timeout_s=0.3) as client,
-        pytest.raises(RewardServerError, match=r"within 0\.3 s"),
+        RewardClient(address, timeout_s=0.2, give_up_after_s=0.5) as client,
+        pytest.raises(RewardServerError, match=r"did not answer Score within 0\.2 s"),
     ):
         client.score([conversation("4")])
     release.set()
+    assert 2 <= len(numbers.calls) <= 3
 
 
 def test_a_restart_is_ridden_out() -> None:

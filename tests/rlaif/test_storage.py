@@ -15,23 +15,14 @@ import pytest
 
 from rlaif.errors import DataError, StorageError
 from rlaif.storage import Journal, storing, write_atomic, write_parquet
+from tests.disks import small_disk
 
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", kib=64) as folder:
+        yield folder
 
 
 def test_a_journal_gives_back_what_was_appended(tmp_path: Path) -> None:
