@@ -102,6 +102,10 @@ COMMANDS = (
         "policy_trainer.config:BestOfNConfig", "policy_trainer.best_of_n:run",
     ),
     Command(
+        "watch", "training runs side by side, while they run or after",
+        "rlaif.watch:WatchConfig", "rlaif.watch:run",
+    ),
+    Command(
         "serve", "reward server (gRPC): a learned RM or a direct judge",
         "reward_server.config:ServeConfig", "reward_server.server:run",
     ),
