@@ -144,6 +144,34 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # 
         return None
 
 
+class MetadataInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic in the stubs alone
+    """Ends a call whose metadata are too large as soon as it comes.
+
+    gRPC enforces its own limit on clients that have acknowledged its settings. What others send it keeps, however
+    large, and it ends none of their calls before the message has come.
+
+    Args:
+        limit: bytes of names and values, and 32 for each pair (RFC 9113, section 6.5.2).
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Refuse, or go on."""
+        metadata = handler_call_details.invocation_metadata
+        size = sum(len(name) + len(value) + 32 for name, value in metadata)
+        if size > self._limit:
+            return _refusing(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"metadata of {size} bytes, over {self._limit}"
+            )
+        return await continuation(handler_call_details)
+
+
 def _refusing(code: grpc.StatusCode, text: str) -> grpc.RpcMethodHandler[Any, Any]:
     """A handler that ends the call at once; as a stream it does not even wait for the message."""
 

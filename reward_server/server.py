@@ -25,7 +25,7 @@ from reward_server.registry import ModelRegistry
 from reward_server.scorers.base import Scorer
 from reward_server.scorers.composite import SUFFIXES, CompositeScorer
 from reward_server.scorers.rule import PartSpec
-from reward_server.security import Role, TokenInterceptor, Tokens, server_credentials
+from reward_server.security import MetadataInterceptor, Role, TokenInterceptor, Tokens, server_credentials
 from reward_server.service import ADMIN_SERVICE, SERVICE, RewardService
 from rlaif.errors import ConfigError
 from rlaif.models import ModelRef
@@ -33,6 +33,9 @@ from rlaif.storage import write_atomic
 
 if TYPE_CHECKING:
     from reward_server.traces import Traces
+
+MAX_METADATA_BYTES = 16 << 10
+"""Metadata of one call: a token and a trace are a few hundred bytes."""
 
 _HEALTH_SERVICES = ("", SERVICE, ADMIN_SERVICE)
 
@@ -72,7 +75,7 @@ class RewardServer:
             options=(
                 ("grpc.so_reuseport", 0),  # else a second server shares the port in silence
                 ("grpc.max_receive_message_length", config.max_request_bytes),
-                ("grpc.max_metadata_size", 16 << 10),
+                ("grpc.max_metadata_size", MAX_METADATA_BYTES),
                 ("grpc.max_concurrent_streams", 256),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
@@ -175,11 +178,12 @@ class RewardServer:
         return scorer
 
 
-def _interceptors(config: ServeConfig) -> list[TokenInterceptor]:
+def _interceptors(config: ServeConfig) -> list[grpc.aio.ServerInterceptor[Any, Any]]:
+    limit = MetadataInterceptor(MAX_METADATA_BYTES)
     if config.token_file is None:
-        return []
+        return [limit]
     roles = {SERVICE: Role.SCORE, ADMIN_SERVICE: Role.ADMIN, reflection.SERVICE_NAME: Role.SCORE}
-    return [TokenInterceptor(Tokens(config.token_file), roles)]
+    return [limit, TokenInterceptor(Tokens(config.token_file), roles)]
 
 
 def load_scorer(config: ServeConfig) -> Scorer:

@@ -31,8 +31,13 @@ def size(request: pytest.FixtureRequest) -> Callable[[T, T], T]:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[ServerProcess]:
-    """A server that logs no traceback, whatever the test does to it."""
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerProcess]:
+    """A server that logs no traceback, whatever the test does to it, and whose memory is what it holds.
+
+    By default glibc has an arena for each of gRPC's threads, and keeps in each what was once needed there: 430 MB after
+    12 GB of frames of which nothing was held.
+    """
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     with server_process(tmp_path) as running:
         yield running
         assert "Traceback" not in running.log.read_text()

@@ -60,10 +60,16 @@ class Connection:
 
     Args:
         reading: whether what the server sends is read, and the flow-control window opened again.
+        acknowledging: whether its settings are acknowledged; gRPC enforces them from then on, and not before.
     """
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, reading: bool = True
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        reading: bool = True,
+        acknowledging: bool = True,
     ) -> None:
         self.h2 = H2Connection(
             H2Configuration(client_side=True, header_encoding="utf-8", validate_outbound_headers=False)
@@ -75,6 +81,7 @@ class Connection:
         self.settled = asyncio.Event()
         self._reader, self._writer = reader, writer
         self._reading = reading
+        self._acknowledging = acknowledging
 
     @property
     def max_streams(self) -> int:
@@ -132,7 +139,10 @@ class Connection:
             while self._reading and (data := await self._reader.read(65536)):
                 for event in self.h2.receive_data(data):
                     self._take(event)
-                await self.flush()
+                if self._acknowledging:
+                    await self.flush()
+                else:
+                    self.h2.data_to_send()
             if not self._reading:
                 await asyncio.Event().wait()
         except OSError:
@@ -161,11 +171,13 @@ class Connection:
 
 
 @asynccontextmanager
-async def connection(address: str, *, reading: bool = True) -> AsyncIterator[Connection]:
+async def connection(
+    address: str, *, reading: bool = True, acknowledging: bool = True
+) -> AsyncIterator[Connection]:
     """A connection after its preface."""
     host, _, port = address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    opened = Connection(reader, writer, reading=reading)
+    opened = Connection(reader, writer, reading=reading, acknowledging=acknowledging)
     opened.h2.initiate_connection()
     await opened.flush()
     reading_task = asyncio.create_task(opened.read())
