@@ -83,6 +83,7 @@ METHODS = (
     Arm("grpo", "GRPO", "ppo", "grpo"),
     Arm("online-dpo", "online DPO", "dpo", "online-dpo"),
     Arm("iterative-dpo", "iterative DPO", "dpo", "iterative-dpo"),
+    Arm("best-of-n", "best of n", "best_of_n", "best-of-n"),
 )
 STUDIES = (
     Study(
