@@ -62,18 +62,19 @@ class RewardModel:
     Attributes:
         title: what it learned from, for the report.
         labels: its dataset, in a seed's folder.
-        loss_type: its loss.
+        options: flags beside its settings, `configs/rm.yaml`.
     """
 
     title: str
     labels: str
-    loss_type: str = "soft_cross_entropy"
+    options: tuple[str, ...] = ()
 
 
 REWARD_MODELS = {
     "rm": RewardModel("the judge's soft labels", "labels"),
+    "rm-fifth": RewardModel("a fifth of them", "labels", ("--eval_fraction", "0.8")),
     "rm-soft": RewardModel("noisy soft labels", NOISY),
-    "rm-hard": RewardModel("the same, hard", NOISY, "bradley_terry"),
+    "rm-hard": RewardModel("the same, hard", NOISY, ("--loss_type", "bradley_terry")),
 }
 
 RLOO = Arm("rloo", "RLOO", "ppo", "rloo")
@@ -109,10 +110,10 @@ STUDIES = (
     ),
     Study(
         "overoptimisation",
-        "Over-optimisation, without and with the KL term",
+        "Over-optimisation of a reward model that saw few labels",
         (
-            Arm("no-kl", "without KL term", "ppo", "long", options=("--kl_coef", "0")),
-            Arm("with-kl", "with KL term", "ppo", "long"),
+            Arm("no-kl", "without KL term", "ppo", "long", "rm-fifth", ("--kl_coef", "0")),
+            Arm("with-kl", "with KL term", "ppo", "long", "rm-fifth"),
         ),
         curves=True,
     ),
@@ -122,3 +123,9 @@ STUDIES = (
 def arms_of(studies: Sequence[Study]) -> list[Arm]:
     """The arms of the studies, each once."""
     return list(dict.fromkeys(arm for study in studies for arm in study.arms))
+
+
+def reward_models_of(arms: Sequence[Arm]) -> dict[str, RewardModel]:
+    """The reward models that the arms need, by name."""
+    rewards = {arm.reward for arm in arms}
+    return {name: model for name, model in REWARD_MODELS.items() if name in rewards}

@@ -17,7 +17,7 @@ from rlaif.agreement import estimate_mean
 from rlaif.errors import DataError
 from rlaif.storage import write_atomic
 from rlaif.tables import number, percent, percent_interval, table
-from tinyworld.arms import ALL, REWARD_MODELS, Arm, Study, arms_of
+from tinyworld.arms import ALL, Arm, RewardModel, Study, arms_of, reward_models_of
 from tinyworld.report import INK, draw_figure
 from tinyworld.results import gold_curve, machine, metric_curve
 
@@ -177,10 +177,10 @@ def versus(study: Study, out: Path, seeds: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def reward_model_table(out: Path, names: Sequence[str], seeds: Sequence[int]) -> str:
+def reward_model_table(out: Path, models: Mapping[str, RewardModel], seeds: Sequence[int]) -> str:
     """What the reward models are worth on pairs that gold has labelled, as Markdown; means over seeds."""
     rows = []
-    for name in names:
+    for name, model in models.items():
         read = [
             json.loads((out / f"seed-{seed}" / "eval" / name / "metrics.json").read_text(encoding="utf-8"))
             for seed in seeds
@@ -189,7 +189,7 @@ def reward_model_table(out: Path, names: Sequence[str], seeds: Sequence[int]) ->
         rows.append(
             (
                 name,
-                REWARD_MODELS[name].title,
+                model.title,
                 f"{100 * np.mean(accuracy):.1f} ({100 * min(accuracy):.1f} to {100 * max(accuracy):.1f})",
                 number(float(np.mean([found["log_loss"] for found in read]))),
                 number(float(np.mean([found["calibration"]["ece"] for found in read]))),
@@ -243,8 +243,7 @@ def write_report(out: Path, studies: Sequence[Study], seeds: Sequence[int]) -> s
             name = f"images/learning-{study.name}.svg"
             write_atomic(out / name, draw_study(study, found))
             parts.append(f"![gold and reward by responses sampled, gold by KL]({name})")
-    models = [name for name in REWARD_MODELS if any(arm.reward == name for arm in arms)]
-    parts += ["### Reward models", reward_model_table(out, models, seeds)]
+    parts += ["### Reward models", reward_model_table(out, reward_models_of(arms), seeds)]
     seconds = [_seconds(out / f"seed-{seed}") for seed in seeds]
     posts = found[START][0].measured["responses"]
     parts.append(

@@ -19,7 +19,17 @@ from pathlib import Path
 from rlaif.errors import RlaifError
 from rlaif.storage import write_atomic
 from tinyworld.ablation import gold_pairs
-from tinyworld.arms import ALL, NOISY, REWARD_MODELS, STUDIES, WRONG_LABELS, Arm, RewardModel, Study, arms_of
+from tinyworld.arms import (
+    ALL,
+    NOISY,
+    STUDIES,
+    WRONG_LABELS,
+    Arm,
+    RewardModel,
+    Study,
+    arms_of,
+    reward_models_of,
+)
 from tinyworld.learning import insert_report, write_report
 from tinyworld.pairs import WRITERS
 from tinyworld.stages import CONFIGS, JUDGE, POLICY, Phase, Stage, remember, run_phase, write_prompts
@@ -68,12 +78,11 @@ def plan(out: Path, seed: int, studies: Sequence[Study], sizes: Sizes) -> list[P
         what = ("--config", str(RM_SETTINGS), "--dataset", str(out / model.labels))
         judged = ("--model", str(out / name), "--dataset", str(out / "gold-pairs.jsonl"))
         return (
-            Stage(name, ("train", "rm", *what, "--loss_type", model.loss_type, *to(name))),
+            Stage(name, ("train", "rm", *what, *model.options, *to(name))),
             Stage(f"eval-{name}", ("eval", "rm", *judged, "--output_dir", str(out / "eval" / name))),
         )
 
-    rewards = {arm.reward for arm in arms}
-    models = {name: model for name, model in REWARD_MODELS.items() if name in rewards}
+    models = reward_models_of(arms)
     judge = ("--judge", JUDGE, "--rubric", "tinyworld:pair", "--dataset", str(out / "candidates"))
     candidates = ("--model_name_or_path", POLICY, "--dataset", str(out / "prompts.jsonl"))
     sampling = (*candidates, "--num_return_sequences", "3", "--max_new_tokens", "40")
@@ -125,17 +134,21 @@ def prepare(out: Path, seed: int, studies: Sequence[Study], sizes: Sizes) -> Non
         StorageError: it was begun with others.
     """
     out.mkdir(parents=True, exist_ok=True)
-    distilling = {name: asdict(model) for name, model in REWARD_MODELS.items()}
-    shared = {"reward_models": distilling, "settings": RM_SETTINGS.read_text(encoding="utf-8")}
-    remember({"seed": seed, **asdict(sizes), **shared}, out / "study.json")
-    (out / "arms").mkdir(exist_ok=True)
-    for arm in arms_of(studies):
-        text = settings_file(arm.settings).read_text(encoding="utf-8")
-        of_arm = {**asdict(arm), "options": list(arm.options), "settings": text}
-        remember(of_arm, out / "arms" / f"{arm.name}.json")
+    remember({"seed": seed, **asdict(sizes)}, out / "study.json")
+    (out / "settings").mkdir(exist_ok=True)
+    arms = arms_of(studies)
+    for name, model in reward_models_of(arms).items():
+        _remember_settings(model, RM_SETTINGS, out / "settings" / f"{name}.json")
+    for arm in arms:
+        _remember_settings(arm, settings_file(arm.settings), out / "settings" / f"{arm.name}.json")
     write_prompts(out, seed=seed, num_prompts=sizes.num_prompts, num_eval_prompts=sizes.num_eval_prompts)
     rows = gold_pairs(WRITERS["so_so"], GOLD_PAIRS, seed)
     write_atomic(out / "gold-pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _remember_settings(made: Arm | RewardModel, settings: Path, path: Path) -> None:
+    plain = json.loads(json.dumps(asdict(made)))
+    remember({**plain, "settings": settings.read_text(encoding="utf-8")}, path)
 
 
 def main() -> None:

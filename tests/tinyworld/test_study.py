@@ -152,8 +152,8 @@ def test_a_study_runs_in_one_command_and_again_without_training(tmp_path):
     report = (tmp_path / "learning.md").read_text(encoding="utf-8")
     assert report in first.stdout
     assert "| direct: the judge's own scores |" in report
-    arms = json.loads((tmp_path / "seed-0" / "arms" / "rloo.json").read_text(encoding="utf-8"))
-    assert "advantage_estimator: rloo" in arms["settings"]
+    kept = json.loads((tmp_path / "seed-0" / "settings" / "rloo.json").read_text(encoding="utf-8"))
+    assert "advantage_estimator: rloo" in kept["settings"]
     again = subprocess.run(run, check=True, capture_output=True, text=True)
     assert "$ rlaif" not in again.stdout
     assert (tmp_path / "learning.md").read_text(encoding="utf-8") == report
