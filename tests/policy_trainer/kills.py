@@ -64,8 +64,15 @@ class Death:
                 path = os.path.join(os.readlink(f"/proc/self/fd/{directory}"), path)
         else:
             return
+        if event == "os.mkdir" and os.path.isdir(path):
+            return
         if path.startswith(self._folder) and "/tb/" not in path and not path.endswith("/tb"):
             self.moment(f"{event} {path.removeprefix(self._folder)}")
+
+    def distinct(self) -> list[int]:
+        """The numbers of the moments, of several operations of one kind on files of one folder the first two alone."""
+        kinds = [os.path.dirname(name) or name for name in self.moments]
+        return [i for i, kind in enumerate(kinds) if i < 2 or kinds[i - 2 : i] != [kind, kind]]
 
 
 _watching: Death | None = None

@@ -345,7 +345,7 @@ def test_comparisons_come_back_in_order_however_they_are_split(
     found = client.submit_pairs([pair(str(i % 3), "1") for i in range(10)]).result()
     assert [c.p_a for c in found] == [(0.25, 0.5, 0.75)[i % 3] for i in range(10)]
     assert found[2].p_a_first == pytest.approx(0.95) and found[2].p_a_second == pytest.approx(0.55)
-    assert [len(call.items) for call in numbers.compared] == [4, 4, 2]
+    assert sorted(len(call.items) for call in numbers.compared) == [2, 4, 4]
 
 
 def test_a_pair_that_cannot_be_compared_is_missing_and_its_siblings_are_not(client: RewardClient) -> None:
