@@ -2,9 +2,10 @@
 
 `python benchmarks/robustness.py` trains the embedded world's policy with `rlaif train ppo` and `rlaif train dpo`
 against a server that answers 20 % of the texts with errors: once without another fault, once with the server killed
-(SIGKILL) and started again every 30 s, once with calls that hang. Which texts fail follows from the text, so all must end
-with the same weights, bit for bit; every reward in the transcripts is compared with what the server gives that text.
-At last the server hangs for good: the run must end at a checkpoint with a clear line, and go on with a sound server.
+(SIGKILL) and started again every 30 s, once with calls that hang. Which texts fail follows from the text, so all
+must end with the same weights, bit for bit; every reward in the transcripts is compared with what the server gives
+that text. At last the server hangs for good: the run must end at a checkpoint with a clear line, and go on with a
+sound server.
 """
 
 from __future__ import annotations

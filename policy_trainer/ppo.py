@@ -456,8 +456,9 @@ class Trainer(OnlineTrainer):
             self.model.critic.load_state_dict(state["value"])
             self.value_optimizer.load_state_dict(state["value_optimizer"])
         self.kl = replace(self.kl, coef=info["kl_coef"])
-        self.penalty = replace(self.penalty, coef=info["penalty_coef"])
-        self.scores_seen = Moments(*info["scores_seen"])
+        # Checkpoints of earlier releases have neither; they could not be set.
+        self.penalty = replace(self.penalty, coef=info.get("penalty_coef", self.penalty.coef))
+        self.scores_seen = Moments(*info.get("scores_seen", NO_VALUES))
 
     @property
     def device(self) -> torch.device:
