@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from rlaif.errors import ConfigError
+from rlaif.lora import LoraFlags
 from rlaif.trackers import TrackerName
 
 LossType = Literal["soft_cross_entropy", "bradley_terry", "margin", "regression"]
 
 
 @dataclass(frozen=True)
-class RewardModelConfig:
+class RewardModelConfig(LoraFlags):
     """Train a reward model on soft preferences: a backbone with one scalar output."""
 
     model_name_or_path: str
@@ -58,16 +59,8 @@ class RewardModelConfig:
     """Keep the embeddings and the first n layers as they were pretrained (0 trains everything)."""
     disable_dropout: bool = True
     """Train without dropout, so that both responses of a pair are read by the same network."""
-    use_peft: bool = False
-    """Train LoRA adapters and the head alone; they are merged, so that the result is an ordinary checkpoint."""
-    lora_r: int = 16
-    """Rank of the adapters."""
-    lora_alpha: int = 32
-    """Scale of the adapters: alpha / r."""
     lora_dropout: float = 0.0
     """Dropout before the adapters; needs --no_disable_dropout."""
-    lora_target_modules: tuple[str, ...] = ()
-    """Layers that get adapters, by name, or `all-linear`. By default those that peft knows for the architecture."""
     num_ensemble: int = 1
     """Reward models to train, with seeds --seed, --seed + 1, ...: an ensemble that is served as one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -96,8 +89,6 @@ class RewardModelConfig:
             ("num_train_epochs", 1),
             ("per_device_train_batch_size", 1),
             ("micro_batch_tokens", 1),
-            ("lora_r", 1),
-            ("lora_alpha", 1),
             ("num_ensemble", 1),
             ("logging_steps", 1),
             ("save_steps", 1),
@@ -110,7 +101,7 @@ class RewardModelConfig:
         if not 0.0 <= self.warmup_ratio <= 1.0:
             raise ConfigError(f"--warmup_ratio must be between 0 and 1, not {self.warmup_ratio}")
         self._check_loss()
-        self._check_lora()
+        self._check_adapters()
 
     def _check_loss(self) -> None:
         coefficient = self.center_rewards_coefficient
@@ -121,7 +112,8 @@ class RewardModelConfig:
                 "--center_rewards_coefficient is for pairs; the scores of --loss_type regression have their own mean"
             )
 
-    def _check_lora(self) -> None:
+    def _check_adapters(self) -> None:
+        self.check_lora()
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"--lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
         if self.lora_dropout and self.disable_dropout:
@@ -132,5 +124,5 @@ class RewardModelConfig:
             raise ConfigError(
                 "--freeze_layers has no meaning with --use_peft, which trains none of the backbone's own weights"
             )
-        if not self.use_peft and (self.lora_dropout or self.lora_target_modules):
-            raise ConfigError("--lora_dropout and --lora_target_modules need --use_peft")
+        if self.lora_dropout and not self.use_peft:
+            raise ConfigError("--lora_dropout needs --use_peft")

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) for a reward model: adapters in the backbone's layers beside a head that is trained whole."""
+"""LoRA for a reward model: adapters in the backbone's layers beside a head that is trained whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from reward_server.training.config import RewardModelConfig
-from rlaif.errors import ConfigError
+from rlaif import lora
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -17,37 +17,10 @@ _POOLER = "pooler"
 
 
 def add_adapters(model: PreTrainedModel, config: RewardModelConfig) -> PeftModel:
-    """Put adapters into `model`, in place, and freeze all but them, the head and a pooler.
-
-    Returns:
-        peft's view of the model; its `merge_and_unload` makes `model` an ordinary one again, the adapters added in.
-
-    Raises:
-        ConfigError: peft is not installed, or the target modules cannot be found.
-    """
-    try:
-        from peft import LoraConfig, TaskType, get_peft_model
-    except ImportError as err:
-        raise ConfigError("--use_peft needs the library peft: pip install 'rlaif[peft]'") from err
-    targets = list(config.lora_target_modules)
-    try:
-        return get_peft_model(
-            model,
-            LoraConfig(
-                task_type=TaskType.SEQ_CLS,
-                r=config.lora_r,
-                lora_alpha=config.lora_alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=targets[0] if targets == ["all-linear"] else targets or None,
-                modules_to_save=_trained_whole(model),
-            ),
-        )
-    except ValueError as err:
-        detail = " ".join(str(err).split())[:120]
-        raise ConfigError(
-            f"LoRA cannot be applied to {', '.join(targets) or 'this architecture'}: give other "
-            f"--lora_target_modules, names of layers or all-linear ({detail})"
-        ) from err
+    """Put adapters into `model`, in place, and freeze all but them, the head and a pooler; see `rlaif.lora`."""
+    return lora.add_adapters(
+        model, config, task="SEQ_CLS", dropout=config.lora_dropout, trained_whole=_trained_whole(model)
+    )
 
 
 def _trained_whole(model: PreTrainedModel) -> list[str]:

@@ -80,7 +80,7 @@ def test_what_cannot_be_adapted_is_said_in_a_line(tmp_path: Path) -> None:
         add_adapters(model, config(Path(), Path(), Path(), use_peft=True, lora_target_modules=("nothere",)))
     with pytest.raises(ConfigError, match="--no_disable_dropout"):
         config(Path(), Path(), Path(), use_peft=True, lora_dropout=0.1)
-    with pytest.raises(ConfigError, match="need --use_peft"):
+    with pytest.raises(ConfigError, match="--lora_target_modules needs --use_peft"):
         config(Path(), Path(), Path(), lora_target_modules=("q_proj",))
     with pytest.raises(ConfigError, match="--freeze_layers"):
         config(Path(), Path(), Path(), use_peft=True, freeze_layers=1)
