@@ -17,6 +17,10 @@ PAD_FILL = 0
 """The id at padded positions. Masks decide what counts, so any valid id will do; 0 always is one, while a
 tokenizer's PAD may lie beyond the model's embedding."""
 
+PADDING_WORTH_A_PASS = {"cpu": 128, "cuda": 4096}
+"""Positions that take about as long as the fixed cost of one more forward and backward pass: much on a GPU, which waits
+for its launches, little on a CPU."""
+
 
 class SequenceBatch(NamedTuple):
     """Prompts with their responses, padded.
@@ -82,6 +86,7 @@ def length_buckets(
     *,
     max_rows: int,
     max_tokens: int | None = None,
+    max_padding: int | None = None,
     indices: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Group sequences of like length, so that little of a padded batch is padding.
@@ -91,6 +96,7 @@ def length_buckets(
         max_rows: most sequences in one batch.
         max_tokens: most tokens in one batch *after padding* (rows x longest row); None for no limit. A
             sequence that exceeds it alone forms a batch of its own.
+        max_padding: most padded positions in one batch; None for no limit.
         indices: the sequences to group; all by default.
 
     Returns:
@@ -99,14 +105,40 @@ def length_buckets(
     """
     chosen = range(len(lengths)) if indices is None else indices
     batches: list[list[int]] = []
+    tokens = 0
     for i in sorted(chosen, key=lambda i: -lengths[i]):
-        batch = batches[-1] if batches else None
-        # Sorted by falling length: the first row of a batch is its longest.
-        fits = batch is not None and len(batch) < max_rows
-        if fits and max_tokens is not None and batch is not None:
-            fits = (len(batch) + 1) * lengths[batch[0]] <= max_tokens
-        if fits and batch is not None:
-            batch.append(i)
-        else:
-            batches.append([i])
+        if batches:
+            # Sorted by falling length: the first row of a batch is its longest.
+            batch, size = batches[-1], (len(batches[-1]) + 1) * lengths[batches[-1][0]]
+            if (
+                len(batch) < max_rows
+                and (max_tokens is None or size <= max_tokens)
+                and (max_padding is None or size - tokens - lengths[i] <= max_padding)
+            ):
+                batch.append(i)
+                tokens += lengths[i]
+                continue
+        batches.append([i])
+        tokens = lengths[i]
     return batches
+
+
+def forward_batches(
+    lengths: Sequence[int],
+    *,
+    max_tokens: int,
+    device: torch.device,
+    indices: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """`length_buckets` for forward passes: another one begins where padding would cost more than it does.
+
+    Args:
+        lengths: tokens of each sequence.
+        max_tokens: most tokens in one pass after padding.
+        device: where it runs.
+        indices: the sequences to group; all by default.
+    """
+    worth = PADDING_WORTH_A_PASS.get(device.type, PADDING_WORTH_A_PASS["cuda"])
+    return length_buckets(
+        lengths, max_rows=len(lengths), max_tokens=max_tokens, max_padding=worth, indices=indices
+    )

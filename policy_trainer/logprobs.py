@@ -61,10 +61,20 @@ def response_hidden(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor,
         response_len: R.
 
     Returns:
-        (N, R, H).
+        (N, R, H); arbitrary at padding.
     """
-    hidden: Tensor = trunk(**trunk_inputs(trunk, input_ids, attention_mask)).last_hidden_state
-    return hidden[:, -response_len - 1 : -1]
+    # The trunk reads rows without their padding on the left: a batch is then as wide as its longest row, and not as its
+    # longest prompt and its longest response together.
+    padding = attention_mask.argmax(dim=1, keepdim=True)  # (N, 1), on the left
+    length = attention_mask.sum(dim=1, keepdim=True)  # (N, 1)
+    column = torch.arange(int(length.max()), device=input_ids.device)
+    moved = (padding + column).clamp(max=input_ids.shape[1] - 1)
+    mask = (column < length).to(attention_mask.dtype)
+    hidden: Tensor = trunk(**trunk_inputs(trunk, input_ids.gather(1, moved), mask)).last_hidden_state
+    first = input_ids.shape[1] - response_len - 1 - padding  # (N, 1), the last token of the prompt
+    offset = torch.arange(response_len, device=input_ids.device)
+    at = (first + offset).clamp(max=len(column) - 1)  # (N, R)
+    return hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def gather_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
