@@ -67,7 +67,7 @@ def train(config: BestOfNConfig, source: RewardSource) -> None:
                 if update < trainer.updates:  # learned before the interruption
                     continue
                 trainer.update([trainer.example(round_, i) for i in rows])
-                if at_work.stop:
+                if at_work.stopping():
                     trainer.save()
                     raise KeyboardInterrupt
             updated = time.perf_counter()
@@ -182,7 +182,9 @@ class Trainer(RoundTrainer):
             examples,
             micro_batch_tokens=self.config.micro_batch_tokens,
             temperature=self.config.temperature,  # what was sampled, and so what is to resemble the best
+            world=self.world,
         )
+        self.world.add_gradients(self.policy.parameters())
         norm = optim.clip_gradients(list(self.policy.parameters()), self.config.max_grad_norm, "policy")
         self.optimizer.step()
         self.updates += 1

@@ -1,8 +1,8 @@
 """Checkpoints that appear whole or not at all, and from which a run goes on bit for bit.
 
-A checkpoint is a folder `checkpoint-000040/`: the policy as an ordinary Hugging Face model (anyone can load
-it), `trainer_state.pt` (all else that has a state) and `state.json` (counters and identities). It is written
-to a hidden folder, flushed to disk and renamed.
+A checkpoint is a folder `checkpoint-000040/`: the policy as an ordinary Hugging Face model or as peft's adapters to
+one (anyone can load it), `trainer_state.pt` (all else that has a state) and `state.json` (counters and identities).
+It is written to a hidden folder, flushed to disk and renamed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from rlaif.errors import RlaifError, StorageError
 from rlaif.storage import storing
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PREFIX = "checkpoint-"
@@ -56,7 +57,7 @@ def save_checkpoint(
     output_dir: Path,
     step: int,
     *,
-    policy: PreTrainedModel,
+    policy: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     state: Mapping[str, Any],
     info: Mapping[str, Any],
@@ -67,7 +68,7 @@ def save_checkpoint(
     Args:
         output_dir: the run directory.
         step: completed steps, >= 0.
-        policy: saved with its tokenizer as a Hugging Face model.
+        policy: saved with its tokenizer as a Hugging Face model, or as adapters to one.
         tokenizer: the policy's.
         state: name -> state dict (of optimisers, the critic, ...) or nested containers of plain values.
             The random number generators of torch, numpy and Python are added by this function.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from rlaif.errors import ConfigError
+from rlaif.lora import LoraFlags
 from rlaif.trackers import TrackerName
 
 AdvantageEstimator = Literal["gae", "reinforce", "rloo", "grpo", "dr_grpo"]
@@ -18,7 +19,7 @@ PolicyObjective = Literal["clip", "penalty"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(LoraFlags):
     """What every training command has in common."""
 
     model_name_or_path: str
@@ -32,7 +33,9 @@ class TrainingConfig:
     chat_template: str | None = None
     """Chat template: `plain`, `transcript` or a Jinja file. By default the tokenizer's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the weights."""
+    """Number format of the weights. With bfloat16 the optimiser has float32 copies of those that it trains."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping it: less memory, more time, the same result."""
     learning_rate: float = 3e-6
     """Peak learning rate of the policy's AdamW."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
@@ -60,6 +63,7 @@ class TrainingConfig:
         Raises:
             ConfigError: a value is out of range.
         """
+        self.check_lora()
         require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0")
         require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "positive")
         require(self.micro_batch_tokens > 0, "micro_batch_tokens", self.micro_batch_tokens, "positive")
@@ -145,6 +149,7 @@ class OnlineConfig(TrainingConfig):
             "samples_per_step",
             "save_steps",
             "save_total_limit",
+            "gradient_checkpointing",
             "report_to",
             "log_completions",
             "eval_dataset",
@@ -386,7 +391,9 @@ class SFTConfig(TrainingConfig):
     max_length: int = 1024
     """Longest conversation in tokens; a longer one is set aside, and counted, because its end is what is learned."""
 
-    VOLATILE: ClassVar[frozenset[str]] = frozenset({"save_steps", "save_total_limit", "report_to"})
+    VOLATILE: ClassVar[frozenset[str]] = frozenset(
+        {"save_steps", "save_total_limit", "report_to", "gradient_checkpointing"}
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.
@@ -525,6 +532,10 @@ class DPOConfig(RoundConfig):
         require(self.desirable_weight > 0, "desirable_weight", self.desirable_weight, "positive")
         require(self.undesirable_weight > 0, "undesirable_weight", self.undesirable_weight, "positive")
         require(0 <= self.ema_decay <= 1, "ema_decay", self.ema_decay, "in [0, 1]")
+        if self.reference == "ema" and self.use_peft:
+            raise ConfigError(
+                "reference ema is a second model in memory, which --use_peft does without: use initial or previous"
+            )
         if self.loss_type == "robust" and self.label_smoothing == 0:
             raise ConfigError(
                 "loss_type robust undoes flipped labels: say by --label_smoothing what share of them is flipped"

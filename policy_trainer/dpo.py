@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor
 
 from policy_trainer import optim
-from policy_trainer.batching import collate, length_buckets
+from policy_trainer.batching import collate, forward_batches
 from policy_trainer.config import DPOConfig
 from policy_trainer.logprobs import sequence_logprobs, token_logprobs
 from policy_trainer.online import Prompts, Purpose, served_reward, session
 from policy_trainer.pairs import PairSet, build_pairs
+from policy_trainer.parallel import ALONE, World
 from policy_trainer.preference_losses import LossType, PreferenceObjective, preference_loss
 from policy_trainer.reward_source import RewardSource
 from policy_trainer.rounds import (
@@ -79,7 +81,7 @@ def train(config: DPOConfig, source: RewardSource) -> None:
                 if update < trainer.updates:  # learned before the interruption
                     continue
                 trainer.update([examples[i] for i in rows])
-                if at_work.stop:
+                if at_work.stopping():
                     trainer.save()
                     raise KeyboardInterrupt
             updated = time.perf_counter()
@@ -214,6 +216,7 @@ class Trainer(RoundTrainer):
             ),
             temperature=self.config.temperature,
             micro_batch_tokens=self.config.micro_batch_tokens,
+            world=self.world,
         )
         norm = optim.clip_gradients(list(self.policy.parameters()), self.config.max_grad_norm, "policy")
         self.optimizer.step()
@@ -283,6 +286,7 @@ def accumulate_gradients(
     objective: PreferenceObjective,
     temperature: float,
     micro_batch_tokens: int,
+    world: World = ALONE,
 ) -> PairSums:
     """Add the gradient of the mean loss over `examples` to the policy's parameters.
 
@@ -295,12 +299,15 @@ def accumulate_gradients(
         objective: the loss and its constants.
         temperature: of sampling.
         micro_batch_tokens: padded tokens in one forward pass; both responses of a pair go through one.
+        world: the processes that share the work; gradients and sums are those of all.
     """
     lengths = [len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)) for e in examples]
-    kl = kto_kl(policy, examples, temperature, micro_batch_tokens) if objective.loss_type == "kto" else None
-    sums = PairSums(kto_kl=kl or 0.0)
-    buckets = length_buckets(lengths, max_rows=len(examples), max_tokens=max(1, micro_batch_tokens // 2))
-    for rows in buckets:
+    kl = None
+    if objective.loss_type == "kto":
+        kl = kto_kl(policy, examples, temperature, micro_batch_tokens, world)
+    sums = PairSums()
+    buckets = forward_batches(lengths, max_tokens=max(1, micro_batch_tokens // 2), device=policy.device)
+    for rows in world.share(buckets):
         micro = [examples[i] for i in rows]
         b = len(micro)
         batch = collate(
@@ -336,11 +343,17 @@ def accumulate_gradients(
                 _total(summed[b:]),
             )
         )
-    return sums
+    world.add_gradients(policy.parameters())
+    of_all = (PairSums(*part) for part in world.gather(tuple(sums)))
+    return reduce(PairSums.plus, of_all, PairSums(kto_kl=kl or 0.0))
 
 
 def kto_kl(
-    policy: PreTrainedModel, examples: Sequence[PairExample], temperature: float, micro_batch_tokens: int
+    policy: PreTrainedModel,
+    examples: Sequence[PairExample],
+    temperature: float,
+    micro_batch_tokens: int,
+    world: World = ALONE,
 ) -> float:
     """z0 of KTO: max(0, mean of log pi(y|x') - log pi_ref(y|x')) over both responses of every pair, in nats.
 
@@ -357,7 +370,7 @@ def kto_kl(
         prompt_ids, *of_reference = example.mismatched
         crossed += [(prompt_ids, example.chosen_ids), (prompt_ids, example.rejected_ids)]
         references += of_reference
-    of_policy = sequence_logprobs(policy, crossed, temperature, micro_batch_tokens)
+    of_policy = sequence_logprobs(policy, crossed, temperature, micro_batch_tokens, world)
     return max(0.0, fmean(mine - theirs for mine, theirs in zip(of_policy, references, strict=True)))
 
 

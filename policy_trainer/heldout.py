@@ -46,15 +46,14 @@ class HeldOut:
     Args:
         trainer: its reference is sampled once for a run.
         prompts: held out.
-        run: keeps the reference's answers.
         seed: of the samples, always the same: what differs is the policy.
     """
 
-    def __init__(self, trainer: OnlineTrainer, prompts: Prompts, run: Run, *, seed: int) -> None:
+    def __init__(self, trainer: OnlineTrainer, prompts: Prompts, *, seed: int) -> None:
         self._trainer = trainer
         self._prompts = prompts
         self._seed = seed
-        self._baseline = self._reference_answers(run)
+        self._baseline = self._reference_answers()
 
     def is_due(self) -> bool:
         """Whether the step just completed is one to evaluate."""
@@ -71,7 +70,8 @@ class HeldOut:
         sampled = self._sample(trainer.engine)
         answers = self._rewarded(sampled)
         pairs = [(self._prompts.ids[s.prompt_index], s.response_ids) for s in sampled]
-        reference = sequence_logprobs(trainer.reference, pairs, config.temperature, config.micro_batch_tokens)
+        how = (config.temperature, config.micro_batch_tokens, trainer.world)
+        reference = sequence_logprobs(trainer.reference, pairs, *how)
         rewards = [a.reward for a in answers if a.reward is not None]
         wins = [p for p in self._wins(answers) if p is not None]
         return {
@@ -99,9 +99,9 @@ class HeldOut:
         found = iter(self._trainer.source.submit_pairs(asked).result())
         return [0.5 if pair.a == pair.b else next(found).p_a for pair in pairs]
 
-    def _reference_answers(self, run: Run) -> list[Answer]:
+    def _reference_answers(self) -> list[Answer]:
         trainer = self._trainer
-        path = run.directory / BASELINE_FILE
+        path = trainer.config.output_dir / BASELINE_FILE
         key = content_id(
             trainer.reference_id,
             trainer.source.info().version,
@@ -114,10 +114,14 @@ class HeldOut:
             if kept["key"] == key:
                 return [Answer(*answer) for answer in kept["answers"]]
         engine = HFRollout(
-            trainer.reference, trainer.eos_ids, batch_size=trainer.config.generation_batch_size
+            trainer.reference,
+            trainer.eos_ids,
+            batch_size=trainer.config.generation_batch_size,
+            world=trainer.world,
         )
         answers = self._rewarded(self._sample(engine))
-        write_atomic(path, json.dumps({"key": key, "answers": answers}) + "\n")
+        if trainer.world.is_main:
+            write_atomic(path, json.dumps({"key": key, "answers": answers}) + "\n")
         return answers
 
     def _sample(self, engine: RolloutEngine) -> list[Sampled]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from policy_trainer.batching import collate, length_buckets
+from policy_trainer.batching import collate, forward_batches
+from policy_trainer.parallel import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -183,16 +184,17 @@ def sequence_logprobs(
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     temperature: float,
     micro_batch_tokens: int,
+    world: World = ALONE,
 ) -> list[float]:
     """Log-probability of each (prompt ids, response ids), summed over the response including its EOS, in nats."""
-    sums = [0.0] * len(pairs)
+    sums = torch.zeros(len(pairs), dtype=torch.float64)
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
-    for rows in length_buckets(lengths, max_rows=len(pairs), max_tokens=micro_batch_tokens):
+    buckets = forward_batches(lengths, max_tokens=micro_batch_tokens, device=model.device)
+    for rows in world.share(buckets):
         batch = collate([pairs[i][0] for i in rows], [pairs[i][1] for i in rows]).to(model.device)
         read = token_logprobs(
             model, batch.input_ids, batch.attention_mask, batch.response_len, temperature
         ).logprobs
-        totals = read.masked_fill(~batch.response_mask, 0.0).sum(dim=1)
-        for i, total in zip(rows, totals.tolist(), strict=True):
-            sums[i] = total
-    return sums
+        sums[rows] = read.masked_fill(~batch.response_mask, 0.0).sum(dim=1).double().cpu()
+    found: list[float] = world.add(sums).tolist()
+    return found

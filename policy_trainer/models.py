@@ -8,12 +8,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
+from policy_trainer.config import TrainingConfig
 from policy_trainer.logprobs import (
     has_plain_head,
     logprobs_from_hidden,
@@ -21,10 +24,12 @@ from policy_trainer.logprobs import (
     token_logprobs,
 )
 from rlaif.chat import ensure_pad_token, ensure_template
-from rlaif.errors import ModelError
+from rlaif.errors import ConfigError, ModelError
+from rlaif.lora import add_adapters, imported
 from rlaif.models import ModelRef
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,9 +42,94 @@ class LoadedPolicy(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
+class TrainedPolicy(NamedTuple):
+    """The policy of a run, and what belongs to it.
+
+    Attributes:
+        model: in eval mode, with its adapters in it if it has any.
+        tokenizer: its own.
+        base: with adapters, the same model without them; it shares all weights. Otherwise None.
+        adapters: peft's view of `model`; None if the weights themselves are trained.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    base: PreTrainedModel | None = None
+    adapters: PeftModel | None = None
+
+    @property
+    def saved(self) -> PreTrainedModel | PeftModel:
+        """What a checkpoint keeps: the adapters alone, or the model."""
+        return self.adapters or self.model
+
+    def merged(self) -> PreTrainedModel:
+        """The model as an ordinary one, its adapters added into the weights, which are those of `base` too."""
+        if self.adapters is not None:
+            self.adapters.merge_and_unload()
+        return self.model
+
+
 def default_device() -> torch.device:
-    """The first GPU where there is one, otherwise the CPU."""
+    """The current GPU where there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_trained(config: TrainingConfig, checkpoint: Path | None) -> TrainedPolicy:
+    """The policy of a run, as it begins or as its checkpoint has it.
+
+    Args:
+        config: the run.
+        checkpoint: a folder written by `save_checkpoint`; None for a fresh run, which draws new adapters from its seed.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        ConfigError: adapters cannot be put into it.
+    """
+    if not config.use_peft:
+        path = config.model_name_or_path if checkpoint is None else str(checkpoint)
+        template = config.chat_template if checkpoint is None else None
+        model, tokenizer = load_policy(path, dtype=config.dtype, chat_template=template)
+        base = adapters = None
+    else:
+        # Adapters change a model that a checkpoint does not have.
+        model, tokenizer = load_policy(
+            config.model_name_or_path, dtype=config.dtype, chat_template=config.chat_template
+        )
+        base = twin(model.requires_grad_(False))
+        if checkpoint is None:
+            torch.manual_seed(config.seed)
+            adapters = add_adapters(model, config, task="CAUSAL_LM")
+        else:
+            adapters = imported().PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+        model.eval()
+    if config.gradient_checkpointing:
+        checkpoint_layers(model)
+    return TrainedPolicy(model, tokenizer, base, adapters)
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Modules of its own around the same weights: what is put between the modules of one is not in the other."""
+    weights: list[Tensor] = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Keep only the inputs of the model's layers for the backward pass, and compute each layer again there.
+
+    What `gradient_checkpointing_enable` of transformers does for models in training mode, for one in eval mode, which
+    has no dropout.
+
+    Raises:
+        ConfigError: transformers does not know the layers of this architecture.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError("--gradient_checkpointing is not supported by this architecture: leave it out")
+    for layer in layers:
+        again = partial(recomputed, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = again  # type: ignore[method-assign, assignment]
 
 
 def load_policy(

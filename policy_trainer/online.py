@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -32,7 +32,8 @@ from policy_trainer.checkpoint import (
 from policy_trainer.client import RewardClient
 from policy_trainer.config import OnlineConfig
 from policy_trainer.heldout import HeldOut, best_step, mark_best, reason_to_stop
-from policy_trainer.models import eos_token_ids, fingerprint, load_policy
+from policy_trainer.models import TrainedPolicy, eos_token_ids, fingerprint, load_policy, load_trained
+from policy_trainer.parallel import ALONE, SharedReward, World, joined, run_directory
 from policy_trainer.reward_source import Reward, RewardSource
 from policy_trainer.rollout import HFRollout, RolloutEngine, Sampled
 from policy_trainer.selfcheck import self_check
@@ -75,34 +76,46 @@ class OnlineTrainer:
 
     Attributes:
         config: the run.
-        policy: what is trained, in eval mode (no dropout).
+        trained: the policy, and its adapters if it has any.
         reference: frozen; KL is measured against it.
         reference_id: fingerprint of its weights.
-        tokenizer: the policy's.
         prompts: the dataset.
         optimizer: the policy's.
         source: gives the rewards.
+        world: the processes of the run.
         step: completed steps.
     """
 
     config: OnlineConfig
-    policy: PreTrainedModel
+    trained: TrainedPolicy
     reference: PreTrainedModel
     reference_id: str
-    tokenizer: PreTrainedTokenizerBase
     prompts: Prompts
     optimizer: torch.optim.AdamW
     source: RewardSource
+    world: World = ALONE
     step: int = 0
     eos_ids: tuple[int, ...] = field(init=False)
     engine: RolloutEngine = field(init=False)
 
     def __post_init__(self) -> None:
         self.eos_ids = eos_token_ids(self.policy, self.tokenizer)
-        self.engine = HFRollout(self.policy, self.eos_ids, batch_size=self.config.generation_batch_size)
+        self.engine = HFRollout(
+            self.policy, self.eos_ids, batch_size=self.config.generation_batch_size, world=self.world
+        )
+
+    @property
+    def policy(self) -> PreTrainedModel:
+        """What is trained, in eval mode (no dropout)."""
+        return self.trained.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's."""
+        return self.trained.tokenizer
 
     @classmethod
-    def start(cls, config: OnlineConfig, source: RewardSource) -> Self:
+    def start(cls, config: OnlineConfig, source: RewardSource, world: World = ALONE) -> Self:
         """Load models and data, and the last checkpoint if there is one.
 
         Raises:
@@ -110,22 +123,22 @@ class OnlineTrainer:
             RewardServerError: the server serves other weights than those that the run began with.
         """
         checkpoint = load_latest(config.output_dir)
-        path = config.model_name_or_path if checkpoint is None else str(checkpoint.path)
-        template = config.chat_template if checkpoint is None else None
-        policy, tokenizer = load_policy(path, dtype=config.dtype, chat_template=template)
+        trained = load_trained(config, None if checkpoint is None else checkpoint.path)
         # The reference is named by the config and never by a checkpoint: a resumed run keeps its anchor.
-        reference = load_policy(config.ref_model or config.model_name_or_path, dtype=config.dtype).model
+        if trained.base is not None and config.ref_model is None:
+            reference = trained.base
+        else:
+            reference = load_policy(config.ref_model or config.model_name_or_path, dtype=config.dtype).model
         reference.requires_grad_(False)
-        prompts = load_prompts(config, policy, tokenizer, config.dataset, "quarantine.jsonl")
         trainer = cls(
             config=config,
-            policy=policy,
+            trained=trained,
             reference=reference,
             reference_id=fingerprint(reference),
-            tokenizer=tokenizer,
-            prompts=prompts,
-            optimizer=optim.adamw(policy.parameters(), config.learning_rate, config),
+            prompts=load_prompts(config, trained, config.dataset, world.file("quarantine.jsonl")),
+            optimizer=optim.adamw(trained.model.parameters(), config.learning_rate, config),
             source=source,
+            world=world,
         )
         if checkpoint is None:
             torch.manual_seed(config.seed)
@@ -181,7 +194,8 @@ class OnlineTrainer:
             temperature=self.config.temperature,
             seed=optim.step_seed(self.config.seed, Purpose.SELF_CHECK),
         )
-        print(report, file=sys.stderr)
+        if self.world.is_main:
+            print(report, file=sys.stderr)
 
     @property
     def untrained(self) -> bool:
@@ -205,15 +219,17 @@ class OnlineTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def save(self) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint, from the main process.
 
         Raises:
             StorageError: it cannot be written; earlier ones are untouched.
         """
+        if not self.world.is_main:
+            return
         save_checkpoint(
             self.config.output_dir,
             self.step,
-            policy=self.policy,
+            policy=self.trained.saved,
             tokenizer=self.tokenizer,
             state=self.state(),
             info=self.info(),
@@ -252,16 +268,16 @@ class Session(Generic[T]):
 
     Attributes:
         trainer: the trainer.
-        run: the run directory.
-        bar: progress.
-        stop: true once a signal has asked for an end.
+        run: the run directory; None but in the main process.
+        bar: progress; None but in the main process.
+        stop: true once a signal has asked this process for an end.
         held_out: evaluation on the way; None without held-out prompts.
         ended: why the run ends before `max_steps`; None while it goes on.
     """
 
     trainer: T
-    run: Run
-    bar: Progress
+    run: Run | None
+    bar: Progress | None
     stop: StopRequest
     held_out: HeldOut | None = None
     ended: str | None = None
@@ -270,6 +286,10 @@ class Session(Generic[T]):
     def unfinished(self) -> bool:
         """Whether there is another step to do."""
         return self.ended is None and self.trainer.step < self.trainer.config.max_steps
+
+    def stopping(self) -> bool:
+        """Whether a signal has asked any of the processes for an end."""
+        return self.trainer.world.any(bool(self.stop))
 
     def end_step(
         self,
@@ -284,23 +304,29 @@ class Session(Generic[T]):
             KeyboardInterrupt: a signal asked for an end; a checkpoint has been written.
         """
         trainer, config = self.trainer, self.trainer.config
-        self.run.samples(trainer.step, transcripts[: config.samples_per_step])
-        if config.log_completions:
-            self.run.completions(trainer.step, transcripts)
         evaluated = self.held_out is not None and self.held_out.is_due()
         if self.held_out is not None and evaluated:
             metrics = {**metrics, **self.held_out.evaluate()}
-        self.run.log(trainer.step, metrics)
-        self.bar.advance(1, **shown)
-        rows = self.run.metrics() if config.decides_by_metrics else []
+        if self.run is not None:
+            self.run.samples(trainer.step, transcripts[: config.samples_per_step])
+            if config.log_completions:
+                self.run.completions(trainer.step, transcripts)
+            self.run.log(trainer.step, metrics)
+        if self.bar is not None:
+            self.bar.advance(1, **shown)
+        rows = trainer.world.from_main(lambda: self._rows() if config.decides_by_metrics else [])
         self.ended = reason_to_stop(config, rows)
         best = evaluated and best_step(rows) == trainer.step
-        if self.stop or best or trainer.step % config.save_steps == 0 or not self.unfinished:
+        stop = self.stopping()
+        if stop or best or trainer.step % config.save_steps == 0 or not self.unfinished:
             trainer.save()
-        if best:
+        if best and self.run is not None:
             mark_best(self.run, rows)
-        if self.stop and self.unfinished:
+        if stop and self.unfinished:
             raise KeyboardInterrupt
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [] if self.run is None else self.run.metrics()
 
 
 @contextmanager
@@ -319,18 +345,28 @@ def session(
         KeyboardInterrupt: SIGTERM or SIGINT asked for an end.
         RlaifError: bad input, see the message.
     """
-    with Run.open(config.output_dir, config, command=f"train {method}") as run, stop_on_signal() as stop:
-        trainer = kind.start(config, source)
-        run.truncate_metrics(trainer.step)
-        rows = run.metrics()
-        mark_best(run, rows)  # a kill may have come between a checkpoint and its mark
+    with (
+        joined() as world,
+        run_directory(world, config, command=f"train {method}") as run,
+        stop_on_signal() as stop,
+    ):
+        shared = source if world.size == 1 else SharedReward(source, world)
+        trainer = kind.start(config, shared, world)
+        if run is not None:
+            run.truncate_metrics(trainer.step)
+        rows = world.from_main(lambda: [] if run is None else run.metrics())
+        if run is not None:
+            mark_best(run, rows)  # a kill may have come between a checkpoint and its mark
         if config.self_check and trainer.step < config.max_steps:
             trainer.self_check()
-        with progress(config.max_steps, f"{method.upper()} steps") as bar:
-            bar.advance(trainer.step)
-            at_work = Session(trainer, run, bar, stop, _held_out(trainer, run), reason_to_stop(config, rows))
+        with progress(config.max_steps, f"{method.upper()} steps") if world.is_main else nullcontext() as bar:
+            if bar is not None:
+                bar.advance(trainer.step)
+            at_work = Session(trainer, run, bar, stop, _held_out(trainer), reason_to_stop(config, rows))
             yield at_work
-        save_final(config.output_dir, trainer.policy, trainer.tokenizer)
+        if run is None:
+            return
+        save_final(config.output_dir, trainer.trained.merged(), trainer.tokenizer)
         run.end(trainer.step, at_work.ended or "max_steps")
         info = source.info()
         write_card(run, reward_model=(info.name, info.version))
@@ -338,14 +374,13 @@ def session(
             print(f"ended at step {trainer.step}: {at_work.ended}", file=sys.stderr)
 
 
-def _held_out(trainer: OnlineTrainer, run: Run) -> HeldOut | None:
+def _held_out(trainer: OnlineTrainer) -> HeldOut | None:
     config = trainer.config
     if config.eval_dataset is None or trainer.step >= config.max_steps:
         return None
-    prompts = load_prompts(
-        config, trainer.policy, trainer.tokenizer, config.eval_dataset, "eval-quarantine.jsonl"
-    )
-    return HeldOut(trainer, prompts, run, seed=optim.step_seed(config.seed, Purpose.EVALUATION))
+    quarantine = trainer.world.file("eval-quarantine.jsonl")
+    prompts = load_prompts(config, trainer.trained, config.eval_dataset, quarantine)
+    return HeldOut(trainer, prompts, seed=optim.step_seed(config.seed, Purpose.EVALUATION))
 
 
 @contextmanager
@@ -383,22 +418,19 @@ class Clock:
 
 
 def load_prompts(
-    config: OnlineConfig,
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Path,
-    quarantine: str,
+    config: OnlineConfig, policy: TrainedPolicy, dataset: Path, quarantine: str | None
 ) -> Prompts:
-    """Read and encode prompts; rows that cannot be used go to the file `quarantine` in the run directory.
+    """Read and encode prompts; unusable rows go to the file `quarantine` in the run directory, if it is given.
 
     Raises:
         DataError: the dataset is missing or has no usable row.
         ConfigError: the longest prompt and a full response exceed the policy's context.
     """
-    conversations = list(read_prompts(dataset, Quarantine(config.output_dir / quarantine)))
-    ids = [encode_prompt(tokenizer, c, max_length=config.max_prompt_length) for c in conversations]
+    unusable = Quarantine(None if quarantine is None else config.output_dir / quarantine)
+    conversations = list(read_prompts(dataset, unusable))
+    ids = [encode_prompt(policy.tokenizer, c, max_length=config.max_prompt_length) for c in conversations]
     prompts = Prompts(conversations, ids)
-    check_context(config, policy, prompts)
+    check_context(config, policy.model, prompts)
     return prompts
 
 

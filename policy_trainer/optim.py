@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,55 @@ from rlaif.errors import QualityError
 def adamw(
     parameters: Iterable[nn.Parameter], learning_rate: float, config: TrainingConfig
 ) -> torch.optim.AdamW:
-    """AdamW with the run's epsilon and weight decay."""
-    return torch.optim.AdamW(
-        parameters, lr=learning_rate, eps=config.adam_epsilon, weight_decay=config.weight_decay
-    )
+    """AdamW with the run's epsilon and weight decay, over those of the parameters that are trained."""
+    trained = [p for p in parameters if p.requires_grad]
+    kind = torch.optim.AdamW if all(p.dtype == torch.float32 for p in trained) else MasterAdamW
+    return kind(trained, lr=learning_rate, eps=config.adam_epsilon, weight_decay=config.weight_decay)
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW on float32 copies of weights in a lower precision (arXiv 1710.03740, section 3.1).
+
+    A bfloat16 number has 8 significant bits: a step of less than 1/512 of a weight, which is what fine-tuning takes,
+    would be rounded away.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], **settings: Any) -> None:
+        """Optimise `parameters`; those in float32 have no copy."""
+        self._weights = list(parameters)
+        self._masters = [
+            p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in parameters
+        ]
+        super().__init__(self._masters, **settings)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of the copies, from the gradients of the weights, which are then the copies rounded."""
+        assert closure is None
+        copied = [(w, m) for w, m in zip(self._weights, self._masters, strict=True) if w is not m]
+        for weight, master in copied:
+            master.grad = None if weight.grad is None else weight.grad.float()
+        super().step()
+        for weight, master in copied:
+            weight.copy_(master)
+            master.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of the weights."""
+        for weight in self._weights:
+            weight.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's, and the copies."""
+        return {**super().state_dict(), "masters": [m.detach() for m in self._masters]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        state = dict(state_dict)
+        for master, saved in zip(self._masters, state.pop("masters"), strict=True):
+            master.copy_(saved)
+        super().load_state_dict(state)
 
 
 def lr_factor(kind: str, step: int, total_steps: int, warmup_steps: int = 0) -> float:

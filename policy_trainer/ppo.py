@@ -16,7 +16,7 @@ from torch import Tensor
 
 from policy_trainer import optim
 from policy_trainer.advantages import NO_VALUES, Moments, estimate, moments, whiten
-from policy_trainer.batching import length_buckets
+from policy_trainer.batching import forward_batches
 from policy_trainer.config import PPOConfig
 from policy_trainer.episodes import Episodes, Reading, mean_raw, scatter, transcripts
 from policy_trainer.kl import KLController, PenaltyController, kl_estimate
@@ -72,7 +72,7 @@ def train(config: PPOConfig, source: RewardSource) -> None:
             clock.lap("rollout")
 
             # 2. Ask for rewards. While the server works, policy, critic and reference read the responses.
-            pending = source.submit(episodes.conversations)
+            pending = trainer.source.submit(episodes.conversations)
             read = trainer.read(episodes)
             clock.lap("forward")
 
@@ -205,7 +205,9 @@ class Trainer(OnlineTrainer):
                 max_length=min(longest, context_length(self.policy) or longest),
                 batch_size=config.ptx_batch_size,
                 seed=optim.step_seed(config.seed, Purpose.PTX),
-                quarantine=Quarantine(config.output_dir / "quarantine-ptx.jsonl"),
+                quarantine=Quarantine(
+                    config.output_dir / "quarantine-ptx.jsonl" if self.world.is_main else None
+                ),
             )
 
     def rollout(self) -> Episodes:
@@ -229,19 +231,21 @@ class Trainer(OnlineTrainer):
         The micro-batches are those of the first epoch, so that its first ratios are 1 to the last bit: a forward
         over other neighbours may round differently.
         """
-        longest = max(len(s.response_ids) for s in episodes.sampled)
-        shape = (len(episodes.sampled), longest)
-        reading = Reading(torch.zeros(shape, dtype=torch.bool), *(torch.zeros(shape) for _ in range(3)))
+        responses = torch.tensor([len(s.response_ids) for s in episodes.sampled])
+        mask = torch.arange(int(responses.max())) < responses.unsqueeze(1)
+        reading = Reading(mask, *(torch.zeros(mask.shape) for _ in range(3)))
         for minibatch in self.minibatches(episodes, epoch=0):
-            for rows in minibatch:
+            for rows in self.world.share(minibatch):
                 batch = episodes.collate(rows).to(self.device)
                 inputs = (batch.input_ids, batch.attention_mask, batch.response_len)
                 own = self.model(*inputs, self.config.temperature)
                 ref = token_logprobs(self.reference, *inputs, self.config.temperature).logprobs
                 values = torch.zeros_like(ref) if own.values is None else own.values
-                found = (batch.response_mask, own.logprobs, ref, values)
-                for target, part in zip(reading, found, strict=True):
+                found = (own.logprobs, ref, values)
+                for target, part in zip(reading[1:], found, strict=True):
                     target[rows, : batch.response_len] = (part * batch.response_mask).cpu()
+        for target in reading[1:]:
+            self.world.add(target)
         return reading
 
     def normalised_by(self, scores: Tensor) -> Moments | None:
@@ -260,10 +264,10 @@ class Trainer(OnlineTrainer):
         order = optim.permutation(n, optim.step_seed(self.config.seed, Purpose.SHUFFLING, self.step, epoch))
         parts = torch.tensor(order).tensor_split(self.config.num_mini_batches)
         return [
-            length_buckets(
+            forward_batches(
                 episodes.lengths,
-                max_rows=n,
                 max_tokens=self.config.micro_batch_tokens,
+                device=self.device,
                 indices=part.tolist(),
             )
             for part in parts
@@ -303,7 +307,7 @@ class Trainer(OnlineTrainer):
                 tokens = int(read.mask[rows_seen].sum())
                 divisor = self.loss_divisor(tokens, len(rows_seen))
                 self.model.zero_grad(set_to_none=True)
-                for rows in micro_batches:
+                for rows in self.world.share(micro_batches):
                     found = self.accumulate(episodes, read, advantages, returns, rows, divisor, learns)
                     sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
                 tokens_seen += tokens
@@ -316,10 +320,11 @@ class Trainer(OnlineTrainer):
                             examples,
                             micro_batch_tokens=config.micro_batch_tokens,
                             weight=config.ptx_coef,
+                            world=self.world,
                         )
                     )
                 self.apply_gradients(learns)
-        mean = {name: value / tokens_seen for name, value in sums.items()}
+        mean = {name: value / tokens_seen for name, value in self.world.total(sums).items()}
         mean["val/ratio_var"] = max(0.0, mean.pop("ratio_sq") - mean["val/ratio"] ** 2)
         if text_losses:
             mean["loss/ptx_avg"] = sum(text_losses) / len(text_losses)
@@ -333,9 +338,13 @@ class Trainer(OnlineTrainer):
     def moved(self, episodes: Episodes, read: Reading, kept: Sequence[int]) -> float:
         """KL(old || new) over the step's responses, in nats per token: how far the update has moved the policy."""
         total = 0.0
-        for rows in length_buckets(
-            episodes.lengths, max_rows=len(kept), max_tokens=self.config.micro_batch_tokens, indices=kept
-        ):
+        buckets = forward_batches(
+            episodes.lengths,
+            max_tokens=self.config.micro_batch_tokens,
+            device=self.device,
+            indices=kept,
+        )
+        for rows in self.world.share(buckets):
             batch = episodes.collate(rows).to(self.device)
             now = token_logprobs(
                 self.policy,
@@ -346,7 +355,7 @@ class Trainer(OnlineTrainer):
             ).logprobs
             old = read.logprobs[rows, : batch.response_len].to(self.device)
             total += float(kl_estimate(old, now, "k3")[batch.response_mask].double().sum())
-        return total / int(read.mask[kept].sum())
+        return sum(self.world.gather(total)) / int(read.mask[kept].sum())
 
     def loss_divisor(self, tokens: int, responses: int) -> int:
         """What the sums of a minibatch's losses are divided by.
@@ -420,6 +429,7 @@ class Trainer(OnlineTrainer):
         Raises:
             QualityError: a gradient is not finite; neither model has been changed by it.
         """
+        self.world.add_gradients(self.model.parameters())
         norm = self.config.max_grad_norm
         policy_parameters = list(self.policy.parameters())
         if self.model.critic is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from policy_trainer.batching import PAD_FILL, length_buckets
 from policy_trainer.logprobs import gather_logprobs
 from policy_trainer.optim import step_seed
+from policy_trainer.parallel import ALONE, World
 from rlaif.errors import QualityError
 
 if TYPE_CHECKING:
@@ -74,14 +75,18 @@ class HFRollout:
     temperature are wanted, and keeps ended rows to the end.
     """
 
-    def __init__(self, model: PreTrainedModel, eos_ids: Sequence[int], *, batch_size: int = 128) -> None:
+    def __init__(
+        self, model: PreTrainedModel, eos_ids: Sequence[int], *, batch_size: int = 128, world: World = ALONE
+    ) -> None:
         """Wrap a model that is in eval mode; its weights of the moment are sampled, until `sync` names another.
 
         Args:
             model: a causal language model.
             eos_ids: every token that ends a response.
             batch_size: most sequences decoded at once.
+            world: the processes that share the work; all of them get all responses.
         """
+        self._world = world
         self._model = model
         self._eos = torch.tensor(sorted(eos_ids), device=model.device)
         self._batch_size = batch_size
@@ -114,7 +119,8 @@ class HFRollout:
             raise ValueError("prompts must have at least one token and the temperature must be positive")
         max_rows = max(1, self._batch_size // num_return_sequences)
         sampled: list[Sampled] = []
-        for number, batch in enumerate(length_buckets([len(p) for p in prompt_ids], max_rows=max_rows)):
+        buckets = list(enumerate(length_buckets([len(p) for p in prompt_ids], max_rows=max_rows)))
+        for number, batch in self._world.share(buckets):
             # A generator of its own: what a bucket samples does not depend on who samples the others, or when.
             generator = torch.Generator(device=self._model.device).manual_seed(step_seed(seed, number))
             prompts = [prompt_ids[i] for i in batch]
@@ -122,8 +128,9 @@ class HFRollout:
             for k, (ids, logprobs, finished) in enumerate(rows):
                 index = batch[k // num_return_sequences]
                 sampled.append(Sampled(index, ids, logprobs, finished, self._version))
+        everything = [s for part in self._world.gather(sampled) for s in part]
         # A stable sort: samples of one prompt keep their order.
-        return sorted(sampled, key=lambda s: s.prompt_index)
+        return sorted(everything, key=lambda s: s.prompt_index)
 
     def _decode(
         self,

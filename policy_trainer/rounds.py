@@ -119,7 +119,8 @@ class RoundTrainer(OnlineTrainer):
             except (RewardServerError, QualityError):
                 self.save()
                 raise
-            store_round(self.config.output_dir, round_)
+            if self.world.is_main:
+                store_round(self.config.output_dir, round_)
         return round_
 
     def minibatches(self, epochs: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -156,7 +157,8 @@ class RoundTrainer(OnlineTrainer):
     def save(self) -> None:
         """Write a checkpoint of the completed rounds and of the one under way."""
         super().save()
-        forget_rounds(self.config.output_dir, self.step)
+        if self.world.is_main:
+            forget_rounds(self.config.output_dir, self.step)
 
 
 def collect_round(
@@ -197,7 +199,7 @@ def collect_round(
     # 3. Log-probabilities under the frozen reference, and under the model of the log-ratios if that is
     # another.
     pairs = [(ids, s.response_ids) for ids, s in zip(prompt_ids, sampled, strict=True)]
-    how = (config.temperature, config.micro_batch_tokens)
+    how = (config.temperature, config.micro_batch_tokens, trainer.world)
     frozen = sequence_logprobs(trainer.reference, pairs, *how)
     ratio = frozen if log_ratios_to is trainer.reference else sequence_logprobs(log_ratios_to, pairs, *how)
     of_mismatched: Sequence[float | None] = [None] * len(sampled)

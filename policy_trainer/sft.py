@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from policy_trainer import optim
-from policy_trainer.batching import collate, length_buckets
+from policy_trainer.batching import collate, forward_batches
 from policy_trainer.card import write_card
 from policy_trainer.checkpoint import load_latest, restore_rng, save_checkpoint, save_final, stop_on_signal
 from policy_trainer.config import SFTConfig
 from policy_trainer.logprobs import token_logprobs
-from policy_trainer.models import load_policy
+from policy_trainer.models import load_trained
+from policy_trainer.parallel import ALONE, World, joined, run_directory
 from rlaif.chat import EncodedPair, encode_pair
 from rlaif.errors import ConfigError, DataError
 from rlaif.records import Quarantine, read_conversations, read_preferences, read_rows
-from rlaif.runs import Run, progress
+from rlaif.runs import progress
 from rlaif.types import Conversation, with_response
 
 if TYPE_CHECKING:
@@ -35,12 +37,15 @@ def run(config: SFTConfig) -> None:
         KeyboardInterrupt: SIGTERM or SIGINT asked for an end; a checkpoint has been written.
         RlaifError: bad input, see the message.
     """
-    with Run.open(config.output_dir, config, command="train sft") as out, stop_on_signal() as stop:
+    with (
+        joined() as world,
+        run_directory(world, config, command="train sft") as out,
+        stop_on_signal() as stop,
+    ):
         checkpoint = load_latest(config.output_dir)
-        path = config.model_name_or_path if checkpoint is None else str(checkpoint.path)
-        template = config.chat_template if checkpoint is None else None
-        model, tokenizer = load_policy(path, dtype=config.dtype, chat_template=template)
-        examples = load_examples(config, tokenizer)
+        trained = load_trained(config, None if checkpoint is None else checkpoint.path)
+        model, tokenizer = trained.model, trained.tokenizer
+        examples = load_examples(config, tokenizer, world)
         check_context(
             config, examples, getattr(model.config.get_text_config(), "max_position_embeddings", None)
         )
@@ -52,15 +57,17 @@ def run(config: SFTConfig) -> None:
             step = checkpoint.step
             optimizer.load_state_dict(checkpoint.state["optimizer"])
             restore_rng(checkpoint.state["rng"])
-        out.truncate_metrics(step)
+        if out is not None:
+            out.truncate_metrics(step)
 
         total = config.num_train_epochs * len(examples)
         steps = math.ceil(total / config.per_device_train_batch_size)
         if config.max_steps is not None:
             steps = min(steps, config.max_steps)
         parameters = list(model.parameters())
-        with progress(steps, "SFT steps") as bar:
-            bar.advance(step)
+        with progress(steps, "SFT steps") if world.is_main else nullcontext() as bar:
+            if bar is not None:
+                bar.advance(step)
             while step < steps:
                 started = time.perf_counter()
                 seen = step * config.per_device_train_batch_size
@@ -71,38 +78,45 @@ def run(config: SFTConfig) -> None:
                 )
                 optim.set_learning_rate(optimizer, rate)
                 optimizer.zero_grad(set_to_none=True)
-                loss = accumulate_gradients(model, chosen, micro_batch_tokens=config.micro_batch_tokens)
+                loss = accumulate_gradients(
+                    model, chosen, micro_batch_tokens=config.micro_batch_tokens, world=world
+                )
+                world.add_gradients(parameters)
                 norm = optim.clip_gradients(parameters, config.max_grad_norm, "model")
                 optimizer.step()
 
                 step += 1
-                out.log(
-                    step,
-                    {
-                        "loss": loss,
-                        "epoch": (seen + count) / len(examples),
-                        "num_tokens": sum(len(e.response_ids) for e in chosen),
-                        "grad_norm": norm.item(),
-                        "learning_rate": rate,
-                        "time/step": time.perf_counter() - started,
-                    },
-                )
-                bar.advance(1, loss=loss)
-                if stop or step % config.save_steps == 0 or step == steps:
+                stopping = world.any(bool(stop))
+                if out is not None:
+                    out.log(
+                        step,
+                        {
+                            "loss": loss,
+                            "epoch": (seen + count) / len(examples),
+                            "num_tokens": sum(len(e.response_ids) for e in chosen),
+                            "grad_norm": norm.item(),
+                            "learning_rate": rate,
+                            "time/step": time.perf_counter() - started,
+                        },
+                    )
+                if bar is not None:
+                    bar.advance(1, loss=loss)
+                if world.is_main and (stopping or step % config.save_steps == 0 or step == steps):
                     save_checkpoint(
                         config.output_dir,
                         step,
-                        policy=model,
+                        policy=trained.saved,
                         tokenizer=tokenizer,
                         state={"optimizer": optimizer.state_dict()},
                         info={"examples": len(examples)},
                         keep=config.save_total_limit,
                     )
-                if stop and step < steps:
+                if stopping and step < steps:
                     raise KeyboardInterrupt
-        save_final(config.output_dir, model, tokenizer)
-        out.end(step, "max_steps")
-        write_card(out)
+        if out is not None:
+            save_final(config.output_dir, trained.merged(), tokenizer)
+            out.end(step, "max_steps")
+            write_card(out)
 
 
 def accumulate_gradients(
@@ -112,6 +126,7 @@ def accumulate_gradients(
     micro_batch_tokens: int,
     temperature: float = 1.0,
     weight: float = 1.0,
+    world: World = ALONE,
 ) -> float:
     """Add the gradient of `weight` times the negative log-likelihood per response token.
 
@@ -124,14 +139,16 @@ def accumulate_gradients(
         micro_batch_tokens: padded tokens in one forward pass.
         temperature: of the distribution that is fitted.
         weight: of the loss.
+        world: the processes that share the work; each adds the gradient of its share.
 
     Returns:
-        The loss without its weight, in nats per token.
+        The loss of all without its weight, in nats per token.
     """
     tokens = sum(len(e.response_ids) for e in examples)
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
     total = 0.0
-    for rows in length_buckets(lengths, max_rows=len(examples), max_tokens=micro_batch_tokens):
+    buckets = forward_batches(lengths, max_tokens=micro_batch_tokens, device=model.device)
+    for rows in world.share(buckets):
         micro = [examples[i] for i in rows]
         batch = collate([e.prompt_ids for e in micro], [e.response_ids for e in micro]).to(model.device)
         read = token_logprobs(
@@ -140,16 +157,18 @@ def accumulate_gradients(
         loss = -read.logprobs[batch.response_mask].sum() / tokens
         torch.autograd.backward(weight * loss)
         total += loss.item()
-    return total
+    return sum(world.gather(total))
 
 
-def load_examples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> list[EncodedPair]:
+def load_examples(
+    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, world: World = ALONE
+) -> list[EncodedPair]:
     """Prompts and responses as token ids; what is unusable or too long goes to `quarantine.jsonl`.
 
     Raises:
         DataError: nothing usable is left.
     """
-    quarantine = Quarantine(config.output_dir / "quarantine.jsonl")
+    quarantine = Quarantine(config.output_dir / "quarantine.jsonl" if world.is_main else None)
     encoded = read_examples(config.dataset, tokenizer, config.max_length, quarantine)
     if not encoded:
         raise DataError(

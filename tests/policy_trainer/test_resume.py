@@ -76,8 +76,11 @@ def share_until(call: int) -> FunctionReward:
         {"value_head": "separate"},
         {"value_head": "shared"},
         {"advantage_estimator": "grpo", "rollout_batch_size": 4, "num_generations": 2},
+        {"use_peft": True, "value_head": "shared"},
+        {"use_peft": True},
+        {"dtype": "bfloat16"},
     ],
-    ids=["separate critic", "shared critic", "grpo"],
+    ids=["separate critic", "shared critic", "grpo", "lora", "lora, separate critic", "bfloat16"],
 )
 def test_ppo_resumed_equals_ppo_uninterrupted(tmp_path: Path, settings: dict[str, Any]) -> None:
     config = tiny.ppo_config(tmp_path, **settings, max_steps=6, save_steps=2, target_kl=3.0, kl_horizon=50)
