@@ -83,7 +83,7 @@ def save_checkpoint(
     with _saving(output_dir):
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(parents=True)
-        policy.save_pretrained(temp)
+        policy.save_pretrained(str(temp))
         tokenizer.save_pretrained(temp)
         torch.save({**state, "rng": rng_state()}, temp / _STATE_FILE)
         (temp / _INFO_FILE).write_text(json.dumps({"step": step, **info}, indent=2) + "\n", encoding="utf-8")

@@ -101,7 +101,7 @@ def load_trained(config: TrainingConfig, checkpoint: Path | None) -> TrainedPoli
             adapters = add_adapters(model, config, task="CAUSAL_LM")
         else:
             adapters = imported().PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
-        model.eval()
+        model.train(False)
     if config.gradient_checkpointing:
         checkpoint_layers(model)
     return TrainedPolicy(model, tokenizer, base, adapters)
@@ -129,7 +129,7 @@ def checkpoint_layers(model: nn.Module) -> None:
         raise ConfigError("--gradient_checkpointing is not supported by this architecture: leave it out")
     for layer in layers:
         again = partial(recomputed, layer.forward, use_reentrant=False, preserve_rng_state=False)
-        layer.forward = again  # type: ignore[method-assign, assignment]
+        layer.forward = again
 
 
 def load_policy(

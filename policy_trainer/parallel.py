@@ -100,7 +100,7 @@ class World:
         if not trained:
             return
         together = self.add(torch.cat([g.float().flatten() for g in gradients]))
-        for p, part in zip(trained, together.split([p.numel() for p in trained]), strict=True):
+        for p, part in zip(trained, torch.split(together, [p.numel() for p in trained]), strict=True):
             p.grad = part.view_as(p).to(p.dtype)
 
     def from_main(self, make: Callable[[], T]) -> T:
