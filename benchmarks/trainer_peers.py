@@ -127,7 +127,8 @@ def main() -> int:
         f"random weights, vocabulary of {load.VOCABULARY}, float32, one thread. {args.batch} prompts a step, "
         f"lognormal, median {args.median:g} tokens, sigma 0.7, at most {load.MAX_PROMPT}; responses of up to "
         f"{load.MAX_RESPONSE} tokens that end with probability {load.END_PROBABILITY} at each. Ours with "
-        f"micro_batch_tokens {args.micro_batch_tokens}, theirs with per_device_train_batch_size {args.micro} and gradient accumulation."
+        f"micro_batch_tokens {args.micro_batch_tokens}, theirs with "
+        f"per_device_train_batch_size {args.micro} and gradient accumulation."
     )
     if ours.ended:
         shares = [(s.name, sum(s.ended) / len(s.ended)) for s in (ours, theirs)]
