@@ -187,3 +187,17 @@ async def connection(
         reading_task.cancel()
         writer.transport.abort()
         await asyncio.gather(reading_task, return_exceptions=True)
+
+
+async def send_all(peer: Connection, stream: int, data: bytes) -> None:
+    """Send a body as fast as flow control lets it."""
+    sent = 0
+    while sent < len(data):
+        room = min(
+            peer.h2.local_flow_control_window(stream), peer.h2.max_outbound_frame_size, len(data) - sent
+        )
+        if room:
+            peer.h2.send_data(stream, data[sent : sent + room], end_stream=sent + room == len(data))
+            sent += room
+            await peer.flush()
+        await asyncio.sleep(0)

@@ -16,7 +16,7 @@ from h2.errors import ErrorCodes
 from hyperframe.frame import ContinuationFrame, HeadersFrame, SettingsFrame
 
 from tests.hardening.conftest import neighbour, quantile_ms, until
-from tests.hardening.http2 import SCORE, Connection, connection, frame
+from tests.hardening.http2 import SCORE, connection, frame, send_all
 from tests.reward_server.fakes import score_request
 from tests.reward_server.process import ServerProcess, server_process
 
@@ -142,20 +142,6 @@ def peak_mib(server: ServerProcess) -> float:
     """The most memory that the process ever had."""
     status = Path(f"/proc/{server.pid}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-
-
-async def send_all(peer: Connection, stream: int, data: bytes) -> None:
-    """Send a body as fast as flow control lets it."""
-    sent = 0
-    while sent < len(data):
-        room = min(
-            peer.h2.local_flow_control_window(stream), peer.h2.max_outbound_frame_size, len(data) - sent
-        )
-        if room:
-            peer.h2.send_data(stream, data[sent : sent + room], end_stream=sent + room == len(data))
-            sent += room
-            await peer.flush()
-        await asyncio.sleep(0)
 
 
 def zeros(mib: int) -> bytes:

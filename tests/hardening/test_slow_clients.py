@@ -15,7 +15,8 @@ import pytest
 from protos.rlaif.reward.v1 import reward_pb2 as pb
 from protos.rlaif.reward.v1 import reward_pb2_grpc
 from tests.hardening.conftest import neighbour, quantile_ms, until
-from tests.hardening.http2 import SCORE, connection, frame
+from tests.hardening.http2 import SCORE, connection, frame, send_all
+from tests.hardening.http2 import STREAM as SCORE_STREAM
 from tests.reward_server.fakes import score_request
 from tests.reward_server.process import ServerProcess, server_process
 
@@ -158,19 +159,26 @@ def test_a_stream_whose_answers_are_never_read_is_held_by_flow_control(
     asyncio.run(scenario())
 
 
-CLIENT = """
-import sys, grpc
-from protos.rlaif.reward.v1 import reward_pb2_grpc
-from tests.reward_server.fakes import score_request
-stub = reward_pb2_grpc.RewardServiceStub(grpc.insecure_channel(sys.argv[1]))
+UNARY = """
 calls = [stub.Score.future(score_request("x" * 10)) for _ in range(50)]
 calls[0].result()
 """
+STREAM = """
+from itertools import count
+next(stub.ScoreStream(pb.ScoreStreamRequest(request_id=i, request=score_request("x" * 10)) for i in count()))
+"""
+CLIENT = """
+import sys, grpc
+from protos.rlaif.reward.v1 import reward_pb2 as pb, reward_pb2_grpc
+from tests.reward_server.fakes import score_request
+stub = reward_pb2_grpc.RewardServiceStub(grpc.insecure_channel(sys.argv[1]))
+"""
 
 
-def test_what_a_killed_client_left_waiting_is_not_computed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("calls", [UNARY, STREAM], ids=["calls", "a stream"])
+def test_what_a_killed_client_left_waiting_is_not_computed(tmp_path: Path, calls: str) -> None:
     async def scenario(server: ServerProcess) -> None:
-        client = subprocess.Popen([sys.executable, "-c", CLIENT, server.address])
+        client = subprocess.Popen([sys.executable, "-c", CLIENT + calls, server.address])
         await until(lambda: server.metric("rlaif_queue_tokens") == 490)  # and one is being computed
         client.send_signal(signal.SIGKILL)
         client.wait()
@@ -178,8 +186,38 @@ def test_what_a_killed_client_left_waiting_is_not_computed(tmp_path: Path) -> No
         assert server.metric("rlaif_cancelled_items_total") == 49
         assert server.metric("rlaif_items_total") == 0
 
-    with server_process(tmp_path, model="length:60", max_batch_tokens=10) as running:
+    with server_process(tmp_path, model="length:60", max_batch_tokens=10, max_stream_requests=50) as running:
         asyncio.run(scenario(running))
+        assert "Traceback" not in running.log.read_text()
+
+
+def test_callers_that_leave_while_flow_control_holds_their_answers_leave_nothing_behind(
+    server: ServerProcess,
+) -> None:
+    refused = score_request("x", expected_version="another")  # an answer is longer than its request
+    requests = b"".join(
+        frame(pb.ScoreStreamRequest(request_id=i, request=refused).SerializeToString()) for i in range(1000)
+    )
+
+    def answered() -> float:
+        return server.metric("rlaif_calls_total", method="ScoreStream")
+
+    async def scenario() -> None:
+        async with neighbour(server.address) as client:
+            for _ in range(4):
+                asked = answered()
+                async with connection(server.address, reading=False) as peer:
+                    stream = peer.request(SCORE_STREAM, end=False)
+                    await send_all(peer, stream, requests)
+                    before = -1.0
+                    while before != answered() or before == asked:
+                        before = answered()
+                        await client.ask(20, 0.005)
+                    assert before - asked < 1000, "the rest waits"
+                await client.ask(20, 0.005)
+            await until(lambda: server.metric("rlaif_queue_tokens") == 0)
+
+    asyncio.run(scenario())
 
 
 def test_a_preface_alone_holds_nothing_open_after_its_client_left(server: ServerProcess) -> None:

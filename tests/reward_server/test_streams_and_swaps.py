@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -13,7 +14,8 @@ from protos.rlaif.reward.v1 import reward_pb2 as pb
 from protos.rlaif.reward.v1 import reward_pb2_grpc
 from reward_server.batcher import Batcher
 from reward_server.registry import ModelRegistry, NoSuchModel, State, TooManyModels
-from reward_server.scorers.base import Scorer
+from reward_server.scorers.base import Outcome, Prepared, Scorer
+from reward_server.service import SERVICE, RewardService
 from rlaif.errors import ModelError
 from tests.reward_server.fakes import LengthScorer, score_request, serving
 
@@ -61,6 +63,75 @@ def test_the_server_reads_no_further_than_it_may() -> None:
             assert taken < 12, "flow control holds the caller"
             call.cancel()
             scorer.gate.set()
+
+    asyncio.run(scenario())
+
+
+class OneByOne(LengthScorer):
+    """Computes one batch each time that its gate is opened."""
+
+    async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
+        found = await super().score(batch)
+        self.gate.clear()
+        return found
+
+
+class LeftInTheMiddle:
+    """The context of a call whose caller leaves while its first answer is on the way."""
+
+    def __init__(self) -> None:
+        self.written = 0
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def time_remaining(self) -> None:
+        return None
+
+    async def write(self, response: pb.ScoreStreamResponse) -> None:
+        self.written += 1
+        raise grpc.aio.InternalError('Failed "execute_batch"')
+
+
+def test_what_waits_for_a_caller_that_left_in_the_middle_of_an_answer_is_not_computed() -> None:
+    async def scenario() -> None:
+        scorer = OneByOne()
+        scorer.gate.clear()
+        queue = Batcher(scorer, max_batch_tokens=10, max_queue_tokens=1000, max_queue_items=1000)
+        registry = ModelRegistry(lambda _: queue, max_models=1)
+
+        async def at_hand() -> Scorer:
+            return scorer
+
+        async def no_other(name: str) -> Scorer:
+            raise ModelError(name)
+
+        service = RewardService(
+            max_items=10, max_request_bytes=1 << 20, max_stream_requests=10, load=no_other
+        )
+        await registry.load(at_hand, activate=True)
+        service.open(registry)
+        last_is_here = asyncio.Event()
+
+        async def requests() -> AsyncIterator[bytes]:
+            for number in range(8):
+                yield envelope(number, "x" * 10).SerializeToString()
+            last_is_here.set()
+            await asyncio.Event().wait()
+
+        context = LeftInTheMiddle()
+        details = SimpleNamespace(method=f"/{SERVICE}/ScoreStream", invocation_metadata=())
+        handler: Any = service.handlers()[0].service(details)  # type: ignore[arg-type]
+        call = asyncio.ensure_future(handler.stream_stream(requests(), context))
+        await last_is_here.wait()
+        while queue.queued_tokens != 70:  # and one is being computed
+            await asyncio.sleep(0.001)
+        scorer.gate.set()
+        await call
+        assert context.written == 1
+        assert queue.queued_tokens == 0
+        assert len(scorer.computed) == 1
+        await registry.close()
 
     asyncio.run(scenario())
 
