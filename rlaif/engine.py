@@ -1,7 +1,7 @@
 """vLLM's engine for this process: `vllm:NAME_OR_PATH[?ENGINE_ARGUMENT=VALUE&...]`, for both its CPU and GPU builds.
 
 Whoever reads such a model, the labeler's judge or the reward server, starts it here. The engine runs in a child
-process of its own; its `shutdown` ends it.
+process of its own; its `shutdown` ends it, and so does a watcher if this process is killed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import yaml
 
 from rlaif.errors import ModelError
 from rlaif.models import ModelRef, cannot_load
+from rlaif.orphans import end_children_with_this_process
 
 GRACE_S = 30.0
 """Seconds that the engine's process has to end before it is killed."""
@@ -89,6 +90,7 @@ def start_engine(ref: ModelRef, **arguments: Any) -> Any:
         **{key: value for key, value in arguments.items() if value is not None},
         **own,
     }
+    end_children_with_this_process()
     try:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**given))
     except (OSError, ValueError, TypeError, RuntimeError) as err:

@@ -99,21 +99,27 @@ def serving(folder: Path, ready: Path) -> Iterator[Running]:
             stub = reward_pb2_grpc.RewardServiceStub(channel)  # type: ignore[no-untyped-call]
             yield Running(process, stub, folder)
     finally:
-        if process.poll() is None:
-            for pid in engines(process.pid):  # which outlive a server that is killed
-                os.kill(pid, signal.SIGKILL)
         process.kill()
         process.wait()
 
 
 def engines(server: int) -> list[int]:
-    """The processes that a server has started, from whichever thread, but for Python's own."""
+    """The processes that a server has started, from whichever thread, but for Python's own and the watcher."""
     found = [
         int(i)
         for task in Path(f"/proc/{server}/task").iterdir()
         for i in (task / "children").read_text().split()
     ]
-    return [pid for pid in found if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    others = (b"resource_tracker", b"rlaif.orphans")
+    return [pid for pid in found if not any(o in Path(f"/proc/{pid}/cmdline").read_bytes() for o in others)]
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; one that nobody has asked for its exit code has, too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +268,18 @@ def test_an_engine_that_dies_fails_what_waits_and_ends_the_server(tmp_path: Path
     assert code_pb2.UNAVAILABLE in codes and codes <= {code_pb2.OK, code_pb2.UNAVAILABLE}
     assert running.process.returncode == 5
     assert f"rlaif: the engine of vllm:{folder} has ended" in err
+
+
+def test_an_engine_does_not_outlive_a_server_that_is_killed(tmp_path: Path) -> None:
+    with serving(save_model(tmp_path / "rm"), tmp_path / "ready") as running:
+        engine = engines(running.process.pid)
+        assert engine
+        running.process.kill()
+        running.process.wait()
+        until = time.monotonic() + 30
+        while not all(map(gone, engine)):
+            assert time.monotonic() < until
+            time.sleep(0.1)
 
 
 def test_what_is_no_reward_model_is_one_line_before_an_engine_starts(tmp_path: Path) -> None:
