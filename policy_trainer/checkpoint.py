@@ -80,7 +80,7 @@ def save_checkpoint(
     """
     final = checkpoint_path(output_dir, step)
     temp, replaced = _partial(final), _aside(final)
-    with _saving(output_dir):
+    with saving(output_dir):
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(parents=True)
         policy.save_pretrained(str(temp))
@@ -126,7 +126,7 @@ def load_latest(output_dir: Path) -> Checkpoint | None:
     Raises:
         StorageError: it cannot be read.
     """
-    with _saving(output_dir):
+    with saving(output_dir):
         _tidy(output_dir)
     checkpoints = list_checkpoints(output_dir)
     if not checkpoints:
@@ -150,7 +150,7 @@ def save_final(output_dir: Path, policy: PreTrainedModel, tokenizer: PreTrainedT
         StorageError: it cannot be written.
     """
     temp = output_dir / ".final.tmp"
-    with _saving(output_dir):
+    with saving(output_dir):
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(parents=True)
         policy.save_pretrained(temp)
@@ -240,7 +240,7 @@ def _tidy(output_dir: Path) -> None:
 
 
 @contextmanager
-def _saving(where: Path) -> Iterator[None]:
+def saving(where: Path) -> Iterator[None]:
     """Report a disk that is full or read-only as StorageError.
 
     torch and safetensors may hide the operating system's error in one of their own, so an exception on a disk

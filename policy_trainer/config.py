@@ -273,6 +273,18 @@ class PPOConfig(OnlineConfig):
     reward_normalization: Literal["none", "batch", "running"] = "none"
     """Shift and scale served scores to mean 0 and variance 1: over each step's responses, or over all since the
     start."""
+    vllm_importance_sampling_correction: bool = True
+    """Weight the policy loss by the trainer's probabilities over vLLM's, bounded (use_vllm)."""
+    vllm_importance_sampling_mode: ImportanceSamplingMode = "token_truncate"
+    """Per token or per response; a ratio above the bound is cut down to it, or masked: its loss does not count."""
+    vllm_importance_sampling_clip_max: float = 2.0
+    """The bound."""
+    reuse_logprobs_tolerance: float | None = None
+    """Take the engine's log-probabilities for those of the old policy, without a forward of it, in each step in which
+    they differ by no more than this, in nats, on a few responses that are read to see. None always reads all."""
+    max_staleness: int = 0
+    """Sample for step k + n while step k learns, with the policy as it is then: responses are at most n versions old.
+    Their old log-probabilities are the engine's own. 0 samples when the step begins."""
     reward_clip: float | None = None
     """Clip normalised scores to [-x, x]; None does not clip."""
     length_penalty_coef: float = 0.0
@@ -318,6 +330,15 @@ class PPOConfig(OnlineConfig):
         require(0 <= self.lam <= 1, "lam", self.lam, "in [0, 1]")
         require(self.cliprange > 0, "cliprange", self.cliprange, "positive")
         require(self.cliprange_value > 0, "cliprange_value", self.cliprange_value, "positive")
+        bound = self.vllm_importance_sampling_clip_max
+        require(bound > 0, "vllm_importance_sampling_clip_max", bound, "positive")
+        tolerance = self.reuse_logprobs_tolerance
+        require(tolerance is None or tolerance >= 0, "reuse_logprobs_tolerance", tolerance, "at least 0")
+        require(self.max_staleness >= 0, "max_staleness", self.max_staleness, "at least 0")
+        if self.max_staleness and tolerance is not None:
+            raise ConfigError(
+                "max_staleness takes the engine's log-probabilities in every step: leave out reuse_logprobs_tolerance"
+            )
         require(self.reward_clip is None or self.reward_clip > 0, "reward_clip", self.reward_clip, "positive")
         high, dual = self.cliprange_high, self.dual_clip
         require(high is None or high > 0, "cliprange_high", high, "positive")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, zeros
 
-from policy_trainer.batching import SequenceBatch, collate
+from policy_trainer.batching import SequenceBatch, collate, pad_right
 from policy_trainer.reward_source import Reward
 from policy_trainer.rollout import Sampled
 from rlaif.types import Conversation, to_dicts
@@ -36,6 +37,18 @@ class Episodes(NamedTuple):
         """Equal numbers for responses to the same prompt."""
         return [s.prompt_index for s in self.sampled]
 
+    @property
+    def engine_logprobs(self) -> Tensor:
+        """(N, R) float32, what the engine said of each token that it sampled; 0 at padding."""
+        longest = max(len(s.response_ids) for s in self.sampled)
+        return pad_right([torch.tensor(s.logprobs) for s in self.sampled], longest)
+
+    @property
+    def response_mask(self) -> Tensor:
+        """(N, R) bool, True = a response token that counts."""
+        longest = max(len(s.response_ids) for s in self.sampled)
+        return pad_right([torch.ones(len(s.response_ids), dtype=torch.bool) for s in self.sampled], longest)
+
     def collate(self, rows: Sequence[int]) -> SequenceBatch:
         """The padded batch of some rows."""
         return collate([self.prompt_ids[i] for i in rows], [self.sampled[i].response_ids for i in rows])
@@ -46,15 +59,19 @@ class Reading(NamedTuple):
 
     Attributes:
         mask: bool, True = a response token that counts.
-        logprobs: of the policy that sampled, by the trainer's own forward.
+        logprobs: of the policy that sampled, by the trainer's own forward or the engine's.
         ref_logprobs: of the reference.
         values: of the critic; 0 where there is none.
+        weights: of the policy loss, for what lies between engine and trainer; None where nothing is corrected.
+        metrics: how far engine and trainer are from each other.
     """
 
     mask: Tensor
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
+    weights: Tensor | None
+    metrics: dict[str, float]
 
 
 def scatter(rows: Tensor, kept: Sequence[int], like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from policy_trainer.checkpoint import BEST_FILE, checkpoint_path
 from policy_trainer.evaluation.assess import outcomes
 from policy_trainer.logprobs import sequence_logprobs
 from policy_trainer.reward_source import Reward
-from policy_trainer.rollout import HFRollout, RolloutEngine, Sampled, decode_response
+from policy_trainer.rollout import HFRollout, Sampled, decode_response
 from rlaif.agreement import estimate_mean
 from rlaif.runs import Run
 from rlaif.storage import write_atomic
@@ -67,7 +67,7 @@ class HeldOut:
             RewardServerError: the server cannot be reached or used.
         """
         trainer, config = self._trainer, self._trainer.config
-        sampled = self._sample(trainer.engine)
+        sampled = trainer.answers(self._prompts.ids, seed=self._seed)
         answers = self._rewarded(sampled)
         pairs = [(self._prompts.ids[s.prompt_index], s.response_ids) for s in sampled]
         how = (config.temperature, config.micro_batch_tokens, trainer.world)
@@ -119,20 +119,16 @@ class HeldOut:
             batch_size=trainer.config.generation_batch_size,
             world=trainer.world,
         )
-        answers = self._rewarded(self._sample(engine))
+        sampled = engine.generate(
+            self._prompts.ids,
+            max_new_tokens=trainer.config.max_new_tokens,
+            temperature=trainer.config.temperature,
+            seed=self._seed,
+        )
+        answers = self._rewarded(sampled)
         if trainer.world.is_main:
             write_atomic(path, json.dumps({"key": key, "answers": answers}) + "\n")
         return answers
-
-    def _sample(self, engine: RolloutEngine) -> list[Sampled]:
-        """One response to each prompt."""
-        config = self._trainer.config
-        return engine.generate(
-            self._prompts.ids,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            seed=self._seed,
-        )
 
     def _rewarded(self, sampled: Sequence[Sampled]) -> list[Answer]:
         trainer = self._trainer

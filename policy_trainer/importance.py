@@ -9,6 +9,8 @@ importance sampling (Yao et al., "Your Efficient RL Framework Secretly Brings Yo
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -50,19 +52,30 @@ def importance_weights(
     return ratio.clamp(max=clip_max)
 
 
-def difference_metrics(logprobs: Tensor, engine_logprobs: Tensor, response_mask: Tensor) -> dict[str, float]:
-    """Mean and maximum of |log pi_old - log mu| over the tokens that count, in nats, by TRL's names.
+class Difference(NamedTuple):
+    """Mean and maximum of |log pi_old - log mu| over tokens, in nats."""
+
+    mean: float
+    max: float
+
+    def metrics(self) -> dict[str, float]:
+        """By TRL's names."""
+        return {
+            "sampling/sampling_logp_difference/mean": self.mean,
+            "sampling/sampling_logp_difference/max": self.max,
+        }
+
+
+def difference(logprobs: Tensor, engine_logprobs: Tensor, response_mask: Tensor) -> Difference:
+    """How far the engine's log-probabilities are from the trainer's.
 
     Args:
         logprobs: (N, R), by the trainer's own forward.
         engine_logprobs: (N, R), as the engine reported them.
-        response_mask: (N, R) bool, True somewhere.
+        response_mask: (N, R) bool, True for the tokens that count; there must be one.
     """
-    difference = (logprobs - engine_logprobs)[response_mask].abs()
-    return {
-        "sampling/sampling_logp_difference/mean": float(difference.mean()),
-        "sampling/sampling_logp_difference/max": float(difference.max()),
-    }
+    apart = (logprobs - engine_logprobs)[response_mask].abs()
+    return Difference(float(apart.mean()), float(apart.max()))
 
 
 def weight_metrics(weights: Tensor, response_mask: Tensor) -> dict[str, float]:

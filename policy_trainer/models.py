@@ -246,8 +246,18 @@ class ActorCritic(nn.Module):
         read = token_logprobs(
             self.policy, input_ids, attention_mask, response_len, temperature, with_entropy=with_entropy
         )
-        values = None if self.critic is None else self.critic(input_ids, attention_mask, response_len)
-        return Evaluation(read.logprobs, values, read.entropy)
+        return Evaluation(read.logprobs, self.values(input_ids, attention_mask, response_len), read.entropy)
+
+    def values(self, input_ids: Tensor, attention_mask: Tensor, response_len: int) -> Tensor | None:
+        """Values of every response position without the policy's log-probabilities: (N, R), or None."""
+        if isinstance(self.critic, nn.Linear):
+            hidden = response_hidden(self.policy.base_model, input_ids, attention_mask, response_len)
+            values: Tensor = self.critic(hidden.float()).squeeze(-1)
+        elif self.critic is None:
+            return None
+        else:
+            values = self.critic(input_ids, attention_mask, response_len)
+        return values
 
 
 def hidden_size(model: PreTrainedModel) -> int:

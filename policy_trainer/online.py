@@ -7,10 +7,11 @@ writes what a step was and stops where it was asked to.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -37,6 +38,7 @@ from policy_trainer.parallel import ALONE, SharedReward, World, joined, run_dire
 from policy_trainer.reward_source import Reward, RewardSource
 from policy_trainer.rollout import HFRollout, RolloutEngine, Sampled
 from policy_trainer.selfcheck import self_check
+from policy_trainer.vllm_rollout import open_vllm
 from rlaif.chat import encode_prompt
 from rlaif.errors import ConfigError, ModelError, QualityError, RewardServerError
 from rlaif.records import Quarantine, read_prompts
@@ -68,6 +70,13 @@ class Prompts(NamedTuple):
     ids: list[list[int]]
 
 
+class Snapshot(NamedTuple):
+    """A policy as it was when some step began; `version` is the number of that step."""
+
+    policy: PreTrainedModel
+    version: int
+
+
 @dataclass(kw_only=True)
 class OnlineTrainer:
     """Everything of an online run that has a state, and the operations that every method has on it.
@@ -97,12 +106,18 @@ class OnlineTrainer:
     step: int = 0
     eos_ids: tuple[int, ...] = field(init=False)
     engine: RolloutEngine = field(init=False)
+    engine_lock: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.eos_ids = eos_token_ids(self.policy, self.tokenizer)
-        self.engine = HFRollout(
-            self.policy, self.eos_ids, batch_size=self.config.generation_batch_size, world=self.world
-        )
+        if self.config.use_vllm and self.world.size > 1:
+            raise ConfigError("use_vllm goes with one process: start the run without torchrun")
+        if self.config.use_vllm:
+            self.engine = open_vllm(self.config, self.policy, self.eos_ids)
+        else:
+            self.engine = HFRollout(
+                self.policy, self.eos_ids, batch_size=self.config.generation_batch_size, world=self.world
+            )
 
     @property
     def policy(self) -> PreTrainedModel:
@@ -146,26 +161,58 @@ class OnlineTrainer:
             trainer.resume(checkpoint)
         return trainer
 
-    def prompt_rows(self) -> list[int]:
-        """Which prompts this step answers; a function of the seed and the step alone."""
+    def prompt_rows(self, step: int | None = None) -> list[int]:
+        """Which prompts a step answers (this one by default); a function of the seed and the step alone."""
         config = self.config
         return optim.shuffled_stream(
             len(self.prompts.ids),
             optim.step_seed(config.seed, Purpose.PROMPTS),
-            start=self.step * config.rollout_batch_size,
+            start=(self.step if step is None else step) * config.rollout_batch_size,
             count=config.rollout_batch_size,
         )
 
-    def sample(self, rows: Sequence[int]) -> list[Sampled]:
-        """This step's responses of the current policy, `num_generations` to each of the prompts `rows`."""
-        config = self.config
-        return self.engine.generate(
+    def sample(
+        self, rows: Sequence[int], *, step: int | None = None, by: Snapshot | None = None
+    ) -> list[Sampled]:
+        """A step's responses, `num_generations` to each of the prompts `rows`.
+
+        Args:
+            rows: of the prompts.
+            step: decides the seed; this step by default.
+            by: who answers; the policy as it is now by default.
+        """
+        return self.answers(
             [self.prompts.ids[row] for row in rows],
-            num_return_sequences=config.num_generations,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            seed=optim.step_seed(config.seed, Purpose.SAMPLING, self.step),
+            num_return_sequences=self.config.num_generations,
+            seed=optim.step_seed(self.config.seed, Purpose.SAMPLING, self.step if step is None else step),
+            by=by,
         )
+
+    def answers(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        seed: int,
+        num_return_sequences: int = 1,
+        by: Snapshot | None = None,
+    ) -> list[Sampled]:
+        """Responses to any prompts, as the run samples them; in any thread, one at a time.
+
+        Args:
+            prompt_ids: token ids with the generation prompt.
+            seed: of the sampling.
+            num_return_sequences: responses to each prompt.
+            by: who answers; the policy as it is now by default.
+        """
+        with self.engine_lock:
+            self.engine.sync(*(by or Snapshot(self.policy, self.step)))
+            return self.engine.generate(
+                prompt_ids,
+                num_return_sequences=num_return_sequences,
+                max_new_tokens=self.config.max_new_tokens,
+                temperature=self.config.temperature,
+                seed=seed,
+            )
 
     def learning_rate(self, peak: float | None = None) -> float:
         """The learning rate of this step; `peak` is the policy's unless given."""
@@ -180,6 +227,7 @@ class OnlineTrainer:
             SelfCheckError: with the cause.
         """
         chosen = range(min(SELF_CHECK_PROMPTS, len(self.prompts.ids)))
+        self.engine.sync(self.policy, self.step)
         report = self_check(
             policy=self.policy,
             reference=self.reference,
@@ -235,6 +283,10 @@ class OnlineTrainer:
             info=self.info(),
             keep=self.config.save_total_limit,
         )
+
+    def close(self) -> None:
+        """End what the trainer started: it is not used afterwards."""
+        self.engine.close()
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint's state; the policy's weights are loaded already.
@@ -349,9 +401,10 @@ def session(
         joined() as world,
         run_directory(world, config, command=f"train {method}") as run,
         stop_on_signal() as stop,
+        closing(
+            kind.start(config, source if world.size == 1 else SharedReward(source, world), world)
+        ) as trainer,
     ):
-        shared = source if world.size == 1 else SharedReward(source, world)
-        trainer = kind.start(config, shared, world)
         if run is not None:
             run.truncate_metrics(trainer.step)
         rows = world.from_main(lambda: [] if run is None else run.metrics())

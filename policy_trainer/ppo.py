@@ -16,16 +16,19 @@ from torch import Tensor
 
 from policy_trainer import optim
 from policy_trainer.advantages import NO_VALUES, Moments, estimate, moments, whiten
+from policy_trainer.ahead import Rollout, RolloutsAhead
 from policy_trainer.batching import forward_batches
 from policy_trainer.config import PPOConfig
 from policy_trainer.episodes import Episodes, Reading, mean_raw, scatter, transcripts
+from policy_trainer.importance import difference, importance_weights, weight_metrics
 from policy_trainer.kl import KLController, PenaltyController, kl_estimate
 from policy_trainer.logprobs import token_logprobs
-from policy_trainer.models import ActorCritic, build_critic, build_value_head
+from policy_trainer.models import ActorCritic, Evaluation, build_critic, build_value_head
 from policy_trainer.online import (
     Clock,
     OnlineTrainer,
     Purpose,
+    Snapshot,
     check_missing,
     comparable,
     context_length,
@@ -36,11 +39,14 @@ from policy_trainer.ppo_losses import kl_loss, penalised_policy_loss, policy_los
 from policy_trainer.ptx import TextMix
 from policy_trainer.reward_source import RewardSource
 from policy_trainer.rewards import adjust_scores, token_rewards
-from policy_trainer.rollout import decode_response
+from policy_trainer.rollout import Sampled, decode_response
 from policy_trainer.sft import accumulate_gradients
-from rlaif.errors import QualityError, RewardServerError
+from rlaif.errors import ConfigError, QualityError, RewardServerError
 from rlaif.records import Quarantine
 from rlaif.types import with_response
+
+PROBED_RESPONSES = 8
+"""How many responses of a step are read to see whether the engine's log-probabilities can be reused."""
 
 
 def run(config: PPOConfig) -> None:
@@ -66,13 +72,12 @@ def train(config: PPOConfig, source: RewardSource) -> None:
         while at_work.unfinished:
             clock = Clock()
 
-            # 1. Sample responses. Which prompts, and how they are answered, follows from the seed and the
-            #    step alone.
-            episodes = trainer.rollout()
+            # 1. Sample responses and ask for rewards, or take what an earlier step has begun. Which prompts, and how
+            #    they are answered, follows from the seed and the step alone.
+            episodes, pending = trainer.next_rollout()
             clock.lap("rollout")
 
-            # 2. Ask for rewards. While the server works, policy, critic and reference read the responses.
-            pending = trainer.source.submit(episodes.conversations)
+            # 2. While the reward server works, policy, critic and reference read the responses.
             read = trainer.read(episodes)
             clock.lap("forward")
 
@@ -146,6 +151,7 @@ def train(config: PPOConfig, source: RewardSource) -> None:
                 "objective/scores_std": float(scores.std(correction=0)),
                 "objective/scores_raw": mean_raw([rewards[i] for i in kept]),
                 **stats,
+                **read.metrics,
                 "val/num_eos_tokens": int(finished.sum()),
                 "reward/missing": len(rewards) - len(scored),
                 **(group_metrics(adjusted, groups, config.rollout_batch_size) if config.grouped else {}),
@@ -175,6 +181,7 @@ class Trainer(OnlineTrainer):
         penalty: the coefficient of KL(old || new), of PPO-penalty.
         scores_seen: mean and variance of the scores learned from so far, where they are normalised by those.
         text: what is mixed in; None for nothing.
+        ahead: the rollouts of later steps; None where each is made when its step begins.
     """
 
     config: PPOConfig
@@ -184,6 +191,7 @@ class Trainer(OnlineTrainer):
     penalty: PenaltyController = field(init=False)
     scores_seen: Moments = NO_VALUES
     text: TextMix | None = field(init=False, default=None)
+    ahead: RolloutsAhead | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -209,11 +217,27 @@ class Trainer(OnlineTrainer):
                     config.output_dir / "quarantine-ptx.jsonl" if self.world.is_main else None
                 ),
             )
+        if config.max_staleness:
+            if self.world.size > 1:
+                raise ConfigError("max_staleness goes with one process: start the run without torchrun")
+            self.ahead = RolloutsAhead(
+                self.rollout, max_staleness=config.max_staleness, max_steps=config.max_steps
+            )
 
-    def rollout(self) -> Episodes:
-        """Sample this step's responses."""
-        rows = self.prompt_rows()
-        sampled = self.sample(rows)
+    def next_rollout(self) -> Rollout:
+        """This step's rollout: made now, or ahead of it."""
+        if self.ahead is not None:
+            return self.ahead.take(self.step, self.policy)
+        return self.rollout(self.step, Snapshot(self.policy, self.step))
+
+    def rollout(self, step: int, by: Snapshot) -> Rollout:
+        """Sample a step's responses and ask for their rewards."""
+        episodes = self.episodes(step, self.sample(self.prompt_rows(step), step=step, by=by))
+        return Rollout(episodes, self.source.submit(episodes.conversations))
+
+    def episodes(self, step: int, sampled: list[Sampled]) -> Episodes:
+        """What was sampled at a step, with its prompts."""
+        rows = self.prompt_rows(step)
         prompt_ids = [self.prompts.ids[rows[s.prompt_index]] for s in sampled]
         conversations = [
             with_response(
@@ -231,22 +255,60 @@ class Trainer(OnlineTrainer):
         The micro-batches are those of the first epoch, so that its first ratios are 1 to the last bit: a forward
         over other neighbours may round differently.
         """
-        responses = torch.tensor([len(s.response_ids) for s in episodes.sampled])
-        mask = torch.arange(int(responses.max())) < responses.unsqueeze(1)
-        reading = Reading(mask, *(torch.zeros(mask.shape) for _ in range(3)))
+        config = self.config
+        mask, engine = episodes.response_mask, episodes.engine_logprobs
+        reused, metrics = self.may_reuse(episodes)
+        logprobs, ref_logprobs, values = (torch.zeros_like(engine) for _ in range(3))
         for minibatch in self.minibatches(episodes, epoch=0):
             for rows in self.world.share(minibatch):
                 batch = episodes.collate(rows).to(self.device)
                 inputs = (batch.input_ids, batch.attention_mask, batch.response_len)
-                own = self.model(*inputs, self.config.temperature)
-                ref = token_logprobs(self.reference, *inputs, self.config.temperature).logprobs
-                values = torch.zeros_like(ref) if own.values is None else own.values
-                found = (own.logprobs, ref, values)
-                for target, part in zip(reading[1:], found, strict=True):
-                    target[rows, : batch.response_len] = (part * batch.response_mask).cpu()
-        for target in reading[1:]:
+                if reused:
+                    said = engine[rows, : batch.response_len].to(self.device)
+                    own = Evaluation(said, self.model.values(*inputs), None)
+                else:
+                    own = self.model(*inputs, config.temperature)
+                ref = token_logprobs(self.reference, *inputs, config.temperature).logprobs
+                for target, part in ((logprobs, own.logprobs), (ref_logprobs, ref), (values, own.values)):
+                    if part is not None:
+                        target[rows, : batch.response_len] = (part * batch.response_mask).cpu()
+        for target in (logprobs, ref_logprobs, values):
             self.world.add(target)
-        return reading
+        if reused:
+            return Reading(mask, logprobs, ref_logprobs, values, None, metrics)
+        metrics |= difference(logprobs, engine, mask).metrics()
+        weights = None
+        if config.use_vllm and config.vllm_importance_sampling_correction:
+            weights = importance_weights(
+                logprobs,
+                engine,
+                mask,
+                mode=config.vllm_importance_sampling_mode,
+                clip_max=config.vllm_importance_sampling_clip_max,
+            )
+            metrics |= weight_metrics(weights, mask)
+        return Reading(mask, logprobs, ref_logprobs, values, weights, metrics)
+
+    def may_reuse(self, episodes: Episodes) -> tuple[bool, dict[str, float]]:
+        """Whether the engine's log-probabilities stand for the trainer's own, and what is known of that.
+
+        The policy that sampled ahead is gone, so what its engine said is all there is.
+        """
+        config = self.config
+        if config.max_staleness:
+            return True, {"sample/staleness_mean": self.step - episodes.sampled[0].policy_version}
+        if config.reuse_logprobs_tolerance is None:
+            return False, {}
+        n = len(episodes.sampled)
+        rows = list(range(0, n, max(1, n // PROBED_RESPONSES)))
+        batch = episodes.collate(rows).to(self.device)
+        read = token_logprobs(
+            self.policy, batch.input_ids, batch.attention_mask, batch.response_len, config.temperature
+        )
+        engine = episodes.engine_logprobs[rows, : batch.response_len]
+        found = difference(read.logprobs.cpu(), engine, batch.response_mask.cpu())
+        reused = found.max <= config.reuse_logprobs_tolerance
+        return reused, {**found.metrics(), "sampling/logprobs_reused": float(reused)}
 
     def normalised_by(self, scores: Tensor) -> Moments | None:
         """The moments that this step's scores, (N,), are normalised by; None leaves them as they are."""
@@ -392,13 +454,15 @@ class Trainer(OnlineTrainer):
             batch.input_ids, batch.attention_mask, batch.response_len, config.temperature, with_entropy=True
         )
         assert now.entropy is not None
+        weights = None if read.weights is None else read.weights[rows, : batch.response_len].to(self.device)
         surrogate = (now.logprobs, old_logprobs, advantage, mask)
         if config.policy_objective == "penalty":
-            policy = penalised_policy_loss(*surrogate, self.penalty.coef)
+            policy = penalised_policy_loss(*surrogate, self.penalty.coef, weights)
         else:
             policy = policy_loss(
                 *surrogate,
                 config.cliprange,
+                weights,
                 cliprange_high=config.cliprange_high,
                 dual_clip=config.dual_clip,
                 level=config.importance_sampling_level,
@@ -448,6 +512,8 @@ class Trainer(OnlineTrainer):
                 "value": self.model.critic.state_dict(),
                 "value_optimizer": self.value_optimizer.state_dict(),
             }
+        if self.ahead is not None:
+            state["ahead"] = self.ahead.state(self.step)
         return state
 
     def info(self) -> dict[str, Any]:
@@ -469,6 +535,14 @@ class Trainer(OnlineTrainer):
         # Checkpoints of earlier releases have neither; they could not be set.
         self.penalty = replace(self.penalty, coef=info.get("penalty_coef", self.penalty.coef))
         self.scores_seen = Moments(*info.get("scores_seen", NO_VALUES))
+        if self.ahead is not None:
+            self.ahead.restore(state["ahead"], self.episodes, lambda e: self.source.submit(e.conversations))
+
+    def close(self) -> None:
+        """See `OnlineTrainer.close`."""
+        if self.ahead is not None:
+            self.ahead.close()
+        super().close()
 
     @property
     def device(self) -> torch.device:

@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import httpx2
 import torch
+from torch import Tensor
 
+from policy_trainer.checkpoint import saving
 from policy_trainer.config import OnlineConfig
 from policy_trainer.optim import step_seed
 from policy_trainer.rollout import RolloutEngine, Sampled
 from rlaif.engine import GRACE_S, require_vllm, start_engine
 from rlaif.errors import EndpointError, QualityError
 from rlaif.models import ModelRef
-from rlaif.storage import storing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -235,15 +236,31 @@ def full_distribution(eos_ids: Sequence[int], n: int, max_tokens: int, temperatu
     }
 
 
+@torch.no_grad()
 def save_weights(policy: PreTrainedModel, folder: Path) -> None:
-    """Write the policy to `folder`, as a Hugging Face checkpoint.
+    """Write the policy to `folder`, as a Hugging Face checkpoint; LoRA adapters are added into the weights they change.
 
     Raises:
         StorageError: it cannot be written.
     """
-    with storing(folder):
+    with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        policy.save_pretrained(folder)
+        policy.save_pretrained(str(folder), state_dict=_without_adapters(policy))
+
+
+def _without_adapters(policy: PreTrainedModel) -> dict[str, Tensor] | None:
+    changes = {
+        f"{name}.base_layer.weight": sum(layer.get_delta_weight(a) for a in layer.active_adapters)
+        for name, layer in policy.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    if not changes:
+        return None
+    return {
+        name.replace(".base_layer.", "."): weight + changes[name] if name in changes else weight
+        for name, weight in policy.state_dict().items()
+        if ".lora_" not in name
+    }
 
 
 class Colocated:

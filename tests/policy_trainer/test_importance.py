@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from policy_trainer.config import ImportanceSamplingMode
-from policy_trainer.importance import difference_metrics, importance_weights, weight_metrics
+from policy_trainer.importance import difference, importance_weights, weight_metrics
 from policy_trainer.ppo_losses import policy_loss
 
 TRAINER = torch.tensor([[0.6, 0.3, 0.5], [0.2, 0.8, 0.9]], dtype=torch.float64).log()
@@ -65,7 +65,7 @@ def test_a_probability_that_the_engine_nearly_excluded_stays_finite() -> None:
 
 def test_metrics_by_hand() -> None:
     """|log| of 3, 1/2, 1, 2, 1: mean log(12) / 5, maximum log(3)."""
-    found = difference_metrics(TRAINER, ENGINE, MASK)
+    found = difference(TRAINER, ENGINE, MASK).metrics()
     assert found["sampling/sampling_logp_difference/mean"] == pytest.approx(math.log(12) / 5, abs=1e-12)
     assert found["sampling/sampling_logp_difference/max"] == pytest.approx(math.log(3), abs=1e-12)
     weights = importance_weights(TRAINER, ENGINE, MASK, mode="token_truncate", clip_max=2.5)

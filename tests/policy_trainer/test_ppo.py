@@ -111,7 +111,9 @@ class Step:
         wide = torch.nn.functional.pad
         return dataclasses.replace(
             self,
-            read=Reading(*(wide(t, (0, extra)) for t in self.read)),
+            read=Reading(
+                *(wide(t, (0, extra)) for t in self.read if isinstance(t, torch.Tensor)), metrics={}
+            ),
             advantages=wide(self.advantages, (0, extra), value=3.0),
             returns=wide(self.returns, (0, extra), value=3.0),
         )
@@ -123,13 +125,14 @@ def step(request: pytest.FixtureRequest, tmp_path: Path) -> Step:
     settings = {"rollout_batch_size": 12, "vf_coef": 0.5, **ESTIMATORS[request.param]}
     reference = tiny.save_policy(tmp_path / "reference", seed=1)
     trainer = Trainer.start(tiny.ppo_config(tmp_path, ref_model=str(reference), **settings), source())
-    episodes = trainer.rollout()
+    episodes = trainer.next_rollout().episodes
     read = trainer.read(episodes)
     noise = torch.Generator().manual_seed(0)
     moved = read.logprobs + 0.3 * torch.randn(read.logprobs.shape, generator=noise) * read.mask
     advantages = torch.randn(read.mask.shape, generator=noise) * read.mask
     returns = torch.randn(read.mask.shape, generator=noise) * read.mask
-    return Step(trainer, episodes, read._replace(logprobs=moved), advantages, returns)
+    weights = torch.rand(read.mask.shape, generator=noise)
+    return Step(trainer, episodes, read._replace(logprobs=moved, weights=weights), advantages, returns)
 
 
 def test_gradients_do_not_depend_on_micro_batches_padding_or_order(step: Step) -> None:
@@ -174,7 +177,7 @@ def test_a_run_does_not_depend_on_the_size_of_micro_batches(tmp_path: Path, esti
 def test_at_ratio_1_the_step_of_reinforce_is_the_policy_gradient(tmp_path: Path) -> None:
     """The whole way through batches and the clipped objective gives the gradient of -sum A log pi / tokens."""
     trainer = Trainer.start(tiny.ppo_config(tmp_path, **CRITIC_FREE["reinforce"]), source())
-    episodes = trainer.rollout()
+    episodes = trainer.next_rollout().episodes
     read = trainer.read(episodes)
     advantages = torch.randn(read.mask.shape, generator=torch.Generator().manual_seed(0)) * read.mask
     tokens = int(read.mask.sum())
@@ -236,7 +239,7 @@ def test_the_mixed_in_gradient_is_that_of_the_mean_log_likelihood(tmp_path: Path
     config = mixed(tmp_path, TEXTS, ptx_coef=0.5, kl_coef=0.0, max_grad_norm=1e9, micro_batch_tokens=10)
     trainer = Trainer.start(config, source())
     assert trainer.text is not None
-    episodes = trainer.rollout()
+    episodes = trainer.next_rollout().episodes
     read = trainer.read(episodes)
     nothing = torch.zeros_like(read.logprobs)
     seen = [trainer.text.batch(0), trainer.text.batch(1)]

@@ -79,8 +79,19 @@ def share_until(call: int) -> FunctionReward:
         {"use_peft": True, "value_head": "shared"},
         {"use_peft": True},
         {"dtype": "bfloat16"},
+        {"max_staleness": 2},
+        {"max_staleness": 1, "use_peft": True},
     ],
-    ids=["separate critic", "shared critic", "grpo", "lora", "lora, separate critic", "bfloat16"],
+    ids=[
+        "separate critic",
+        "shared critic",
+        "grpo",
+        "lora",
+        "lora, separate critic",
+        "bfloat16",
+        "rollouts ahead",
+        "lora, rollouts ahead",
+    ],
 )
 def test_ppo_resumed_equals_ppo_uninterrupted(tmp_path: Path, settings: dict[str, Any]) -> None:
     config = tiny.ppo_config(tmp_path, **settings, max_steps=6, save_steps=2, target_kl=3.0, kl_horizon=50)

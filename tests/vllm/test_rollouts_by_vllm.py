@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ from policy_trainer.batching import collate, pad_right
 from policy_trainer.config import PPOConfig
 from policy_trainer.logprobs import token_logprobs
 from policy_trainer.models import load_policy
+from policy_trainer.ppo import train
+from policy_trainer.reward_source import FunctionReward
 from policy_trainer.rollout import RolloutEngine, Sampled
 from policy_trainer.vllm_rollout import open_vllm
 
@@ -24,7 +27,8 @@ from .conftest import needs_vllm, serving
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600), needs_vllm]
 
 EOS = tuple(range(2, 40))
-"""So many that responses of a model with random weights end; the model's own EOS is not among them."""
+"""So many that responses of a model with random weights end; the model's own EOS are others."""
+OWN_EOS = range(100, 200)
 PROMPTS = [[1, *range(50 + i, 90 + i), 60 + i % 3] for i in range(6)]
 TEMPERATURE = 0.7
 
@@ -35,7 +39,7 @@ def policy_dir(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("policy") / "model"
     shutil.copytree(tiny_llama, folder)
     wishes = {
-        "eos_token_id": [100, 101, 102],
+        "eos_token_id": list(OWN_EOS),
         "do_sample": True,
         "temperature": 0.1,
         "top_k": 1,
@@ -143,7 +147,7 @@ def test_a_response_ends_at_the_trainers_eos_and_at_no_other(engine: RolloutEngi
         assert len(s.response_ids) == len(s.logprobs) <= 24
         assert s.finished or len(s.response_ids) == 24
     assert {s.finished for s in sampled} == {True, False}
-    assert any(t in (100, 101, 102) for s in sampled for t in s.response_ids[:-1])
+    assert any(t in OWN_EOS for s in sampled for t in s.response_ids[:-1])
 
 
 def test_samples_follow_the_full_distribution(engine: RolloutEngine, policy_dir: Path) -> None:
@@ -161,3 +165,26 @@ def test_samples_follow_the_full_distribution(engine: RolloutEngine, policy_dir:
     degrees = int(frequent.sum())
     assert degrees > 30
     assert chi < degrees + 4 * (2 * degrees) ** 0.5
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_ppo_learns_from_vllm_and_gives_it_the_new_weights(
+    policy_dir: Path, tmp_path: Path, max_staleness: int
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {i}."}) + "\n" for i in range(8)))
+    settings = config(
+        policy_dir, tmp_path / "run", max_staleness=max_staleness, learning_rate=1e-2, max_steps=4
+    )
+    settings = dataclasses.replace(settings, dataset=prompts, max_new_tokens=12, rollout_batch_size=4)
+    train(settings, FunctionReward(lambda prompts, responses: [r.count("e") / 9 for r in responses]))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert abs(rows[-1]["objective/kl"]) > 1.0, "the policy has not moved: nothing was given to vLLM"
+    if max_staleness:
+        assert [row["sample/staleness_mean"] for row in rows] == [0, 1, 1, 1]
+    else:
+        assert all(row["sampling/sampling_logp_difference/max"] < 1e-3 for row in rows)
+        for row in rows:
+            least, most = (row[f"sampling/importance_sampling_ratio/{of}"] for of in ("min", "max"))
+            assert 0.999 < least <= 1.0 <= most < 1.001 and least < most
+    assert not list((tmp_path / "run").glob(".vllm*"))
