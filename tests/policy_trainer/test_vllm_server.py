@@ -11,10 +11,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
+from policy_trainer.models import load_trained
 from policy_trainer.rollout import Sampled
-from policy_trainer.vllm_rollout import Server, VLLMRollout
+from policy_trainer.vllm_rollout import Server, VLLMRollout, save_weights
 from rlaif.errors import EndpointError
 from tests.policy_trainer import tiny
 
@@ -166,3 +168,19 @@ def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(EndpointError, match=r"no answer from the vLLM server http://127\.0\.0\.1:9 "):
         engine.sync(tiny.model(), 0)
     engine.close()
+
+
+def test_adapters_are_added_into_the_weights_that_vllm_gets(tmp_path: Path) -> None:
+    config = tiny.ppo_config(tmp_path, use_peft=True)
+    policy = load_trained(config, None).model
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    save_weights(policy, tmp_path / "weights")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "weights")
+    ids = torch.tensor([[1, 4, 7, 8, 9]])
+    with torch.no_grad():
+        expected, found, before = (m(ids).logits for m in (policy, plain, tiny.model()))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (before - expected).abs().max() > 0.1
