@@ -31,9 +31,10 @@ _UNINTERESTING = frozenset(
 _SHOWN = ("objective/", "rewards/", "eval/", "loss", "reward/", "response/", "policy/", "pairs/")
 """What the metrics of a card begin with; timings and learning rates say nothing about the model."""
 
-_TITLES = {
-    "train ppo": "policy gradients",
+_ALGORITHMS = {
+    "train ppo": "PPO",
     "train dpo": "iterative DPO",
+    "train best_of_n": "fine-tuning on the best of n responses",
     "train sft": "supervised fine-tuning",
 }
 
@@ -52,7 +53,7 @@ def write_card(run: Run, *, reward_model: tuple[str, str] | None = None) -> Path
     config = record["config"]
     last = rows[-1] if rows else {}
     parts = [
-        _header(record["command"], config),
+        header(record["command"], config),
         f"# {run.directory.name}",
         _summary(record, reward_model),
         "## How to load it\n\n" + _how_to_load(run.directory),
@@ -65,8 +66,13 @@ def write_card(run: Run, *, reward_model: tuple[str, str] | None = None) -> Path
     return path
 
 
-def _header(command: str, config: Facts) -> str:
-    """The YAML header that the hub reads. A licence is the user's to choose."""
+def header(command: str, config: Facts) -> str:
+    """The YAML header that the hub reads. A licence is the user's to choose.
+
+    Args:
+        command: that made the model, such as `train ppo`.
+        config: of it.
+    """
     fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     base = ModelRef.parse(config["model_name_or_path"])
     if base.backend == "hf" and not Path(base.name).exists():  # the hub knows names, not folders
@@ -84,7 +90,7 @@ def _summary(record: Facts, reward_model: tuple[str, str] | None) -> str:
     config, command = record["config"], record["command"]
     ended = record.get("ended")
     lines = [
-        f"- Algorithm: {_TITLES.get(command, command)} (`rlaif {command}`"
+        f"- Algorithm: {_ALGORITHMS.get(command, command)} (`rlaif {command}`"
         + "".join(f", {k} `{config[k]}`" for k in ("advantage_estimator", "loss_type") if k in config)
         + ")",
         f"- Base model: `{config['model_name_or_path']}`",

@@ -13,11 +13,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from policy_trainer.checkpoint import BEST_FILE, checkpoint_path
-from policy_trainer.evaluation.assess import outcomes
+from policy_trainer.evaluation.assess import length_controlled, outcomes
 from policy_trainer.logprobs import sequence_logprobs
 from policy_trainer.reward_source import Reward
 from policy_trainer.rollout import HFRollout, Sampled, decode_response
-from rlaif.agreement import estimate_mean
+from rlaif.agreement import estimate_mean, finite
 from rlaif.runs import Run
 from rlaif.storage import write_atomic
 from rlaif.types import Conversation, Pair, content_id, with_response
@@ -73,13 +73,19 @@ class HeldOut:
         how = (config.temperature, config.micro_batch_tokens, trainer.world)
         reference = sequence_logprobs(trainer.reference, pairs, *how)
         rewards = [a.reward for a in answers if a.reward is not None]
-        wins = [p for p in self._wins(answers) if p is not None]
+        compared = [
+            (p, len(ours.response) - len(theirs.response))
+            for p, ours, theirs in zip(self._wins(answers), answers, self._baseline, strict=True)
+            if p is not None
+        ]
+        wins = outcomes([p for p, _ in compared])
         return {
             **_with_interval(REWARD, rewards),
-            **_with_interval(WIN_RATE, outcomes(wins).tolist()),
+            **_with_interval(WIN_RATE, wins.tolist()),
+            "eval/win_rate_length_controlled": finite(length_controlled(wins, [d for _, d in compared])),
             "eval/kl": fmean(sum(s.logprobs) - r for s, r in zip(sampled, reference, strict=True)),
             "eval/length": fmean(len(s.response_ids) for s in sampled),
-            "eval/missing": float(len(answers) - len(wins)),
+            "eval/missing": float(len(answers) - len(compared)),
         }
 
     def _wins(self, answers: Sequence[Answer]) -> list[float | None]:

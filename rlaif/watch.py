@@ -24,7 +24,7 @@ BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 32
 SAMPLE_CHARACTERS = 400
 ROWS = (
-    ("reward", ("objective/scores", "rewards/accuracies", "loss")),
+    ("reward", ("objective/scores",)),
     ("KL, nats", ("objective/kl",)),
     ("entropy, nats", ("objective/entropy",)),
     ("length, tokens", ("response/length",)),

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from policy_trainer.evaluation.assess import Findings, assess_wins
 from policy_trainer.evaluation.config import EvaluatePolicyConfig
-from policy_trainer.evaluation.raters import Rater, Rating, rate_all
+from policy_trainer.evaluation.raters import Rater, Rating, load_function, rate_all
 from policy_trainer.evaluation.report import FRONTIER, draw_frontier, render
 from policy_trainer.evaluation.responses import Response, answer
 from policy_trainer.evaluation.sides import Side, find_sides
@@ -44,6 +46,10 @@ def run(config: EvaluatePolicyConfig) -> None:
         quarantine = Quarantine(folder / "quarantine.jsonl")
         prompts = list(islice(dict.fromkeys(read_prompts(config.dataset, quarantine)), config.limit))
         baseline, policies = find_sides(config)
+        if config.reward_function is not None:
+            load_function(
+                config.reward_function
+            ).close()  # a name that is wrong is said before anything is sampled
         answers = {
             side.name: answer(side, prompts, config, folder / "responses") for side in (baseline, *policies)
         }
@@ -132,8 +138,6 @@ def _of_rating(
 
 
 def _mean(values: Sequence[float]) -> float:
-    import numpy as np
-
     return mean(np.asarray(values, dtype=np.float64))
 
 

@@ -129,8 +129,8 @@ class Server:
 
     @property
     def name(self) -> str:
-        """What is served, as the server was told; empty if nothing had to be asked."""
-        return "" if self._header is None else str(self._header["model"])
+        """What is served, as the server was told; the address if nothing had to be asked."""
+        return self._address if self._header is None else str(self._header["model"])
 
     @property
     def version(self) -> str:

@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
+from policy_trainer.card import header
 from policy_trainer.checkpoint import list_checkpoints
 from policy_trainer.config import PPOConfig
 from policy_trainer.dpo import train as train_dpo
@@ -64,6 +65,7 @@ def test_a_policy_that_has_not_learned_ties_with_its_reference(tmp_path: Path) -
     train(config(tmp_path, max_steps=2, learning_rate=0.0), source())
     (row,) = (row for row in metrics(tmp_path) if "eval/win_rate" in row)
     assert row["eval/win_rate"] == 0.5 == row["eval/win_rate_low"] == row["eval/win_rate_high"]
+    assert row["eval/win_rate_length_controlled"] == 0.5
     assert row["eval/kl"] == pytest.approx(0.0, abs=1e-5)
     assert row["eval/missing"] == 0
 
@@ -169,6 +171,14 @@ def test_patience_counts_evaluations_since_the_best(
         assert "0.7 at step" in reason
 
 
+def test_kl_may_reach_its_limit_and_not_exceed_it(tmp_path: Path) -> None:
+    settings = config(tmp_path, early_stop_kl=1.0)
+    assert (
+        reason_to_stop(settings, [row(1, kl=9.0), row(2, kl=1.0)]) is None
+    )  # only the step just completed counts
+    assert "1.01 nats" in (reason_to_stop(settings, [row(1, kl=1.0), row(2, kl=1.01)]) or "")
+
+
 def test_a_run_that_leaves_the_reference_ends_at_a_checkpoint_and_says_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,6 +248,18 @@ def test_completions_hold_every_response_of_a_step_with_reward_and_advantage(tmp
         mean = sum(r["reward"] for r in group) / 4
         assert [r["advantage"] for r in group] == pytest.approx([r["reward"] - mean for r in group], abs=1e-6)
         assert [r["reward"] for r in group] == tiny.share_of_w0([], [r["completion"] for r in group])
+
+
+@pytest.mark.parametrize(
+    ("model", "base"),
+    [("hf:org/model", "org/model"), ("org/model", "org/model"), ("tinyworld:policy", None)],
+    ids=["hf", "bare", "embedded"],
+)
+def test_a_base_model_of_the_hub_is_named_as_the_hub_names_it(model: str, base: str | None) -> None:
+    made = header("train ppo", {"model_name_or_path": model, "advantage_estimator": "dr_grpo"})
+    card = ModelCard(f"{made}\n\n# x\n")
+    assert card.data.base_model == base
+    assert card.data.tags == ["rlaif", "dr-grpo"]
 
 
 def test_the_model_card_is_valid_and_says_what_made_the_model(tmp_path: Path) -> None:
