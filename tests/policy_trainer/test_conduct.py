@@ -182,10 +182,10 @@ def test_kl_may_reach_its_limit_and_not_exceed_it(tmp_path: Path) -> None:
 def test_a_run_that_leaves_the_reference_ends_at_a_checkpoint_and_says_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = config(tmp_path, max_steps=50, early_stop_kl=0.5, learning_rate=5e-2)
+    settings = config(tmp_path, max_steps=12, early_stop_kl=0.5, learning_rate=5e-2)
     train(settings, source())
     rows = metrics(tmp_path)
-    assert rows[-1]["step"] < 50 and rows[-1]["objective/kl"] > 0.5
+    assert rows[-1]["step"] < 12 and rows[-1]["objective/kl"] > 0.5
     assert all(r["objective/kl"] <= 0.5 for r in rows[:-1])
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["ended"]["step"] == rows[-1]["step"]
@@ -197,6 +197,9 @@ def test_a_run_that_leaves_the_reference_ends_at_a_checkpoint_and_says_why(
     train(settings, source())
     assert metrics(tmp_path) == rows
     assert "ended at step" in capsys.readouterr().err
+    train(dataclasses.replace(settings, early_stop_kl=None), source())
+    assert [r["step"] for r in metrics(tmp_path)] == list(range(1, 13))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["ended"]["reason"] == "max_steps"
 
 
 def test_a_run_without_an_early_end_says_so(tmp_path: Path) -> None:
