@@ -45,7 +45,7 @@ class Study:
         title: a heading.
         arms: what is compared.
         curves: whether the report draws how they learned.
-        versus: whether the others are also compared with the first one, response by response.
+        versus: whether the others are also compared with the last one, response by response.
     """
 
     name: str
@@ -95,8 +95,8 @@ STUDIES = (
     ),
     Study(
         "direct",
-        "Direct against distilled reward",
-        (Arm("rloo-direct", "direct: the judge's own scores", "ppo", "rloo", "judge"), RLOO),
+        "Direct reward, the judge's own scores, against distilled, the reward model",
+        (Arm("rloo-direct", "RLOO, direct", "ppo", "rloo", "judge"), RLOO),
         versus=True,
     ),
     Study(

@@ -133,7 +133,7 @@ def study_tables(study: Study, found: Outcomes, seeds: Sequence[int]) -> Iterato
     rows: list[tuple[str, ...]] = []
     for arm in study.arms:
         of = found[arm.name]
-        gold = smoothed(mean_curve(of, "gold"))
+        gold, reward = (smoothed(mean_curve(of, name)) for name in ("gold", "reward"))
         rows.append(
             (
                 arm.title,
@@ -143,7 +143,7 @@ def study_tables(study: Study, found: Outcomes, seeds: Sequence[int]) -> Iterato
                 number(over_seeds([outcome.measured["kl"] for outcome in of])["value"]),
                 f"{np.mean([outcome.measured['tokens'] for outcome in of]):.1f}",
                 f"{gold.max():.3f}, {gold[-1]:.3f}",
-                f"{smoothed(mean_curve(of, 'reward'))[-1]:.2f}",
+                f"{reward.max():.2f}, {reward[-1]:.2f}",
             )
         )
     of = found[START]
@@ -152,7 +152,7 @@ def study_tables(study: Study, found: Outcomes, seeds: Sequence[int]) -> Iterato
     rows.append(("SFT policy", "-", "-", start, number(0.0), tokens, "-", "-"))
     heads = (
         "", "gold win rate over SFT, %", "length-controlled", "gold utility", "KL", "tokens",
-        "gold in training: highest, at the end", "reward at the end",
+        "gold in training: highest, last", "reward: highest, last",
     )  # fmt: skip
     yield table(heads, rows)
     if len(seeds) > 1:
@@ -164,15 +164,16 @@ def study_tables(study: Study, found: Outcomes, seeds: Sequence[int]) -> Iterato
 
 
 def versus(study: Study, out: Path, seeds: Sequence[int]) -> str:
-    """How often gold prefers each arm to the study's first one, as Markdown."""
+    """How often gold prefers each arm to the study's last one, as Markdown."""
+    *others, last = study.arms
     by_seed = [evaluated(out / f"seed-{seed}", study.name)[1:] for seed in seeds]
     lines = []
-    for i, arm in enumerate(study.arms[1:]):
+    for i, arm in enumerate(others):
         won = [policies[i]["ratings"][0]["win_rate"] for policies in by_seed]
         each = ", ".join(percent(found["value"]) for found in won)
         lines.append(
-            f"Head to head, *{arm.title}* wins over *{study.arms[0].title}* on {percent_interval(over_seeds(won))} % "
-            f"of the posts, ties counting half (by seed: {each})."
+            f"Head to head, *{arm.title}* wins over *{last.title}* on {percent_interval(over_seeds(won))} % of the "
+            f"posts, ties counting half (by seed: {each})."
         )
     return "\n".join(lines)
 

@@ -112,7 +112,7 @@ def plan(out: Path, seed: int, studies: Sequence[Study], sizes: Sizes) -> list[P
             (
                 compare(ALL, POLICY, arms),
                 *(
-                    compare(study.name, str(out / study.arms[0].name), study.arms[1:])
+                    compare(study.name, str(out / study.arms[-1].name), study.arms[:-1])
                     for study in studies
                     if study.versus
                 ),

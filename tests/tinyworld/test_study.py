@@ -111,7 +111,7 @@ def test_the_tables_by_hand():
         [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
         for text in study_tables(study, found, [0, 1])
     )
-    first = ["first", "75.0 [75.0, 75.0]", "50.0", "0.550", "2.000", "14.0", "0.400, 0.200", "0.20"]
+    first = ["first", "75.0 [75.0, 75.0]", "50.0", "0.550", "2.000", "14.0", "0.400, 0.200", "0.40, 0.20"]
     assert over[2] == first
     assert over[3][:4] == ["second", "75.0 [50.0, 100.0]", "50.0", "0.700"]
     assert over[4][3] == "0.200"
@@ -151,7 +151,7 @@ def test_a_study_runs_in_one_command_and_again_without_training(tmp_path):
     first = subprocess.run(run, check=True, capture_output=True, text=True)
     report = (tmp_path / "learning.md").read_text(encoding="utf-8")
     assert report in first.stdout
-    assert "| direct: the judge's own scores |" in report
+    assert "| RLOO, direct |" in report
     kept = json.loads((tmp_path / "seed-0" / "settings" / "rloo.json").read_text(encoding="utf-8"))
     assert "advantage_estimator: rloo" in kept["settings"]
     again = subprocess.run(run, check=True, capture_output=True, text=True)
