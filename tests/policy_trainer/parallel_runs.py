@@ -8,8 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from policy_trainer import dpo, ppo, sft
-from policy_trainer.config import DPOConfig, SFTConfig
+from policy_trainer import best_of_n, dpo, ppo, sft
+from policy_trainer.config import BestOfNConfig, DPOConfig, SFTConfig
 from policy_trainer.reward_source import FunctionReward
 from tests.policy_trainer import tiny
 
@@ -23,12 +23,30 @@ PPO: dict[str, dict[str, Any]] = {
     "reinforce": {"advantage_estimator": "reinforce", "num_mini_batches": 1},
 }
 DPO: dict[str, dict[str, Any]] = {"dpo": {}, "kto": {"loss_type": "kto", "reference": "ema"}}
-NAMES = (*PPO, *DPO, "sft")
+BEST_OF_N: dict[str, dict[str, Any]] = {"rest": {"keep_best": None, "reward_thresholds": (0.0, 0.2)}}
+ROUNDS: dict[str, Any] = {
+    "reward_server": "127.0.0.1:1",
+    "max_new_tokens": 8,
+    "rollout_batch_size": 6,
+    "num_generations": 3,
+    "generation_batch_size": 6,
+    "per_device_train_batch_size": 4,
+    "micro_batch_tokens": 48,
+    "learning_rate": 1e-3,
+    "max_steps": 2,
+}
+NAMES = (*PPO, *DPO, *BEST_OF_N, "sft")
 
 
 def run(name: str, folder: Path) -> None:
     """Train into `folder / name`."""
     source = FunctionReward(tiny.share_of_w0)
+    of_rounds: dict[str, Any] = {
+        "model_name_or_path": str(folder / "policy"),
+        "dataset": folder / "prompts.jsonl",
+        "output_dir": folder / name,
+        **ROUNDS,
+    }
     if name in PPO:
         ppo.train(
             tiny.ppo_config(
@@ -37,24 +55,9 @@ def run(name: str, folder: Path) -> None:
             source,
         )
     elif name in DPO:
-        dpo.train(
-            DPOConfig(
-                model_name_or_path=str(folder / "policy"),
-                dataset=folder / "prompts.jsonl",
-                output_dir=folder / name,
-                reward_server="127.0.0.1:1",
-                max_new_tokens=8,
-                rollout_batch_size=6,
-                num_generations=3,
-                generation_batch_size=6,
-                per_device_train_batch_size=4,
-                micro_batch_tokens=48,
-                learning_rate=1e-3,
-                max_steps=2,
-                **DPO[name],
-            ),
-            source,
-        )
+        dpo.train(DPOConfig(**of_rounds, **DPO[name]), source)
+    elif name in BEST_OF_N:
+        best_of_n.train(BestOfNConfig(**of_rounds, **BEST_OF_N[name]), source)
     else:
         sft.run(
             SFTConfig(
