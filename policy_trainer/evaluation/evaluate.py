@@ -149,5 +149,5 @@ def _refuse_if_too_little_is_known(findings: Mapping[str, Any], allowed: float) 
                 reason = next(iter(found["missing"]))
                 raise QualityError(
                     f"{missing} of {findings['prompts']} comparisons of {policy['name']} by {rater['name']} are "
-                    f"missing, most because: {reason}; run the same command again to ask for them once more"
+                    f"missing, most because: {reason}; what a server failed to answer is asked again by the next run"
                 )

@@ -92,8 +92,9 @@ def _named(source: str, config: EvaluatePolicyConfig, chat_template: str | None 
         return Side(source, source, recorded=True)
     reference = config.ref_model
     local = Path(source.removeprefix("hf:"))
-    if reference is None and (local / "run.json").is_file():
-        reference = _started_from(_training(local))
+    run = local.parent if local.name.startswith("checkpoint-") else local
+    if reference is None and (run / "run.json").is_file():
+        reference = _started_from(_training(run))
     return Side(source, source, reference=reference, chat_template=config.chat_template or chat_template)
 
 

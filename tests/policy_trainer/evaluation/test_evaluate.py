@@ -201,17 +201,17 @@ def test_every_checkpoint_of_a_run_is_a_policy_and_its_reference_the_baseline(wo
     ]  # fmt: skip
     kls = [p["kl"]["value"] for p in found["policies"]]
     assert kls[0] == 0.0 and kls[1] != 0.0 and kls[2] != 0.0
-    # A single model out of a run directory knows its reference too.
+    # A single model out of a run directory, or a single checkpoint, knows its reference too.
     run(
         config(
             world,
-            model_name_or_path=(str(world / "run"),),
+            model_name_or_path=(str(world / "run"), str(world / "run" / "checkpoint-000001")),
             output_dir=world / "one",
             reward_function=FUNCTION,
         )
     )
-    one = json.loads((world / "one" / "metrics.json").read_text())["policies"][1]
-    assert one["kl"]["value"] == kls[2]
+    _, *two = json.loads((world / "one" / "metrics.json").read_text())["policies"]
+    assert [policy["kl"]["value"] for policy in two] == [kls[2], kls[1]]
 
 
 def test_a_reference_with_another_vocabulary_is_refused(world: Path) -> None:
