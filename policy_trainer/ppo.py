@@ -390,7 +390,7 @@ class Trainer(OnlineTrainer):
         mean["val/ratio_var"] = max(0.0, mean.pop("ratio_sq") - mean["val/ratio"] ** 2)
         if text_losses:
             mean["loss/ptx_avg"] = sum(text_losses) / len(text_losses)
-        if config.policy_objective == "penalty":
+        if config.policy_objective == "penalty" and learns:
             moved = self.moved(episodes, read, kept)
             mean |= {"policy/penalty_coef": self.penalty.coef, "policy/penalty_kl": moved}
             self.penalty = self.penalty.updated(moved)

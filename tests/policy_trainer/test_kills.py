@@ -45,9 +45,7 @@ EVERYTHING: dict[str, Any] = {
 
 def ppo_with_everything(folder: Path) -> OnlineConfig:
     """All that has a state: both optimisers, two coefficients, running moments, a stream of text."""
-    text = tiny.save_prompts(folder / "text.jsonl")
-    text.write_text(text.read_text().replace('"prompt"', '"text"').replace('"w', '"w1 w'))
-    return tiny.ppo_config(folder, ptx_dataset=text, **SMALL, **EVERYTHING)
+    return tiny.ppo_config(folder, ptx_dataset=tiny.save_text(folder / "text.jsonl"), **SMALL, **EVERYTHING)
 
 
 @pytest.mark.slow

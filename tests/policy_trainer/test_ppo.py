@@ -19,7 +19,9 @@ from policy_trainer.checkpoint import load_latest
 from policy_trainer.config import PPOConfig
 from policy_trainer.episodes import Episodes, Reading
 from policy_trainer.ppo import Trainer, train
+from policy_trainer.ptx import TextMix
 from policy_trainer.reward_source import FunctionReward
+from rlaif.chat import EncodedPair
 from rlaif.errors import ConfigError, DataError, QualityError, SelfCheckError
 from rlaif.types import Conversation
 from tests.policy_trainer import tiny
@@ -215,6 +217,12 @@ def test_the_penalty_coefficient_follows_how_far_the_policy_moved(tmp_path: Path
         assert all(1e-9 < row["policy/penalty_kl"] < 1 for row in rows)
 
 
+def test_in_the_critics_warm_up_the_penalty_coefficient_waits(tmp_path: Path) -> None:
+    """The policy does not move then, which says nothing about the coefficient."""
+    train(tiny.ppo_config(tmp_path, policy_objective="penalty", critic_warmup_steps=2), source())
+    assert [row.get("policy/penalty_coef") for row in metrics(tmp_path)] == [None, None, 1.0]
+
+
 def test_a_large_penalty_holds_the_policy_where_it_was(tmp_path: Path) -> None:
     moved = []
     for coef in (0.01, 100.0):
@@ -226,7 +234,7 @@ def test_a_large_penalty_holds_the_policy_where_it_was(tmp_path: Path) -> None:
 
 
 def mixed(folder: Path, rows: Sequence[dict[str, str]], **changes: Any) -> PPOConfig:
-    text = folder / "text.jsonl"
+    text = folder / "mixed.jsonl"
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tiny.ppo_config(folder, ptx_dataset=text, ptx_batch_size=3, **changes)
 
@@ -262,10 +270,24 @@ def test_the_mixed_in_gradient_is_that_of_the_mean_log_likelihood(tmp_path: Path
 
 
 def test_each_optimiser_step_mixes_in_the_next_texts(tmp_path: Path) -> None:
-    """3 steps of 2 epochs of 2 minibatches at 3 rows each pass 36 rows: 5 whole passes over 7, and one more row."""
+    """Steps of 2 epochs of 2 minibatches: updates 0 to 3, then 4 to 7. 12 updates of 3 rows pass 7 texts 5 times."""
+
+    class Recording(TextMix):
+        def batch(self, update: int) -> list[EncodedPair]:
+            asked.append(update)
+            return super().batch(update)
+
+    asked: list[int] = []
     trainer = Trainer.start(mixed(tmp_path, TEXTS), source())
     assert trainer.text is not None
-    counts = Counter(tuple(e.response_ids) for u in range(12) for e in trainer.text.batch(u))
+    trainer.text = Recording(trainer.text.examples, trainer.text.batch_size, trainer.text.seed)
+    for step in range(3):
+        trainer.step = step
+        episodes = trainer.rollout()
+        read = trainer.read(episodes)
+        trainer.update(episodes, read, read.logprobs, read.logprobs, range(8))
+    assert asked == list(range(12))
+    counts = Counter(tuple(e.response_ids) for u in asked[:12] for e in trainer.text.batch(u))
     assert sorted(counts.values()) == [5, 5, 5, 5, 5, 5, 6]
 
 
@@ -279,7 +301,7 @@ def test_conversations_may_be_mixed_in_and_what_is_too_long_is_set_aside(tmp_pat
 
 
 def test_text_that_cannot_be_learned_from_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"ptx_dataset .*text.jsonl has no row"):
+    with pytest.raises(DataError, match=r"ptx_dataset .*mixed.jsonl has no row"):
         train(mixed(tmp_path, [{"text": ""}]), source())
 
 

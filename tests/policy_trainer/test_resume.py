@@ -81,6 +81,7 @@ def share_until(call: int) -> FunctionReward:
         {"dtype": "bfloat16"},
         {"max_staleness": 2},
         {"max_staleness": 1, "use_peft": True},
+        {"policy_objective": "penalty", "reward_normalization": "running", "ptx_dataset": "text.jsonl"},
     ],
     ids=[
         "separate critic",
@@ -91,9 +92,12 @@ def share_until(call: int) -> FunctionReward:
         "bfloat16",
         "rollouts ahead",
         "lora, rollouts ahead",
+        "penalty, running moments and text",
     ],
 )
 def test_ppo_resumed_equals_ppo_uninterrupted(tmp_path: Path, settings: dict[str, Any]) -> None:
+    if "ptx_dataset" in settings:
+        settings = {**settings, "ptx_dataset": tiny.save_text(tmp_path / settings["ptx_dataset"])}
     config = tiny.ppo_config(tmp_path, **settings, max_steps=6, save_steps=2, target_kl=3.0, kl_horizon=50)
     whole = dataclasses.replace(config, output_dir=tmp_path / "whole")
     train(whole, FunctionReward(tiny.share_of_w0))
@@ -104,6 +108,41 @@ def test_ppo_resumed_equals_ppo_uninterrupted(tmp_path: Path, settings: dict[str
     train(config, FunctionReward(tiny.share_of_w0))
     assert rows(config.output_dir) == rows(whole.output_dir)
     assert samples(config.output_dir) == samples(whole.output_dir)
+    assert weights(config.output_dir) == weights(whole.output_dir)
+
+
+def test_a_checkpoint_without_what_an_earlier_release_did_not_have_is_gone_on_from(tmp_path: Path) -> None:
+    config = tiny.ppo_config(tmp_path, max_steps=2, save_steps=1)
+    with pytest.raises(Interrupted):
+        train(config, share_until(3))
+    state = config.output_dir / "checkpoint-000001" / "state.json"
+    info = json.loads(state.read_text())
+    del info["penalty_coef"], info["scores_seen"]
+    state.write_text(json.dumps(info))
+    train(config, FunctionReward(tiny.share_of_w0))
+    assert len(rows(config.output_dir)) == 2
+
+
+def test_a_lost_reward_server_ends_ppo_at_a_checkpoint(tmp_path: Path) -> None:
+    """The steps since the last regular checkpoint are not lost with it."""
+    calls = 0
+
+    def function(prompts: Sequence[Conversation], responses: Sequence[str]) -> list[float | None]:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise RewardServerError("gone")
+        return tiny.share_of_w0(prompts, responses)
+
+    config = tiny.ppo_config(tmp_path)
+    with pytest.raises(RewardServerError, match="gone"):
+        train(config, FunctionReward(function))
+    saved = load_latest(config.output_dir)
+    assert saved is not None and saved.step == 2
+    train(config, FunctionReward(tiny.share_of_w0))
+    whole = dataclasses.replace(config, output_dir=tmp_path / "whole")
+    train(whole, FunctionReward(tiny.share_of_w0))
+    assert rows(config.output_dir) == rows(whole.output_dir)
     assert weights(config.output_dir) == weights(whole.output_dir)
 
 

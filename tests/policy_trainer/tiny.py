@@ -71,6 +71,13 @@ def save_prompts(path: Path, count: int = 20) -> Path:
     return path
 
 
+def save_text(path: Path, count: int = 20) -> Path:
+    """Texts of two to seven words."""
+    lines = [{"text": " ".join(WORDS[(i * 5 + j) % 24] for j in range(2 + i % 6))} for i in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
 def share_of_w0(prompts: Sequence[Conversation], responses: Sequence[str]) -> list[float | None]:
     """The share of words that are `w0`; an empty response earns 0."""
     return [r.split().count("w0") / max(1, len(r.split())) for r in responses]
