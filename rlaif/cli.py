@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
@@ -179,7 +179,9 @@ def parse_config(command: Command, argv: Sequence[str]) -> Any:
 
     config_class: type[Any] = _load(command.config)
     names = [field.name for field in fields(config_class) if field.init]
-    arguments = _file_flags(argv, names, command)
+    # Types are read as written: every config has postponed annotations.
+    switches = {field.name for field in fields(config_class) if field.type in ("bool", bool)}
+    arguments = _file_flags(argv, names, switches, command)
     if not {"-h", "--help"} & set(arguments):
         _check_flags(arguments, config_class, command)
     # tyro reports every ValueError as its own; building the config apart from it lets a ConfigError through untouched.
@@ -237,8 +239,13 @@ def _first_paragraph(box: str) -> str:
     return " ".join(" ".join(text).split()) or " ".join(box.split())
 
 
-def _file_flags(argv: Sequence[str], names: Sequence[str], command: Command) -> list[str]:
-    """Replace `--config FILE` by the flags that FILE holds, placed first so that the command line wins."""
+def _file_flags(
+    argv: Sequence[str], names: Sequence[str], switches: Container[str], command: Command
+) -> list[str]:
+    """Replace `--config FILE` by the flags that FILE holds, placed first so that the command line wins.
+
+    `switches` are the flags that are there or not; `bool | None` takes a value.
+    """
     rest: list[str] = []
     flags: list[str] = []
     arguments = iter(argv)
@@ -250,11 +257,11 @@ def _file_flags(argv: Sequence[str], names: Sequence[str], command: Command) -> 
         file = file or next(arguments, "")
         if not file:
             raise ConfigError("--config needs a file: --config run.yaml")
-        flags += _read_flags(Path(file), names, command)
+        flags += _read_flags(Path(file), names, switches, command)
     return flags + rest
 
 
-def _read_flags(path: Path, names: Sequence[str], command: Command) -> list[str]:
+def _read_flags(path: Path, names: Sequence[str], switches: Container[str], command: Command) -> list[str]:
     import yaml
 
     try:
@@ -268,12 +275,12 @@ def _read_flags(path: Path, names: Sequence[str], command: Command) -> list[str]
         if key not in names:
             hint = _nearest(str(key), names, command)
             raise ConfigError(f"config file {path} has the key {key!r}, which is no flag; {hint}")
-        flags += _flag(key, value)
+        flags += _flag(key, value, is_switch=key in switches)
     return flags
 
 
-def _flag(key: str, value: object) -> list[str]:
-    if isinstance(value, bool):
+def _flag(key: str, value: object, *, is_switch: bool) -> list[str]:
+    if isinstance(value, bool) and is_switch:
         return [f"--{key}" if value else f"--no_{key}"]
     if isinstance(value, list):
         return [f"--{key}", *map(str, value)]

@@ -22,6 +22,7 @@ from policy_trainer.ppo import Trainer, train
 from policy_trainer.ptx import TextMix
 from policy_trainer.reward_source import FunctionReward
 from rlaif.chat import EncodedPair
+from rlaif.cli import COMMANDS, parse_config
 from rlaif.errors import ConfigError, DataError, QualityError, SelfCheckError
 from rlaif.types import Conversation
 from tests.policy_trainer import tiny
@@ -540,3 +541,15 @@ def test_a_reward_that_is_always_the_same_stops_before_the_first_step(tmp_path: 
     with pytest.raises(SelfCheckError, match="same reward 7"):
         train(tiny.ppo_config(tmp_path), source(lambda prompts, responses: [7.0] * len(prompts)))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("written", [True, False, None])
+def test_where_kl_counts_can_stand_in_a_file(tmp_path: Path, written: bool | None) -> None:
+    line = "" if written is None else f"use_kl_loss: {str(written).lower()}\n"
+    file = tmp_path / "ppo.yaml"
+    file.write_text(
+        "model_name_or_path: a\ndataset: b\noutput_dir: c\nreward_server: d:1\nself_check: false\n" + line
+    )
+    command = next(c for c in COMMANDS if c.name == "train ppo")
+    config = parse_config(command, ["--config", str(file)])
+    assert config.use_kl_loss is written and config.self_check is False
