@@ -82,7 +82,7 @@ class RewardServerProcess:
         folder: for its files.
         model: what it serves.
         python: the interpreter, if not this one.
-        flags: of the command.
+        flags: of the command; True for those without a value.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class RewardServerProcess:
         self._log = folder / "serve.log"
         self._metrics_port = free_port()
         own = {"port": 0, "ready_file": self._ready, "metrics_port": self._metrics_port, **flags}
-        arguments = [f"--{name}={value}" for name, value in own.items()]
+        arguments = [f"--{name}" if value is True else f"--{name}={value}" for name, value in own.items()]
         self._command = [python, *harness.rlaif("serve", f"--model={model}", *arguments)[1:]]
 
     def __enter__(self) -> RewardServerProcess:

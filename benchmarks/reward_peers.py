@@ -175,6 +175,7 @@ def main() -> int:
     parser = harness.arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--items", type=int, default=64, help="chats of a load of single chats")
+    parser.add_argument("--torch_compile", action="store_true", help="compile our torch scorer in float32")
     parser.add_argument("--vllm_python", type=Path, default=harness.HERE.parent / ".venv-vllm/bin/python")
     args = parser.parse_args()
     load.alone()
@@ -215,7 +216,9 @@ def main() -> int:
         os.environ.update(ENGINE)
         python = args.environments / "openrlhf" / "bin" / "python"
         served = {
-            OURS: load.RewardServerProcess(folder / "ours", model),
+            OURS: load.RewardServerProcess(
+                folder / "ours", model, **({"torch_compile": True} if args.torch_compile else {})
+            ),
             OURS_BF16: load.RewardServerProcess(folder / "bf16", model, dtype="bfloat16"),
             OURS_VLLM: load.RewardServerProcess(
                 folder / "vllm", f"vllm:{model}?enforce_eager=false", python=str(args.vllm_python)
@@ -259,11 +262,12 @@ def main() -> int:
         ("load", "ours", "peer", "ours ÷ peer", "target"),
         [(c.load, c.ours, c.peer, harness.show(harness.spread(c.ratio), 2), c.target) for c in comparisons],
     )
+    flags = "Ours (torch) with --torch_compile. " if args.torch_compile else ""
     distances = ", ".join(f"{name} {worst:.1e}" for name, worst in sorted(apart.items()) if name != OURS)
     body += (
         f"\n\n{args.rounds} rounds in turns, in an order drawn for each; medians, least and greatest. Qwen3 "
         "classifier, 14 M parameters, one thread of each server for numerical work, float32 but for the two marked "
-        "bf16. Lognormal lengths (sigma 0.7) but for the groups. vLLM compiled, blocks of 32 tokens. Largest "
+        f"bf16. {flags}Lognormal lengths (sigma 0.7) but for the groups. vLLM compiled, blocks of 32 tokens. Largest "
         f"differences from our float32 scores: {distances}."
     )
     checks = {c.check: harness.spread(c.ratio)["median"] >= c.target for c in comparisons}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from reward_server.compiled import TOLERANCE, pack_linear_layers, unpack_linear_layers
 from reward_server.plan import Costs, Group, Ids, plan
 
 _CPU = Costs(overhead=48, best_tokens=2048)
@@ -76,6 +79,8 @@ class BatchedForward:
         self._pad_id = model.config.get_text_config().pad_token_id
         self._costs = costs or (_CPU if model.device.type == "cpu" else _GPU)
         self._no_cache = without_cache(model)
+        self._forward: Callable[..., Any] = model
+        self._stance: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.shares_prefixes = _can_keep_a_prefix(model) and self._probe()
 
     def plan(self, sequences: Sequence[Ids]) -> list[Group]:
@@ -89,6 +94,10 @@ class BatchedForward:
     @torch.inference_mode()
     def scores(self, sequences: Sequence[Ids]) -> tuple[Tensor, list[int]]:
         """Raw scores, (N,), float32 on the CPU, and how many tokens of each were not computed for it."""
+        with self._stance():
+            return self._scores(sequences)
+
+    def _scores(self, sequences: Sequence[Ids]) -> tuple[Tensor, list[int]]:
         raw = torch.empty(len(sequences), dtype=torch.float32)
         cached = [0] * len(sequences)
         for group in self.plan(sequences):
@@ -98,6 +107,39 @@ class BatchedForward:
             cached[group.passes[0][0]] = 0  # for one of them it was
             self._compute(sequences, group, raw)
         return raw, cached
+
+    @torch.inference_mode()
+    def compile(self) -> None:
+        """Compile the model for passes with and without a kept prefix, of one row and of several.
+
+        Whatever would have to be compiled later is computed as before, so that no caller waits for it.
+
+        Raises:
+            RuntimeError: it cannot be compiled here, or then gives other scores; nothing has changed.
+        """
+        before = self._try_out()
+        pack_linear_layers(self._model)
+        self._forward = torch.compile(self._model, dynamic=True)
+        try:
+            apart = (self._try_out() - before).abs().max().item()
+            if not apart <= TOLERANCE * max(1.0, before.abs().max().item()):
+                raise RuntimeError(f"its scores are {apart:.1e} apart from those before")
+        except Exception:
+            unpack_linear_layers(self._model)
+            self._forward = self._model
+            raise
+        self._stance = partial(torch.compiler.set_stance, "eager_on_recompile")
+
+    def _try_out(self) -> Tensor:
+        """Scores of made-up sequences, through every kind of pass."""
+        ids = [[3 + (7 * i + row) % 50 for i in range(_PROBE + 9 * row)] for row in range(3)]
+        batches: list[list[list[int]]] = [ids[:1], ids[1:2], ids[:2], ids]
+        found = [self._logits(batch, None) for batch in batches]
+        if self.shares_prefixes:
+            for length in (_PROBE, 2 * _PROBE + 1):
+                kept = self._keep([3 + i % 50 for i in range(length)])
+                found += [self._logits(batch, kept) for batch in batches]
+        return torch.cat(found).float()
 
     def _compute(self, sequences: Sequence[Ids], group: Group, raw: Tensor) -> None:
         start = group.prefix
@@ -109,7 +151,7 @@ class BatchedForward:
     def _keep(self, prefix: Ids) -> DynamicCache:
         """Keys and values of a prefix."""
         ids = torch.tensor([list(prefix)], device=self._model.device)
-        output = self._model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+        output = self._forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
         kept: DynamicCache = output.past_key_values
         return kept
 
@@ -122,7 +164,7 @@ class BatchedForward:
             mask = torch.cat([mask.new_ones(len(sequences), kept.get_seq_length()), mask], dim=1)
             extra = {"past_key_values": _repeat(kept, len(sequences)), "use_cache": True}
         device = self._model.device
-        logits: Tensor = self._model(
+        logits: Tensor = self._forward(
             input_ids=input_ids.to(device), attention_mask=mask.to(device), **extra
         ).logits
         return logits

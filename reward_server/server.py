@@ -210,7 +210,7 @@ def load_scorer(config: ServeConfig) -> Scorer:
     reward_model = load_reward_model(
         config.model, device=config.device, dtype=config.dtype, max_length=config.max_length
     )
-    return LearnedScorer(config.model, reward_model)
+    return LearnedScorer(config.model, reward_model, torch_compile=config.torch_compile)
 
 
 def _load_part(config: ServeConfig, part: PartSpec) -> Scorer:
@@ -222,7 +222,15 @@ def _load_part(config: ServeConfig, part: PartSpec) -> Scorer:
     if model is not None and model.startswith("./"):
         assert config.model is not None  # the file that the part stands in
         model = str(Path(config.model).parent / model)
-    own = replace(config, model=model, judge=part.judge, rubric=part.rubric, cot=part.cot)
+    torch_compile = config.torch_compile and model is not None and ModelRef.parse(model).backend != "vllm"
+    own = replace(
+        config,
+        model=model,
+        judge=part.judge,
+        rubric=part.rubric,
+        cot=part.cot,
+        torch_compile=torch_compile,
+    )
     return load_scorer(own)
 
 

@@ -64,7 +64,7 @@ class VLLMScorer:
         """Check the checkpoint and start an engine for it; on a CPU in float32 unless it is told otherwise.
 
         Raises:
-            ConfigError: a device is asked for, which is a matter of vLLM's build.
+            ConfigError: a device or compilation is asked for, which is a matter of vLLM's.
             ModelError: it is no reward model, vLLM is not installed, or does not take the model or an argument.
         """
         assert config.model is not None
@@ -72,6 +72,10 @@ class VLLMScorer:
         if config.device != "auto":
             raise ConfigError(
                 f"--device {config.device} is not for {ref}: the installed build of vLLM decides where it runs"
+            )
+        if config.torch_compile:
+            raise ConfigError(
+                f"--torch_compile is not for {ref}: vLLM compiles with {ref}?enforce_eager=false"
             )
         require_vllm(ref)
         path, _ = engine_arguments(ref)
