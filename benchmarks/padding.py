@@ -1,10 +1,10 @@
-"""What padding costs a forward and backward pass, and whether packing or compiling would be faster, on CPU.
+"""What padding costs a forward and backward pass, and whether packing would be faster, on CPU.
 
     OMP_NUM_THREADS=1 python benchmarks/padding.py
 
-The same 64 prompts and responses are read in four ways: padded as one batch would be, prompts on the left and responses
-on the right; in the trainer's batches; packed one after the other into long rows, with attention within each; in
-the trainer's batches by a compiled trunk. Each way gives the same log-probabilities.
+The same 64 prompts and responses are read in three ways: padded as one batch would be, prompts on the left and
+responses on the right; in the trainer's batches; packed one after the other into long rows, with attention within
+each. All give the same log-probabilities.
 """
 
 from __future__ import annotations
@@ -109,32 +109,27 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         load.save_policy(Path(temporary))
         model, _ = load_policy(temporary)
-        compiled, _ = load_policy(temporary)
-        compiled.model.compile(dynamic=True)
-    ways: dict[str, tuple[Callable[[Any, Sequence[Pair]], tuple[float, int]], Any]] = {
-        "padded left and right": (as_one, model),
-        "the trainer's batches": (in_batches, model),
-        f"packed, rows of {PACK}": (packed, model),
-        "the trainer's batches, compiled": (in_batches, compiled),
+    ways: dict[str, Callable[[Any, Sequence[Pair]], tuple[float, int]]] = {
+        "padded left and right": as_one,
+        "the trainer's batches": in_batches,
+        f"packed, rows of {PACK}": packed,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     tokens: dict[str, list[float]] = {name: [] for name in ways}
-    apart, warm_up = 0.0, 0.0
+    apart = 0.0
     for number in range(-1, args.rounds):  # the first one warms up
         pairs = given(number)
         real = sum(len(p) + len(r) for p, r in pairs)
         sums = []
-        for name, (read, of) in ways.items():
-            of.zero_grad()
+        for name, read in ways.items():
+            model.zero_grad()
             began = time.perf_counter()
-            total, padded = read(of, pairs)
+            total, padded = read(model, pairs)
             took = time.perf_counter() - began
             sums.append(total)
             if number >= 0:
                 seconds[name].append(took)
                 tokens[name].append(padded / real)
-            elif of is compiled:
-                warm_up = took
         apart = max(apart, max(abs(s - sums[0]) / abs(sums[0]) for s in sums))
     base = harness.spread(seconds["padded left and right"])["median"]
     body = harness.table(
@@ -152,8 +147,8 @@ def main() -> int:
     body += (
         f"\n\n{args.rounds} rounds of {ROWS} other prompts and responses each, forward and backward, one thread, "
         "float32; medians, least and greatest. Llama of 10 M random weights; prompts lognormal, median 48 tokens, "
-        f"sigma 0.7, at most {load.MAX_PROMPT}; responses of up to {load.MAX_RESPONSE}. Compiling took {warm_up:.0f} s "
-        f"in the first round. Largest relative difference between the sums of log-probabilities: {apart:.1e}."
+        f"sigma 0.7, at most {load.MAX_PROMPT}; responses of up to {load.MAX_RESPONSE}. Largest "
+        f"relative difference between the sums of log-probabilities: {apart:.1e}."
     )
     ours = harness.spread(seconds["the trainer's batches"])["median"]
     checks = {
