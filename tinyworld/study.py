@@ -148,6 +148,7 @@ def prepare(out: Path, seed: int, studies: Sequence[Study], sizes: Sizes) -> Non
 
 def _remember_settings(made: Arm | RewardModel, settings: Path, path: Path) -> None:
     plain = json.loads(json.dumps(asdict(made)))
+    del plain["title"]
     remember({**plain, "settings": settings.read_text(encoding="utf-8")}, path)
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,9 @@ def test_a_folder_of_other_settings_is_refused_and_further_arms_are_not(tmp_path
     prepare(tmp_path, 0, STUDIES, Sizes(8, 8))
     with pytest.raises(StorageError, match="other settings"):
         prepare(tmp_path, 0, STUDIES, Sizes(8, 9))
-    changed = Arm(METHODS[0].name, "PPO", "ppo", "rloo")
+    renamed = replace(METHODS[0], title="proximal policy optimisation")
+    prepare(tmp_path, 0, [Study("x", "X", (renamed,))], Sizes(8, 8))
+    changed = replace(METHODS[0], settings="rloo")
     with pytest.raises(StorageError, match="holds a ppo with other settings"):
         prepare(tmp_path, 0, [Study("x", "X", (changed,))], Sizes(8, 8))
 
