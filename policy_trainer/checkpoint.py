@@ -84,6 +84,7 @@ def save_checkpoint(
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(parents=True)
         policy.save_pretrained(str(temp))
+        (temp / "README.md").unlink(missing_ok=True)  # peft writes an empty template of a card
         tokenizer.save_pretrained(temp)
         torch.save({**state, "rng": rng_state()}, temp / _STATE_FILE)
         (temp / _INFO_FILE).write_text(json.dumps({"step": step, **info}, indent=2) + "\n", encoding="utf-8")

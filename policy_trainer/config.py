@@ -152,9 +152,8 @@ class OnlineConfig(TrainingConfig):
             "gradient_checkpointing",
             "report_to",
             "log_completions",
-            "eval_dataset",
+            "micro_batch_tokens",
             "eval_steps",
-            "eval_by",
             "early_stop_kl",
             "early_stopping_patience",
         }
@@ -326,6 +325,16 @@ class PPOConfig(OnlineConfig):
         )
         require(self.kl_coef >= 0, "kl_coef", self.kl_coef, "at least 0")
         require(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "positive")
+        if self.target_kl is not None and self.kl_coef == 0:
+            raise ConfigError(
+                "target_kl steers kl_coef by factors, which never leave 0: give a positive kl_coef"
+            )
+        require(
+            not self.critic_warmup_steps or self.critic_warmup_steps < self.max_steps,
+            "critic_warmup_steps",
+            self.critic_warmup_steps,
+            f"below max_steps ({self.max_steps}), or the policy never learns",
+        )
         require(0 <= self.gamma <= 1, "gamma", self.gamma, "in [0, 1]")
         require(0 <= self.lam <= 1, "lam", self.lam, "in [0, 1]")
         require(self.cliprange > 0, "cliprange", self.cliprange, "positive")
@@ -413,7 +422,7 @@ class SFTConfig(TrainingConfig):
     """Longest conversation in tokens; a longer one is set aside, and counted, because its end is what is learned."""
 
     VOLATILE: ClassVar[frozenset[str]] = frozenset(
-        {"save_steps", "save_total_limit", "report_to", "gradient_checkpointing"}
+        {"save_steps", "save_total_limit", "report_to", "gradient_checkpointing", "micro_batch_tokens"}
     )
 
     def __post_init__(self) -> None:

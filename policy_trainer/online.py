@@ -40,7 +40,7 @@ from policy_trainer.rollout import HFRollout, RolloutEngine, Sampled
 from policy_trainer.selfcheck import self_check
 from policy_trainer.vllm_rollout import open_vllm
 from rlaif.chat import encode_prompt
-from rlaif.errors import ConfigError, ModelError, QualityError, RewardServerError
+from rlaif.errors import ConfigError, DataError, ModelError, QualityError, RewardServerError
 from rlaif.records import Quarantine, read_prompts
 from rlaif.runs import Progress, Run, progress
 from rlaif.types import Conversation
@@ -412,11 +412,21 @@ def session(
             mark_best(run, rows)  # a kill may have come between a checkpoint and its mark
         if config.self_check and trainer.step < config.max_steps:
             trainer.self_check()
-        with progress(config.max_steps, f"{method.upper()} steps") if world.is_main else nullcontext() as bar:
+        if run is not None and trainer.step >= config.max_steps:
+            print(
+                f"{config.output_dir} has done all of its {config.max_steps} steps already", file=sys.stderr
+            )
+        what = f"{method.upper().replace('_', ' ')} steps"
+        with progress(config.max_steps, what) if world.is_main else nullcontext() as bar:
             if bar is not None:
                 bar.advance(trainer.step)
             at_work = Session(trainer, run, bar, stop, _held_out(trainer), reason_to_stop(config, rows))
-            yield at_work
+            try:
+                yield at_work
+            except KeyboardInterrupt:
+                if run is not None:
+                    run.end(trainer.step, "interrupted")
+                raise
         if run is None:
             return
         save_final(config.output_dir, trainer.trained.merged(), trainer.tokenizer)
@@ -441,8 +451,12 @@ def served_reward(config: OnlineConfig) -> Iterator[RewardClient]:
     """The reward server at `config.reward_server`, once it is ready.
 
     Raises:
+        DataError: a dataset is not there, which is said before the server is waited for.
         RewardServerError: it is not ready in time.
     """
+    for path in (config.dataset, config.eval_dataset):
+        if path is not None and not path.exists():
+            raise DataError(f"cannot read {path}: does not exist; check the path")
     with RewardClient(
         config.reward_server,
         timeout_s=config.reward_timeout_s,

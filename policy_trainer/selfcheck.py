@@ -48,7 +48,7 @@ class SelfCheckReport:
         """One line for the log."""
         mean = math.fsum(self.scores) / len(self.scores)
         spread = math.sqrt(math.fsum((s - mean) ** 2 for s in self.scores) / len(self.scores))
-        kl = "different models" if self.kl is None else f"{self.kl:.1e}"
+        kl = "not checked, as they are different models" if self.kl is None else f"{self.kl:.1e}"
         return (
             f"self-check passed: engine/trainer log-probabilities differ by {self.parity:.1e}, KL to reference {kl}, "
             f"rewards {mean:.2f} +- {spread:.2f} over {len(self.scores)} responses"

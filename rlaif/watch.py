@@ -30,7 +30,7 @@ ROWS = (
     ("length, tokens", ("response/length",)),
     ("held-out win rate", ("eval/win_rate",)),
     ("held-out reward", ("eval/reward",)),
-    ("loss", ("loss/policy_avg", "loss/dpo", "loss")),
+    ("loss", ("loss/policy_avg", "loss/dpo", "loss/sft", "loss")),
     ("learning rate", ("lr", "learning_rate")),
     ("missing rewards", ("reward/missing",)),
 )
@@ -107,7 +107,7 @@ class Watched:
 
     @property
     def ended(self) -> str | None:
-        """Why the run ended; None while it runs, or if it was interrupted."""
+        """Why the run ended; None while it runs, or if it was killed."""
         note = self.record.get("ended")
         return None if note is None else str(note["reason"])
 
@@ -164,7 +164,8 @@ def run(config: WatchConfig) -> None:
     with Live(console=console, screen=False, auto_refresh=False) as live:
         while True:
             for one in watched:
-                one.look()
+                if one.record or (one.directory / "run.json").is_file():
+                    one.look()
             live.update(view(watched), refresh=True)
             if all(one.ended is not None for one in watched):
                 return
@@ -203,6 +204,8 @@ def _table(watched: Sequence[Watched]) -> Table:
 
 
 def _progress(one: Watched) -> str:
+    if not one.record:
+        return "not started yet"
     total = one.record.get("config", {}).get("max_steps")
     done = f"{one.last.get('step', 0)}" + (f" of {total}" if total else "")
     return done if one.ended is None else f"{done}, ended: {one.ended}"

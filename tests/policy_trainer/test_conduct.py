@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ from policy_trainer.checkpoint import list_checkpoints
 from policy_trainer.config import PPOConfig
 from policy_trainer.dpo import train as train_dpo
 from policy_trainer.heldout import best_step, reason_to_stop
-from policy_trainer.ppo import train
+from policy_trainer.ppo import run, train
 from policy_trainer.reward_source import FunctionReward
-from rlaif.errors import ConfigError
+from rlaif.errors import ConfigError, DataError, ModelError
 from rlaif.types import Conversation
 from tests.policy_trainer import tiny
 
@@ -208,14 +210,63 @@ def test_a_run_without_an_early_end_says_so(tmp_path: Path) -> None:
     assert (ended["step"], ended["reason"]) == (1, "max_steps")
 
 
+def test_an_interruption_is_noted_and_taken_back_by_the_run_that_goes_on(tmp_path: Path) -> None:
+    calls = 0
+
+    def interrupted_in_step_2(
+        prompts: Sequence[Conversation], responses: Sequence[str]
+    ) -> list[float | None]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return tiny.share_of_w0(prompts, responses)
+
+    settings = config(tmp_path, max_steps=3, eval_dataset=None)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, source(interrupted_in_step_2))
+    ended = json.loads((tmp_path / "run" / "run.json").read_text())["ended"]
+    assert (ended["step"], ended["reason"]) == (2, "interrupted")
+    train(settings, source())
+    ended = json.loads((tmp_path / "run" / "run.json").read_text())["ended"]
+    assert (ended["step"], ended["reason"]) == (3, "max_steps")
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_its_directory_to_the_mended_command(
+    tmp_path: Path,
+) -> None:
+    settings = config(tmp_path, max_steps=1)
+    with pytest.raises(ModelError):
+        train(dataclasses.replace(settings, model_name_or_path=str(tmp_path / "nowhere")), source())
+    with pytest.raises(DataError, match=r"absent\.jsonl"):
+        train(dataclasses.replace(settings, eval_dataset=tmp_path / "absent.jsonl"), source())
+    train(settings, source())
+    assert metrics(tmp_path)[-1]["step"] == 1
+
+
+def test_a_missing_file_is_said_before_the_reward_server_is_waited_for(tmp_path: Path) -> None:
+    settings = config(tmp_path, reward_server="127.0.0.1:1")
+    for name in ("dataset", "eval_dataset"):
+        with pytest.raises(DataError, match=r"absent\.jsonl"):
+            run(dataclasses.replace(settings, **{name: tmp_path / "absent.jsonl"}))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"target_kl": 5.0, "kl_coef": 0.0}, "positive kl_coef"),
+        ({"critic_warmup_steps": 3, "max_steps": 3}, "below max_steps"),
         ({"eval_dataset": None, "early_stopping_patience": 2}, "eval_dataset"),
         ({"early_stop_kl": 0.0}, "early_stop_kl must be positive"),
         ({"eval_steps": 0}, "eval_steps must be at least 1"),
     ],
-    ids=["patience without evaluations", "no kl", "no steps"],
+    ids=[
+        "a coefficient of 0 is steered",
+        "warm-up to the end",
+        "patience without evaluations",
+        "no kl",
+        "no steps",
+    ],
 )
 def test_what_cannot_work_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):

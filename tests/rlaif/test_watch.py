@@ -107,6 +107,35 @@ def test_on_a_terminal_the_view_stays_until_the_run_has_ended(tmp_path: Path) ->
     assert "ended: max_steps" in out and "\x1b[" in out
 
 
+def test_on_a_terminal_a_run_is_waited_for(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    watching = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "rlaif.cli",
+            "watch",
+            "--refresh_s",
+            "0.05",
+            "--runs",
+            str(tmp_path / "later"),
+        ],
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(theirs)
+    seen = b""
+    while b"not started yet" not in seen:
+        seen += os.read(ours, 65536)
+    make_run(tmp_path / "later", [row(1)], ended={"step": 1, "reason": "max_steps"})
+    while b"ended: max_steps" not in seen:
+        seen += os.read(ours, 65536)
+    _, error = watching.communicate(timeout=60)
+    os.close(ours)
+    assert (watching.returncode, error) == (0, b"")
+
+
 @pytest.mark.parametrize(
     ("values", "bars"),
     [([0, 1, 2, 3, 4, 5, 6, 7], "▁▂▃▄▅▆▇█"), ([2, 2], "▄▄"), ([1], "▄"), ([0, 0, 1, 1, 7, 7], "▁▂█")],
