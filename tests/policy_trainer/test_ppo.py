@@ -284,7 +284,7 @@ def test_each_optimiser_step_mixes_in_the_next_texts(tmp_path: Path) -> None:
     trainer.text = Recording(trainer.text.examples, trainer.text.batch_size, trainer.text.seed)
     for step in range(3):
         trainer.step = step
-        episodes = trainer.rollout()
+        episodes = trainer.next_rollout().episodes
         read = trainer.read(episodes)
         trainer.update(episodes, read, read.logprobs, read.logprobs, range(8))
     assert asked == list(range(12))
