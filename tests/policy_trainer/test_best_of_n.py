@@ -29,26 +29,7 @@ from tests.policy_trainer.reward_servers import NumberServer, serving
 
 
 def config_in(folder: Path, **changes: Any) -> BestOfNConfig:
-    """A run in `folder`, over a policy and prompts that are made there if they are not."""
-    policy, prompts = folder / "policy", folder / "prompts.jsonl"
-    if not policy.exists():
-        tiny.save_policy(policy)
-    if not prompts.exists():
-        tiny.save_prompts(prompts)
-    given: dict[str, Any] = {
-        "model_name_or_path": str(policy),
-        "dataset": prompts,
-        "output_dir": folder / "run",
-        "reward_server": "127.0.0.1:1",
-        "max_new_tokens": 8,
-        "rollout_batch_size": 8,
-        "num_generations": 4,
-        "max_steps": 4,
-        "per_device_train_batch_size": 3,
-        "learning_rate": 2e-3,
-        "save_steps": 1000,
-    }
-    return BestOfNConfig(**{**given, **changes})
+    return tiny.round_config(BestOfNConfig, folder, **changes)
 
 
 REST = {"keep_best": None, "reward_thresholds": (0.0, 0.2, 0.4)}

@@ -22,7 +22,7 @@ from policy_trainer.dpo import train as train_dpo
 from policy_trainer.heldout import best_step, reason_to_stop
 from policy_trainer.ppo import run, train
 from policy_trainer.reward_source import FunctionReward
-from rlaif.errors import ConfigError, DataError, ModelError
+from rlaif.errors import ConfigError, DataError, ModelError, StorageError
 from rlaif.types import Conversation
 from tests.policy_trainer import tiny
 
@@ -242,6 +242,17 @@ def test_a_run_that_failed_before_its_first_step_leaves_its_directory_to_the_men
         train(dataclasses.replace(settings, eval_dataset=tmp_path / "absent.jsonl"), source())
     train(settings, source())
     assert metrics(tmp_path)[-1]["step"] == 1
+
+
+def test_a_run_goes_on_with_smaller_micro_batches_and_not_with_another_way_to_evaluate(
+    tmp_path: Path,
+) -> None:
+    """The first is a matter of memory; the second would set two measures beside each other."""
+    settings = config(tmp_path, max_steps=2)
+    train(settings, source())
+    with pytest.raises(StorageError, match="eval_by"):
+        train(dataclasses.replace(settings, eval_by="compare"), source())
+    train(dataclasses.replace(settings, micro_batch_tokens=64), source())
 
 
 def test_a_missing_file_is_said_before_the_reward_server_is_waited_for(tmp_path: Path) -> None:

@@ -50,26 +50,7 @@ from tests.policy_trainer.reward_servers import NumberServer, free_port, serving
 
 
 def dpo_config(folder: Path, **changes: Any) -> DPOConfig:
-    """A run in `folder`, over a policy and prompts that are made there if they are not."""
-    policy, prompts = folder / "policy", folder / "prompts.jsonl"
-    if not policy.exists():
-        tiny.save_policy(policy)
-    if not prompts.exists():
-        tiny.save_prompts(prompts)
-    given: dict[str, Any] = {
-        "model_name_or_path": str(policy),
-        "dataset": prompts,
-        "output_dir": folder / "run",
-        "reward_server": "127.0.0.1:1",
-        "max_new_tokens": 8,
-        "rollout_batch_size": 8,
-        "num_generations": 4,
-        "max_steps": 4,
-        "per_device_train_batch_size": 3,
-        "learning_rate": 2e-3,
-        "save_steps": 1000,
-    }
-    return DPOConfig(**{**given, **changes})
+    return tiny.round_config(DPOConfig, folder, **changes)
 
 
 @pytest.fixture

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from policy_trainer.config import PPOConfig
+from policy_trainer.config import OnlineConfig, PPOConfig
 from rlaif.types import Conversation
+
+Config = TypeVar("Config", bound=OnlineConfig)
 
 WORDS = [f"w{i}" for i in range(24)]
 VOCABULARY = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>", *WORDS]
@@ -83,28 +85,46 @@ def share_of_w0(prompts: Sequence[Conversation], responses: Sequence[str]) -> li
     return [r.split().count("w0") / max(1, len(r.split())) for r in responses]
 
 
-def ppo_config(folder: Path, **changes: Any) -> PPOConfig:
-    """A PPO run in `folder`, over a policy and prompts that are made there if they are not."""
+def online_config(kind: type[Config], folder: Path, **settings: Any) -> Config:
+    """A run in `folder`, over a policy and prompts that are made there if they are not."""
     policy, prompts = folder / "policy", folder / "prompts.jsonl"
     if not policy.exists():
         save_policy(policy)
     if not prompts.exists():
         save_prompts(prompts)
-    settings: dict[str, Any] = {
+    common: dict[str, Any] = {
         "model_name_or_path": str(policy),
         "dataset": prompts,
         "output_dir": folder / "run",
         "reward_server": "127.0.0.1:1",
         "max_new_tokens": 8,
         "rollout_batch_size": 8,
+        "save_steps": 1000,
+    }
+    return kind(**{**common, **settings})
+
+
+def ppo_config(folder: Path, **changes: Any) -> PPOConfig:
+    """A PPO run in `folder`."""
+    settings: dict[str, Any] = {
         "max_steps": 3,
         "num_ppo_epochs": 2,
         "num_mini_batches": 2,
         "learning_rate": 1e-3,
         "critic_learning_rate": 1e-3,
-        "save_steps": 1000,
     }
-    return PPOConfig(**{**settings, **changes})
+    return online_config(PPOConfig, folder, **{**settings, **changes})
+
+
+def round_config(kind: type[Config], folder: Path, **changes: Any) -> Config:
+    """A run in `folder` that learns in rounds: DPO or best of n."""
+    settings: dict[str, Any] = {
+        "num_generations": 4,
+        "max_steps": 4,
+        "per_device_train_batch_size": 3,
+        "learning_rate": 2e-3,
+    }
+    return online_config(kind, folder, **{**settings, **changes})
 
 
 def without_times(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
