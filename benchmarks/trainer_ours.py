@@ -15,11 +15,11 @@ from typing import Any
 import trainer_load as load
 
 from policy_trainer import dpo, optim, ppo
+from policy_trainer.branches import sequence_logprobs
 from policy_trainer.config import DPOConfig, PPOConfig
 from policy_trainer.models import load_policy
 from policy_trainer.preference_losses import PreferenceObjective
 from policy_trainer.reward_source import FunctionReward
-from policy_trainer.rounds import sequence_logprobs
 from rlaif.chat import encode_pair
 from rlaif.types import Conversation, user_prompt
 

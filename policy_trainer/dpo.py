@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from policy_trainer import optim
-from policy_trainer.batching import collate, forward_batches
+from policy_trainer.branches import Answered, forward_passes, sequence_logprobs, summed_logprobs
 from policy_trainer.config import DPOConfig
-from policy_trainer.logprobs import sequence_logprobs, token_logprobs
 from policy_trainer.online import Prompts, Purpose, served_reward, session
 from policy_trainer.pairs import PairSet, build_pairs
 from policy_trainer.parallel import ALONE, World
@@ -298,49 +297,42 @@ def accumulate_gradients(
         examples: one optimiser step's pairs.
         objective: the loss and its constants.
         temperature: of sampling.
-        micro_batch_tokens: padded tokens in one forward pass; both responses of a pair go through one.
+        micro_batch_tokens: padded tokens in one forward pass; both responses of a pair go through one, and
+            their prompt once where that pays.
         world: the processes that share the work; gradients and sums are those of all.
     """
-    lengths = [len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)) for e in examples]
     kl = None
     if objective.loss_type == "kto":
         kl = kto_kl(policy, examples, temperature, micro_batch_tokens, world)
+    rows = [Answered(e.prompt_ids, (e.chosen_ids, e.rejected_ids)) for e in examples]
     sums = PairSums()
-    buckets = forward_batches(lengths, max_tokens=max(1, micro_batch_tokens // 2), device=policy.device)
-    for rows in world.share(buckets):
-        micro = [examples[i] for i in rows]
-        b = len(micro)
-        batch = collate(
-            [e.prompt_ids for e in micro] * 2, [e.chosen_ids for e in micro] + [e.rejected_ids for e in micro]
-        ).to(policy.device)
-        logprobs = token_logprobs(
-            policy, batch.input_ids, batch.attention_mask, batch.response_len, temperature
-        ).logprobs  # (2b, R)
-        summed = logprobs.masked_fill(~batch.response_mask, 0.0).sum(dim=1)  # (2b,)
-        token_counts = batch.response_mask.sum(dim=1)  # (2b,)
+    for indices in world.share(forward_passes(policy, rows, micro_batch_tokens)):
+        micro = [examples[i] for i in indices]
+        summed = summed_logprobs(policy, [rows[i] for i in indices], temperature)  # (2b,)
+        chosen, rejected = summed[0::2], summed[1::2]
         like = summed.new_tensor
         loss = preference_loss(
-            summed[:b],
-            summed[b:],
+            chosen,
+            rejected,
             like([e.reference_chosen for e in micro]),
             like([e.reference_rejected for e in micro]),
             chosen_prob=like([e.chosen_prob for e in micro]),
             objective=objective,
-            chosen_lengths=token_counts[:b],
-            rejected_lengths=token_counts[b:],
+            chosen_lengths=like([len(e.chosen_ids) for e in micro]),
+            rejected_lengths=like([len(e.rejected_ids) for e in micro]),
             kl=kl,
         )
         torch.autograd.backward(loss.losses.sum() / len(examples))
         sums = sums.plus(
             PairSums(
-                b,
+                len(micro),
                 _total(loss.losses),
                 _total(loss.rewards_chosen),
                 _total(loss.rewards_rejected),
                 _total(loss.margins),
                 _total(loss.accuracies),
-                _total(summed[:b]),
-                _total(summed[b:]),
+                _total(chosen),
+                _total(rejected),
             )
         )
     world.add_gradients(policy.parameters())

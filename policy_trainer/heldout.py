@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from policy_trainer.branches import sequence_logprobs
 from policy_trainer.checkpoint import BEST_FILE, checkpoint_path
 from policy_trainer.evaluation.assess import length_controlled, outcomes
-from policy_trainer.logprobs import sequence_logprobs
 from policy_trainer.reward_source import Reward
 from policy_trainer.rollout import HFRollout, Sampled, decode_response
 from rlaif.agreement import estimate_mean, finite

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from policy_trainer.batching import collate, forward_batches
-from policy_trainer.parallel import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -176,25 +173,3 @@ def token_logprobs(
     ]
     entropy = entropy_of(logits.detach(), temperature) if with_entropy else None
     return TokenLogprobs(gather_logprobs(logits, targets, temperature), entropy)
-
-
-@torch.no_grad()
-def sequence_logprobs(
-    model: PreTrainedModel,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    temperature: float,
-    micro_batch_tokens: int,
-    world: World = ALONE,
-) -> list[float]:
-    """Log-probability of each (prompt ids, response ids), summed over the response including its EOS, in nats."""
-    sums = torch.zeros(len(pairs), dtype=torch.float64)
-    lengths = [len(prompt) + len(response) for prompt, response in pairs]
-    buckets = forward_batches(lengths, max_tokens=micro_batch_tokens, device=model.device)
-    for rows in world.share(buckets):
-        batch = collate([pairs[i][0] for i in rows], [pairs[i][1] for i in rows]).to(model.device)
-        read = token_logprobs(
-            model, batch.input_ids, batch.attention_mask, batch.response_len, temperature
-        ).logprobs
-        sums[rows] = read.masked_fill(~batch.response_mask, 0.0).sum(dim=1).double().cpu()
-    found: list[float] = world.add(sums).tolist()
-    return found

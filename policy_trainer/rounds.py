@@ -16,8 +16,8 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from policy_trainer import optim
+from policy_trainer.branches import sequence_logprobs
 from policy_trainer.config import RoundConfig
-from policy_trainer.logprobs import sequence_logprobs
 from policy_trainer.online import OnlineTrainer, Prompts, Purpose, check_missing
 from policy_trainer.reward_source import Reward
 from policy_trainer.rollout import decode_response

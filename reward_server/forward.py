@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from reward_server.compiled import TOLERANCE, pack_linear_layers, unpack_linear_layers
 from reward_server.plan import Costs, Group, Ids, plan
+from rlaif.models import has_length_dependent_positions
 
 _CPU = Costs(overhead=48, best_tokens=2048)
 """Measured on one core with 14 M parameters: a pass of one token takes as long as 45 tokens of a larger one, and
@@ -25,7 +26,6 @@ _GPU = Costs(overhead=1024, best_tokens=1 << 30)
 """An estimate: launching the kernels of a pass takes 10 to 20 ms, in which a GPU computes 500 to 3,000 tokens of a
 model of 8 B to 1 B parameters."""
 
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _PROBE = 24
 
 
@@ -204,10 +204,8 @@ def _parameters(model: PreTrainedModel) -> frozenset[str]:
 
 
 def _can_keep_a_prefix(model: PreTrainedModel) -> bool:
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
     return (
-        not config.is_encoder_decoder
+        not model.config.get_text_config().is_encoder_decoder
         and {"past_key_values", "use_cache"} <= _parameters(model)
-        and rope.get("rope_type") not in _LENGTH_DEPENDENT_ROPE
+        and not has_length_dependent_positions(model.config)
     )

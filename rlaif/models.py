@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from rlaif.errors import ConfigError, ModelError
 
@@ -86,6 +86,12 @@ class ModelRef:
                 )
             return str(folder)
         raise ModelError(f"{self} has no weights here: this task needs hf:NAME_OR_PATH or tinyworld:NAME")
+
+
+def has_length_dependent_positions(config: Any) -> bool:
+    """Whether a model's rotary embedding changes with the longest sequence of a batch, by its transformers config."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return rope.get("rope_type") in ("dynamic", "longrope")
 
 
 def cannot_load(ref: ModelRef, err: Exception) -> ModelError:

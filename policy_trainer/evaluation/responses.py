@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from policy_trainer import optim
+from policy_trainer.branches import sequence_logprobs
 from policy_trainer.evaluation.config import EvaluatePolicyConfig
 from policy_trainer.evaluation.sides import Side, identity
-from policy_trainer.logprobs import sequence_logprobs
 from policy_trainer.models import LoadedPolicy, eos_token_ids, load_policy
 from policy_trainer.rollout import HFRollout, decode_response
 from rlaif.chat import encode_prompt

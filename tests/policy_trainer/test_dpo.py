@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
+from policy_trainer.branches import sequence_logprobs
 from policy_trainer.checkpoint import list_checkpoints
 from policy_trainer.client import RewardClient
 from policy_trainer.config import DPOConfig
@@ -29,7 +30,6 @@ from policy_trainer.dpo import (
     move_average,
     train,
 )
-from policy_trainer.logprobs import sequence_logprobs
 from policy_trainer.online import Prompts
 from policy_trainer.preference_losses import PreferenceObjective
 from policy_trainer.reward_source import FunctionReward, Reward
