@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from rlaif.agreement import estimate_mean
 from rlaif.errors import DataError
+from rlaif.report.figures import INK, draw_figure
 from rlaif.storage import write_atomic
 from rlaif.tables import number, percent, percent_interval, table
 from tinyworld.arms import ALL, Arm, RewardModel, Study, arms_of, reward_models_of
-from tinyworld.report import INK, draw_figure
 from tinyworld.results import gold_curve, machine, metric_curve
 
 if TYPE_CHECKING:

@@ -2,85 +2,203 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from tinyworld.results import Results
+from rlaif.report.figures import COLOURS, INK, Panel, series
+from rlaif.report.page import (
+    Code,
+    Figure,
+    Figures,
+    Page,
+    Prose,
+    Raw,
+    Section,
+    Table,
+    Tile,
+    environment,
+    render,
+)
+from rlaif.tables import number, percent
+from tinyworld.results import Estimate, PolicyResult, Results, Sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#3b7dd8", "#d9822b", "#2a9d6f")
-INK = "#7a7f87"
-"""Axes and text: readable on white and on black alike."""
-
 
 def render_report(results: Results) -> str:
     """The page as HTML text; it refers to nothing outside itself."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+    labels = results.labels[0]
+    return render(
+        Page(
+            title="From AI labels to aligned policies",
+            origin=f"The embedded world, seed {results.seed} · {results.machine} · {results.date} · stages took "
+            f"{results.seconds:.0f} s in all, two side by side",
+            lead=(
+                "A judge model compared summaries; a reward model learned its soft labels; PPO and iterative DPO "
+                "optimised a policy against the gRPC reward server. Gold utility, the world's own measure of a summary "
+                "(from −0.5 to 1), was hidden from every stage and is used only here; the judge knows of it what its "
+                "pretraining taught it.",
+            ),
+            tiles=[
+                *(_win_tile(policy) for policy in results.policies),
+                Tile(
+                    f"{percent(labels.agreement.value)} %",
+                    "labeler agreement",
+                    f"with gold, Cohen's κ {labels.kappa.value:.2f}",
+                ),
+            ],
+            sections=[
+                _policies(results),
+                _labels(results),
+                Section("Before and after, side by side", [Raw(_samples(results.samples))]),
+                Section("One judgment, as the judge wrote it", [Code(results.judgment)]),
+                _commands(results),
+            ],
+        )
     )
-    figures = {
-        "gold": draw_figure(lambda ax: _gold_curves(ax, results)),
-        "reward": draw_figure(lambda ax: _training_curves(ax, results, "reward", "reward (normalised)")),
-        "kl": draw_figure(
-            lambda ax: _training_curves(ax, results, "kl", "KL to the start (nats per response)")
-        ),
-        "wins": draw_figure(lambda ax: _win_rates(ax, results)),
-        "calibration": draw_figure(lambda ax: _calibration(ax, results)),
-        "agreement": draw_figure(lambda ax: _agreement(ax, results)),
-    }
-    return environment.get_template("report.html.jinja").render(results=results, figures=figures)
 
 
-def draw_figure(*panels: Callable[[Axes], None]) -> Markup:
-    """Draw each panel on fresh axes, side by side; an SVG element, fit for a page or a file of its own."""
-    import matplotlib
+def _win_tile(policy: PolicyResult) -> Tile:
+    assert policy.win_rate is not None
+    return Tile(
+        f"{percent(policy.win_rate.value)} %",
+        policy.title,
+        f"gold win rate over the start, 95 % interval {_percents(policy.win_rate)}",
+    )
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
 
-    # A fixed salt makes the ids inside the SVG, and so the page, the same for the same results.
-    settings: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": "rlaif", "font.family": "sans-serif", "font.size": 10,
-        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    }  # fmt: skip
-    with plt.rc_context(settings):
-        n = len(panels)
-        figure, axes = plt.subplots(1, n, figsize=(5.4 * n, 3.3), layout="constrained", squeeze=False)
-        for draw, ax in zip(panels, axes[0], strict=True):
-            draw(ax)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        plt.close(figure)
-    svg = buffer.getvalue()
-    return Markup(svg[svg.index("<svg") :])
+def _policies(results: Results) -> Section:
+    rows = [
+        (
+            p.title,
+            number(p.mean_gold),
+            f"{number(p.gold.low)} to {number(p.gold.high)}",
+            None if p.win_rate is None else percent(p.win_rate.value),
+            None if p.win_rate is None else _percents(p.win_rate),
+            None if p.win_rate is None else percent(p.ties),
+            f"{p.mean_words:.1f}",
+        )
+        for p in (results.start, *results.policies)
+    ]
+    heads = ("policy", "gold utility", "95 % interval", "win rate, %", "95 % interval", "ties, %", "words")
+    return Section(
+        "The policies got better",
+        [
+            Figures(
+                [
+                    Figure(
+                        "Gold win rates over the start",
+                        f"One summary per unseen post from each policy and from the start ({results.num_eval_prompts} "
+                        "posts); bootstrap intervals over posts.",
+                        lambda ax: _win_rates(ax, results),
+                    ),
+                    Figure(
+                        "Gold utility while training",
+                        "Of the samples that were trained on. Training never saw it.",
+                        lambda ax: _gold_curves(ax, results),
+                    ),
+                    Figure(
+                        "Reward while training",
+                        "What training did see: the reward of the server, normalised.",
+                        _training_curves(results, "reward", "reward (normalised)"),
+                    ),
+                    Figure(
+                        "KL while training",
+                        "How far each policy moved from where it started.",
+                        _training_curves(results, "kl", "KL to the start (nats per response)"),
+                    ),
+                ]
+            ),
+            Table("Policies on unseen posts", heads, rows),
+        ],
+    )
+
+
+def _labels(results: Results) -> Section:
+    rm = results.reward_model
+    rows = [
+        (
+            r.title,
+            str(r.pairs),
+            percent(r.agreement.value),
+            f"{r.kappa.value:.2f}",
+            percent(r.one_order.value),
+            percent(r.same_position),
+            percent(r.same_position_averaged),
+            f"{r.label_mass:.4f}",
+        )
+        for r in results.labels
+    ]
+    heads = (
+        "labels", "pairs", "agreement, %", "Cohen's κ", "one order, %", "same position, one order, %",
+        "after averaging, %", "label mass",
+    )  # fmt: skip
+    return Section(
+        "The labels can be trusted",
+        [
+            Figures(
+                [
+                    Figure(
+                        "Agreement of the labels with gold",
+                        "Share of pairs on which the judge prefers what gold prefers. Reasoning before the verdict is "
+                        "what makes this judge work.",
+                        lambda ax: _agreement(ax, results),
+                    ),
+                    Figure(
+                        "Calibration of the reward model",
+                        f"On held-out pairs: accuracy {percent(rm.accuracy)} %, log loss {number(rm.log_loss)}, "
+                        f"expected calibration error {number(rm.ece)}.",
+                        lambda ax: _calibration(ax, results),
+                    ),
+                ]
+            ),
+            Table("Labels held against gold", heads, rows),
+            Prose(
+                "Same position: the judge prefers the response at one position whichever it is. Averaging both orders "
+                "cancels it by construction: the label of a pair and of its swap are complements."
+            ),
+        ],
+    )
+
+
+def _samples(samples: list[Sample]) -> Markup:
+    template = environment(Path(__file__).parent).get_template("samples.html.jinja")
+    return Markup(template.render(samples=samples))
+
+
+def _commands(results: Results) -> Section:
+    rows = [(s.name, s.command, f"{s.seconds:.0f}") for s in results.stages]
+    return Section("The commands", [Table("Stages", ("stage", "command", "seconds"), rows)])
+
+
+def _percents(found: Estimate) -> str:
+    return f"{percent(found.low)} to {percent(found.high)}"
+
+
+# ---- figures ----
 
 
 def _gold_curves(ax: Axes, results: Results) -> None:
-    for colour, policy in zip(COLOURS, results.policies, strict=False):
+    for i, policy in enumerate(results.policies):
         curve = policy.gold_curve
-        ax.plot(curve.steps, curve.values, color=colour, label=policy.title, linewidth=1.8)
+        ax.plot(curve.steps, curve.values, **series(i), label=policy.title, linewidth=1.8)
     ax.axhline(results.start.mean_gold, color=INK, linestyle=":", label="start")
-    ax.set(xlabel="step (PPO) or round (DPO)", ylabel="gold utility of training samples", ylim=(-0.5, 1.02))
+    ax.set(xlabel="step (PPO) or round (DPO)", ylabel="gold utility of samples", ylim=(-0.5, 1.02))
     ax.legend(fontsize=8)
 
 
-def _training_curves(ax: Axes, results: Results, name: str, label: str) -> None:
-    for colour, policy in zip(COLOURS, results.policies, strict=False):
-        curve = policy.curves[name]
-        ax.plot(curve.steps, curve.values, color=colour, label=policy.title, linewidth=1.8)
-    ax.set(xlabel="optimiser progress (step or round)", ylabel=label)
-    ax.legend(fontsize=8)
+def _training_curves(results: Results, name: str, label: str) -> Panel:
+    def draw(ax: Axes) -> None:
+        for i, policy in enumerate(results.policies):
+            curve = policy.curves[name]
+            ax.plot(curve.steps, curve.values, **series(i), label=policy.title, linewidth=1.8)
+        ax.set(xlabel="step (PPO) or round (DPO)", ylabel=label)
+        ax.legend(fontsize=8)
+
+    return draw
 
 
 def _win_rates(ax: Axes, results: Results) -> None:
@@ -113,15 +231,14 @@ def _agreement(ax: Axes, results: Results) -> None:
     width = 0.36
     positions = range(len(results.labels))
     bars = {
-        "one order": (COLOURS[1], [r.one_order for r in results.labels]),
-        "both orders averaged": (COLOURS[0], [r.agreement for r in results.labels]),
+        "one order": (COLOURS[1], "//", [r.one_order for r in results.labels]),
+        "both orders averaged": (COLOURS[0], "", [r.agreement for r in results.labels]),
     }
-    for i, (label, (colour, found)) in enumerate(bars.items()):
+    for i, (label, (colour, hatch, found)) in enumerate(bars.items()):
         errors = ([e.value - e.low for e in found], [e.high - e.value for e in found])
         at = [x + (i - 0.5) * width for x in positions]
-        ax.bar(
-            at, [e.value for e in found], width, yerr=errors, color=colour, label=label, ecolor=INK, capsize=3
-        )
+        values = [e.value for e in found]
+        ax.bar(at, values, width, yerr=errors, color=colour, hatch=hatch, label=label, ecolor=INK, capsize=3)
     ax.axhline(0.5, color=INK, linestyle=":")
     ax.set_xticks(positions, [r.title for r in results.labels])
     ax.set(ylim=(0, 1), ylabel="agreement with gold")
