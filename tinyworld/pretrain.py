@@ -30,6 +30,15 @@ from tinyworld.tokenizer import build_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
+class Size:
+    """How large a fresh model is: layers, width of the residual stream, attention heads per layer."""
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """How one model is trained.
 
@@ -39,6 +48,7 @@ class Recipe:
         warmup: steps of linear warm-up.
         decay: last steps, in which the rate falls linearly to a fiftieth of its peak.
         init: the model whose weights it starts from, or None for a fresh one.
+        size: of a fresh one.
     """
 
     stages: tuple[tuple[int, dict[Task, int]], ...]
@@ -46,6 +56,7 @@ class Recipe:
     warmup: int
     decay: int
     init: str | None = None
+    size: Size = Size()
 
     @property
     def steps(self) -> int:
@@ -55,6 +66,22 @@ class Recipe:
     def mix(self, step: int) -> dict[Task, int]:
         """Examples of each task at a step."""
         return next(mix for last, mix in self.stages if step < last)
+
+
+def _small_judge(size: Size, *, lr: float, steps: int) -> Recipe:
+    """What `judge` and then `judge-fewshot` learn, in one run: for pairs alone, in the same order."""
+    return Recipe(
+        stages=(
+            (300, {"copy": 32, "score": 20, "pair": 2}),
+            (700, {"copy": 4, "same": 8, "score": 20, "pair": 8}),
+            (1200, {"copy": 1, "same": 2, "score": 6, "pair": 16, "pair_direct": 3}),
+            (steps, {"guided": 14, "guided_direct": 3, "pair": 2, "copy": 1, "same": 1}),
+        ),
+        lr=lr,
+        warmup=80,
+        decay=1200,
+        size=size,
+    )
 
 
 RECIPES = {
@@ -130,34 +157,37 @@ RECIPES = {
         decay=800,
         init="judge",
     ),
+    "judge-small": _small_judge(Size(width=64), lr=4e-3, steps=4000),
+    "judge-tiny": _small_judge(Size(width=32, heads=2), lr=6e-3, steps=4000),
 }
 SAVE_EVERY_S = 60.0
-# About 1 / sqrt(width): with the 0.02 that suits large models, attention at this width starts out almost uniform.
+# At width 128; falls with 1 / sqrt(width). With the 0.02 of large models, attention starts out almost uniform here.
 INIT_STD = 0.08
 EMBEDDING_STD = 0.02
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A freshly initialised model: 4 layers of width 128, heads of size 32, 0.7 M parameters."""
+def new_model(tokenizer: PreTrainedTokenizerFast, seed: int, size: Size) -> LlamaForCausalLM:
+    """A freshly initialised model, its feed-forward layers twice as wide as its residual stream."""
     torch.manual_seed(seed)
+    init_std = INIT_STD * (128 / size.width) ** 0.5
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            hidden_size=size.width,
+            intermediate_size=2 * size.width,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.heads,
             max_position_embeddings=512,
             tie_word_embeddings=True,
-            initializer_range=INIT_STD,
+            initializer_range=init_std,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
     with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(EMBEDDING_STD / INIT_STD)
+        model.model.embed_tokens.weight.mul_(EMBEDDING_STD / init_std)
     return model
 
 
@@ -215,7 +245,7 @@ def train(
     model = (
         LlamaForCausalLM.from_pretrained(output_dir / recipe.init)
         if recipe.init
-        else new_model(tokenizer, seed)
+        else new_model(tokenizer, seed, recipe.size)
     )
     # The judge tags through its own output layer. The policy must say words there, so it tags through a copy.
     tags = any("tag" in mix for _, mix in recipe.stages)

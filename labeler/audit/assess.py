@@ -39,6 +39,7 @@ def assess(observations: Sequence[Observation], *, resamples: int = 1000) -> Fin
         "sources": _counts(o.source for o in labelled if o.source),
         **agreement_with_people(labelled, resamples),
         "position": position(labelled),
+        "orders": orders(labelled, resamples),
         "length": _lean(labelled, "longer"),
         "formatting": _lean(labelled, "formatted"),
         "calibration": calibration(labelled),
@@ -111,6 +112,43 @@ def position(labelled: Sequence[Observation]) -> Findings:
         "same_position_rate": finite(mean(locked.astype(np.float64))),
         "first_share": finite(mean((first[locked, 0] > 0.5).astype(np.float64))),
         "first_probability": finite(mean(first.ravel())),
+    }
+
+
+def orders(labelled: Sequence[Observation], resamples: int = 1000) -> Findings:
+    """Agreement with people before the two orders are averaged and after, over the pairs asked in both.
+
+    `both`: of the averaged label. `one`: of a single order, the mean of the two; `preferred_first` and
+    `preferred_second`: of the order that shows the response that people prefer as number 1, or as number 2. `locked`:
+    of the averaged label on the pairs whose orders preferred the same position, where it is all that is left to go by;
+    `locked_pairs` are so many, `same_position` their share. Pairs that people tie are left out.
+    """
+    asked = [
+        o
+        for o in labelled
+        if o.first_ab is not None and o.first_ba is not None and o.human is not None and o.human != 0.5
+    ]
+    columns = np.array([(o.p, o.first_ab, 1.0 - o.first_ba, o.human) for o in asked], dtype=np.float64)  # type: ignore[operator]
+    averaged, ab, ba, human = columns.reshape(-1, 4).T
+    groups = np.array([o.prompt for o in asked], dtype=object)
+    right_ab, right_ba = agreements(ab, human), agreements(ba, human)
+    prefers_a = human > 0.5
+    locked = same_position(ab, 1.0 - ba)
+
+    def estimate(values: Floats, of: NDArray[np.bool_] | None = None) -> dict[str, float | None]:
+        kept = slice(None) if of is None else of
+        return estimate_mean(values[kept], groups=list(groups[kept]), resamples=resamples)
+
+    right = agreements(averaged, human)
+    return {
+        "pairs": len(asked),
+        "both": estimate(right),
+        "one": estimate((right_ab + right_ba) / 2),
+        "preferred_first": estimate(np.where(prefers_a, right_ab, right_ba)),
+        "preferred_second": estimate(np.where(prefers_a, right_ba, right_ab)),
+        "same_position": estimate(locked.astype(np.float64)),
+        "locked_pairs": int(locked.sum()),
+        "locked": estimate(right, locked),
     }
 
 

@@ -1,7 +1,8 @@
+import pytest
 import torch
 
 from tinyworld.corpus import Corpus
-from tinyworld.pretrain import Recipe, batch_loss, learning_rate, new_model, train
+from tinyworld.pretrain import RECIPES, Recipe, Size, batch_loss, learning_rate, new_model, train
 from tinyworld.tokenizer import build_tokenizer
 
 SHORT = Recipe(stages=((2, {"score": 3}), (4, {"pair": 2, "tag": 1})), lr=1e-3, warmup=2, decay=2)
@@ -31,9 +32,24 @@ def test_the_learning_rate_warms_up_stays_and_falls():
 
 def test_the_loss_does_not_depend_on_how_examples_are_batched():
     tokenizer = build_tokenizer()
-    corpus, model = Corpus(tokenizer), new_model(tokenizer, 0)
+    corpus, model = Corpus(tokenizer), new_model(tokenizer, 0, Size(layers=1))
     parts = [corpus.batches({"pair": 4, "score": 4}, 1, rank=r, ranks=n) for n in (1, 2, 4) for r in range(n)]
     sums = [sum(float(batch_loss(model, b)[0].detach()) for b in part) for part in parts]
     whole, halves, quarters = sums[0], sum(sums[1:3]), sum(sums[3:])
     assert abs(halves - whole) < 1e-3
     assert abs(quarters - whole) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("judge", 0.67e6), ("judge-small", 0.17e6), ("judge-tiny", 0.05e6)]
+)
+def test_judges_are_of_three_sizes(name, parameters):
+    size = RECIPES[name].size
+    model = new_model(build_tokenizer(), 0, size)
+    assert model.num_parameters() == pytest.approx(parameters, rel=0.1)
+    vocabulary, width = model.model.embed_tokens.weight.shape
+    blocks = size.layers * (4 * width**2 + 3 * width * 2 * width + 2 * width)
+    assert model.num_parameters() == vocabulary * width + blocks + width
+    # Attention that starts out uniform learns nothing for long: a query must tell keys apart at every width.
+    queries = model.model.layers[0].self_attn.q_proj.weight
+    assert float(queries.detach().std() * width**0.5) == pytest.approx(0.9, rel=0.05)

@@ -33,6 +33,21 @@ def test_position_bias_by_hand() -> None:
     assert found["first_probability"] == pytest.approx((0.9 + 0.8 + 0.2 + 0.1 + 0.9 + 0.1) / 6)
 
 
+def test_what_averaging_the_orders_gains_by_hand() -> None:
+    # Right in both orders; locked on number 1, more so where that is A; locked on number 2, less so where that is B;
+    # locked on number 1, more so where that is B, which people prefer here.
+    rows = [(0.9, 0.2, 1.0), (0.9, 0.6, 1.0), (0.3, 0.2, 1.0), (0.6, 0.9, 0.0)]
+    observed = [seen((ab + 1 - ba) / 2, human, first_ab=ab, first_ba=ba) for ab, ba, human in rows]
+    found = assess([*observed, seen(0.9), seen(0.9, 0.5, first_ab=0.9, first_ba=0.1)], resamples=2)["orders"]
+    assert found["pairs"] == 4  # asked in both orders, and decided by people
+    assert found["both"]["value"] == 1.0
+    assert found["preferred_first"]["value"] == 3 / 4  # number 1 was right in the first, second and last
+    assert found["preferred_second"]["value"] == 2 / 4
+    assert found["one"]["value"] == 5 / 8
+    assert found["same_position"]["value"] == 3 / 4 and found["locked_pairs"] == 3
+    assert found["locked"]["value"] == 1.0
+
+
 def test_missing_labels_are_counted_by_reason_and_enter_nothing() -> None:
     found = assess([seen(0.9), seen(None, reason="timeout"), seen(None, reason="timeout")], resamples=2)
     assert (found["pairs"], found["labelled"], found["human_pairs"]) == (3, 1, 1)
