@@ -132,6 +132,23 @@ COMMANDS = (
 )  # fmt: skip
 
 
+SPELLED_ELSEWHERE = {
+    "train grpo": "train ppo --advantage_estimator grpo",
+    "train dr_grpo": "train ppo --advantage_estimator dr_grpo",
+    "train rloo": "train ppo --advantage_estimator rloo",
+    "train reinforce": "train ppo --advantage_estimator reinforce",
+    "train online_dpo": "train dpo",
+    "train iterative_dpo": "train dpo",
+    "train kto": "train dpo --loss_type kto",
+    "train ipo": "train dpo --loss_type ipo",
+    "train raft": "train best_of_n",
+    "train rejection_sampling": "train best_of_n",
+    "train reward": "train rm",
+    "train reward_model": "train rm",
+}
+"""Methods that people look for by their own names, and the commands that are them."""
+
+
 def usage(commands: Sequence[Command] = COMMANDS) -> str:
     """The text of `rlaif --help`."""
     width = max(len(c.name) for c in commands)
@@ -162,9 +179,13 @@ def find_command(argv: Sequence[str], commands: Sequence[Command] = COMMANDS) ->
         for command in commands:
             if command.name == name:
                 return command, list(argv[words:])
+    plain = " ".join(argv[:2]).replace("-", "_")
+    names = [c.name for c in commands]
+    if meant := SPELLED_ELSEWHERE.get(plain, plain if plain in names else None):
+        raise ConfigError(f"no command {' '.join(argv[:2])!r}; it is `rlaif {meant}`")
     group = [c.name for c in commands if c.name.startswith(f"{argv[0]} ")]
     named = argv[:2] if group else argv[:1]
-    known = ", ".join(group or [c.name for c in commands])
+    known = ", ".join(group or names)
     raise ConfigError(f"no command {' '.join(named)!r}; choose one of: {known} (rlaif --help)")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from rlaif.errors import ConfigError
@@ -35,8 +35,10 @@ class LoraFlags:
         for name in ("lora_r", "lora_alpha"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.lora_target_modules and not self.use_peft:
-            raise ConfigError("--lora_target_modules needs --use_peft")
+        for field in fields(LoraFlags):
+            changed = getattr(self, field.name) != field.default
+            if field.name.startswith("lora_") and changed and not self.use_peft:
+                raise ConfigError(f"--{field.name} needs --use_peft")
 
 
 def add_adapters(

@@ -70,9 +70,13 @@ class ModelRef:
         """What `from_pretrained` takes for this model: a local folder or a hub name.
 
         Raises:
-            ModelError: the model runs behind an endpoint, or the embedded world has no such model.
+            ModelError: the model runs behind an endpoint, the embedded world has no such model, or the name can only be
+                that of a folder, and there is none.
         """
         if self.backend == "hf":
+            of_a_folder = self.name.startswith(("/", ".", "~")) or self.name.count("/") > 1
+            if of_a_folder and not Path(self.name).is_dir():
+                raise ModelError(f"there is no folder {self.name}: check the path of the model")
             return self.name
         if self.backend == "tinyworld":
             spec = find_spec("tinyworld")

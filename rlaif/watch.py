@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BARS = "▁▂▃▄▅▆▇█"
-SPARK_WIDTH = 32
+SPARK_WIDTHS = (6, 32)
+"""Bars of a curve, at least and at most."""
+BESIDE_THE_BARS = 14
+"""Characters of a run's column that are no bars: the number, and the gap to the next column."""
+TITLES_WIDTH = 18
 SAMPLE_CHARACTERS = 400
 ROWS = (
     ("reward", ("objective/scores",)),
@@ -157,7 +161,7 @@ def run(config: WatchConfig) -> None:
     if config.once or not console.is_terminal:
         for one in watched:
             one.look()
-        console.print(view(watched))
+        console.print(view(watched, console.width))
         return
     from rich.live import Live
 
@@ -166,17 +170,17 @@ def run(config: WatchConfig) -> None:
             for one in watched:
                 if one.record or (one.directory / "run.json").is_file():
                     one.look()
-            live.update(view(watched), refresh=True)
+            live.update(view(watched, console.width), refresh=True)
             if all(one.ended is not None for one in watched):
                 return
             time.sleep(config.refresh_s)
 
 
-def view(watched: Sequence[Watched]) -> RenderableType:
-    """What is shown of the runs."""
+def view(watched: Sequence[Watched], width: int) -> RenderableType:
+    """What is shown of the runs on `width` characters."""
     from rich.console import Group
 
-    parts: list[RenderableType] = [_table(watched)]
+    parts: list[RenderableType] = [_table(watched, width)]
     for one in watched:
         sample = one.sample()
         if sample is not None:
@@ -184,9 +188,11 @@ def view(watched: Sequence[Watched]) -> RenderableType:
     return Group(*parts)
 
 
-def _table(watched: Sequence[Watched]) -> Table:
+def _table(watched: Sequence[Watched], width: int) -> Table:
     from rich.table import Table
 
+    least, most = SPARK_WIDTHS
+    bars = min(most, max(least, (width - TITLES_WIDTH) // len(watched) - BESIDE_THE_BARS))
     table = Table(box=None, pad_edge=False, show_edge=False)
     table.add_column("")
     for one in watched:
@@ -197,7 +203,8 @@ def _table(watched: Sequence[Watched]) -> Table:
         series = [one.series(names) for one in watched]
         if any(series):
             table.add_row(
-                title, *(f"{values[-1]:<11.4g} {sparkline(values)}" if values else "-" for values in series)
+                title,
+                *(f"{values[-1]:<11.4g} {sparkline(values, bars)}" if values else "-" for values in series),
             )
     table.add_row("time of a step", *(_time(one) for one in watched))
     return table
@@ -239,7 +246,7 @@ def _cut(text: str) -> str:
     return plain if len(plain) <= SAMPLE_CHARACTERS else plain[:SAMPLE_CHARACTERS] + " ..."
 
 
-def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
+def sparkline(values: Sequence[float], width: int) -> str:
     """Values as bars of eighths from their least to their greatest, means of equal stretches if there are many."""
     if len(values) > width:
         edges = [round(i * len(values) / width) for i in range(width + 1)]

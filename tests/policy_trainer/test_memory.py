@@ -143,6 +143,11 @@ def test_adapters_are_drawn_from_the_runs_seed(tmp_path: Path) -> None:
     assert all(first[name].equal(again[name]) and not first[name].equal(other[name]) for name in first)
 
 
+def test_flags_of_adapters_without_adapters_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--lora_r needs --use_peft"):
+        tiny.ppo_config(tmp_path, lora_r=4)
+
+
 def test_a_moving_average_of_adapters_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="second model"):
         dpo_config(tmp_path, use_peft=True, reference="ema")

@@ -124,6 +124,8 @@ def test_a_wrong_config_file_gets_one_line(tmp_path: Path, content: str, said: s
     [
         (["nope"], "no command 'nope'; choose one of: demo, sample,"),
         (["train", "nope"], "no command 'train nope'; choose one of: train sft, train rm,"),
+        (["train", "grpo"], "no command 'train grpo'; it is `rlaif train ppo --advantage_estimator grpo`"),
+        (["train", "best-of-n"], "no command 'train best-of-n'; it is `rlaif train best_of_n`"),
         (["train", "example"], "`rlaif train example` needs --output_dir"),
         (
             ["train", "example", "--output_dir", "x", "--lerning_rate", "1"],
@@ -233,3 +235,14 @@ def test_every_error_has_an_exit_code_that_a_script_can_tell_apart() -> None:
         if isinstance(kind, type) and issubclass(kind, errors.RlaifError) and "exit_code" in vars(kind):
             assert own.setdefault(kind.exit_code, kind) is kind
     assert sorted(own) == list(range(1, len(own) + 1))
+
+
+@pytest.mark.parametrize("meant", sorted(set(cli.SPELLED_ELSEWHERE.values())))
+def test_a_method_under_its_own_name_is_a_command_with_flags_that_exist(meant: str) -> None:
+    command, flags = cli.find_command(meant.split())
+    given = ["--model_name_or_path", "m", "--dataset", "d", "--output_dir", "o"]
+    if command.name != "train rm":
+        given += ["--reward_server", "localhost:1", "--num_generations", "2"]
+    config = cli.parse_config(command, [*flags, *given])
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        assert getattr(config, flag[2:]) == value

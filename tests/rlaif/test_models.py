@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rlaif.errors import ConfigError, ModelError
@@ -50,3 +52,14 @@ def test_an_endpoint_has_no_weights_to_load() -> None:
 def test_an_unknown_embedded_model_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="no embedded model 'jugde'"):
         ModelRef.parse("tinyworld:jugde").pretrained_path()
+
+
+@pytest.mark.parametrize("name", ["./policy", "/no/where", "~/policy", "runs/ppo/checkpoint-000050"])
+def test_what_can_only_be_a_folder_and_is_none_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(ModelError, match=f"there is no folder {name}"):
+        ModelRef.parse(name).pretrained_path()
+
+
+def test_a_name_of_the_hub_and_a_folder_are_taken_as_they_are(tmp_path: Path) -> None:
+    for name in ("org/model", "gpt2", str(tmp_path)):
+        assert ModelRef.parse(name).pretrained_path() == name

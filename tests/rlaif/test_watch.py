@@ -54,6 +54,17 @@ def test_runs_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert lines["time of a step"].count("rollout 25 %, reward 50 %, rest 25 %") == 2
 
 
+def test_three_curves_fit_a_terminal_of_80_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two", "six"):
+        make_run(Path(name), [row(step) for step in range(1, 60)])
+    lines = shown(capsys, Path("one"), Path("two"), Path("six"), width=80).splitlines()
+    (reward,) = (line for line in lines if line.startswith("reward"))
+    assert reward.count("5.9") == 3 and reward.count("█") == 3
+
+
 def test_a_run_is_followed_line_by_line_and_a_torn_line_is_waited_for(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", [row(1)])
     watched = Watched(folder)
