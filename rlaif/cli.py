@@ -42,6 +42,10 @@ COMMANDS = (
         "tinyworld.config:DemoConfig", "tinyworld.demo:run",
     ),
     Command(
+        "lab", "studies in the embedded world: what labels and rewards are worth",
+        "tinyworld.lab.config:LabConfig", "tinyworld.lab.command:run",
+    ),
+    Command(
         "sample", "candidates from a policy",
         "labeler.config:SampleConfig", "labeler.sample:run",
     ),

@@ -21,6 +21,7 @@ from shlex import join
 from typing import Any
 
 from rlaif.errors import RlaifError, StorageError
+from rlaif.orphans import end_children_with_this_process
 from rlaif.runs import write_atomic
 from tinyworld.grammar import make_post
 
@@ -28,7 +29,7 @@ POLICY = "tinyworld:policy"
 JUDGE = "tinyworld:judge"
 CONFIGS = Path(__file__).parent / "configs"
 PROCESSES = 2
-"""Tracks that run side by side, each on one core."""
+"""Tracks that run side by side unless it is said otherwise, each on one core."""
 
 SERVER_START_S = 120.0
 SERVER_STOP_S = 30.0
@@ -57,7 +58,7 @@ class Phase:
 
     Attributes:
         title: what is done.
-        tracks: the stages of each track; at most `PROCESSES` tracks are at work at a time, begun in this order.
+        tracks: the stages of each track; begun in this order, several at work at a time.
         servers: arguments of `rlaif serve` for each reward server; all run for as long as the phase does.
     """
 
@@ -91,8 +92,8 @@ def write_prompts(out: Path, *, seed: int, num_prompts: int, num_eval_prompts: i
         write_atomic(out / name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run_phase(phase: Phase, out: Path) -> None:
-    """Run what is left of a phase's tracks, with the reward servers that it needs.
+def run_phase(phase: Phase, out: Path, *, processes: int = PROCESSES) -> None:
+    """Run what is left of a phase's tracks, `processes` at a time, with the reward servers that it needs.
 
     Raises:
         RlaifError: a stage failed; its own message stands above. Stages at work are waited for, no other begins.
@@ -102,6 +103,7 @@ def run_phase(phase: Phase, out: Path) -> None:
     if not tracks:
         return
     print(f"\n== {phase.title}", flush=True)
+    end_children_with_this_process()  # a stage that outlived a kill would write into the run that goes on
     with ExitStack() as stack:
         needed = {s.server for track in tracks for s in track if s.server}
         servers = {
@@ -109,7 +111,7 @@ def run_phase(phase: Phase, out: Path) -> None:
             for name, args in phase.servers.items()
             if name in needed
         }
-        pool = stack.enter_context(ThreadPoolExecutor(PROCESSES))
+        pool = stack.enter_context(ThreadPoolExecutor(processes))
         try:
             for future in as_completed([pool.submit(_run_track, track, servers, out) for track in tracks]):
                 future.result()
@@ -118,13 +120,14 @@ def run_phase(phase: Phase, out: Path) -> None:
             raise
 
 
-def _marker(out: Path, stage: Stage) -> Path:
+def marker(out: Path, stage: Stage) -> Path:
+    """Where a finished stage leaves its command and the seconds that it took, as JSON."""
     return out / "stages" / f"{stage.name}.json"
 
 
 def _is_done(out: Path, stage: Stage) -> bool:
-    marker = _marker(out, stage)
-    return marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["args"] == list(stage.args)
+    path = marker(out, stage)
+    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["args"] == list(stage.args)
 
 
 def _run_track(track: Sequence[Stage], servers: Mapping[str, str], out: Path) -> None:
@@ -141,14 +144,14 @@ def _run_track(track: Sequence[Stage], servers: Mapping[str, str], out: Path) ->
             raise RlaifError(
                 f"stopped at {stage.name!r} (exit code {code}); mend it and run the same command again to go on"
             )
-        marker = _marker(out, stage)
-        marker.parent.mkdir(exist_ok=True)
+        path = marker(out, stage)
+        path.parent.mkdir(exist_ok=True)
         done = {
             "command": _shown(stage.module, args),
             "args": stage.args,
             "seconds": round(time.monotonic() - started, 1),
         }
-        write_atomic(marker, json.dumps(done) + "\n")
+        write_atomic(path, json.dumps(done) + "\n")
 
 
 def _shown(module: str, args: Sequence[str]) -> str:

@@ -1,4 +1,6 @@
-"""Labels as a less able labeler would give them: `python -m tinyworld.noise --labels DIR --wrong 0.25 --output FILE`.
+"""Labels as a less able labeler would give them.
+
+    python -m tinyworld.lab.noisy_labeler --labels DIR --wrong 0.25 --output FILE
 
 The labeler sees a pair through noise, as z = 2 p - 1 + s e, where p is the label of the able one and e is standard
 normal, and answers with what it then knows: P(A preferred | z) = sigmoid(2 z / s^2), the posterior where p is 0 or 1.

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import pytest
 
 from rlaif.records import Quarantine, read_preferences
-from tinyworld.noise import blurred, noise_scale
+from tinyworld.lab.noisy_labeler import blurred, noise_scale
 
 POST = "anna sold boats . ben found keys ."
 
@@ -42,7 +42,7 @@ def test_a_labelled_set_becomes_a_noisy_one_whatever_the_order_of_its_rows(tmp_p
         source, target = tmp_path / "labels.jsonl", tmp_path / "noisy.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in given))
         what = ["--labels", str(source), "--wrong", "0.25", "--seed", str(seed), "--output", str(target)]
-        subprocess.run([sys.executable, "-m", "tinyworld.noise", *what], check=True)
+        subprocess.run([sys.executable, "-m", "tinyworld.lab.noisy_labeler", *what], check=True)
         found = list(read_preferences(target, Quarantine(None)))
         return {r.chosen.split()[-1]: (r.chosen.startswith("ben"), r.chosen_prob) for r in found}
 

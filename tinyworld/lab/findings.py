@@ -1,35 +1,31 @@
-"""What the arms of a study learned: read from their runs, held against gold utility; tables and pictures."""
+"""What the arms of a study learned: read from their runs, held against gold utility; tables and figures."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlaif.agreement import estimate_mean
 from rlaif.errors import DataError
 from rlaif.report.figures import INK, draw_figure
-from rlaif.storage import write_atomic
 from rlaif.tables import number, percent, percent_interval, table
-from tinyworld.arms import ALL, Arm, RewardModel, Study, arms_of, reward_models_of
-from tinyworld.results import gold_curve, machine, metric_curve
+from tinyworld.lab.arms import Arm, RewardModel, head_to_head, reward_models_of
+from tinyworld.lab.study import Report, figure_link, over_seeds
+from tinyworld.results import gold_curve, metric_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from tinyworld.lab.policies import PolicyStudy
+
 Floats = NDArray[np.float64]
 
 START = "start"
-REPORT = "learning.md"
-BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
-"""Where the report goes in a page."""
 
 COLOURS = ("#3b7dd8", "#d9822b", "#2a9d6f", "#b04a9c", "#8a6d3b", "#c0392b")
 LAST = 0.1
@@ -62,18 +58,18 @@ Outcomes = Mapping[str, Sequence[Outcome]]
 """By arm, one for each seed in the same order. `start` is the SFT policy, which has no curves."""
 
 
-def outcomes(out: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> Outcomes:
+def outcomes(study: PolicyStudy, folders: Mapping[int, Path]) -> Outcomes:
     """Read what finished.
 
     Raises:
         DataError: the samples or metrics of a step are missing.
     """
-    found: dict[str, list[Outcome]] = {name: [] for name in (START, *(arm.name for arm in arms))}
-    for folder in (out / f"seed-{seed}" for seed in seeds):
-        start, *others = evaluated(folder, ALL)
+    found: dict[str, list[Outcome]] = {name: [] for name in (START, *(arm.name for arm in study.arms))}
+    for folder in folders.values():
+        start, *others = evaluated(folder, study.name)
         found[START].append(Outcome(start, np.empty(0), {}))
         by_name = {Path(policy["name"]).name: policy for policy in others}
-        for arm in arms:
+        for arm in study.arms:
             found[arm.name].append(Outcome(by_name[arm.name], *training_curves(folder / arm.name)))
     return found
 
@@ -102,16 +98,6 @@ def training_curves(run: Path) -> tuple[Floats, dict[str, Floats]]:
     return np.array(seen.values, float), {name: np.array(curve.values) for name, curve in curves.items()}
 
 
-def over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean of the seeds' estimates, with a 95 % bootstrap interval over seeds; of one seed, its own interval."""
-    if len(found) == 1:
-        return dict(found[0])
-    values = [estimate["value"] for estimate in found]
-    if None in values:
-        return {"value": None, "low": None, "high": None}
-    return dict(estimate_mean(values))
-
-
 def window(steps: int) -> int:
     """How many steps "at the end" and "highest" average over."""
     return max(1, round(LAST * steps))
@@ -128,10 +114,10 @@ def mean_curve(of: Sequence[Outcome], name: str) -> Floats:
     return np.asarray(np.mean([outcome.curves[name] for outcome in of], axis=0), dtype=np.float64)
 
 
-def study_tables(study: Study, found: Outcomes, seeds: Sequence[int]) -> Iterator[str]:
-    """The study's table over seeds, and its win rates seed by seed, as Markdown."""
+def policy_tables(arms: Sequence[Arm], found: Outcomes, seeds: Sequence[int]) -> Iterator[str]:
+    """A table of the arms over seeds, and their win rates seed by seed, as Markdown."""
     rows: list[tuple[str, ...]] = []
-    for arm in study.arms:
+    for arm in arms:
         of = found[arm.name]
         gold, reward = (smoothed(mean_curve(of, name)) for name in ("gold", "reward"))
         rows.append(
@@ -158,33 +144,30 @@ def study_tables(study: Study, found: Outcomes, seeds: Sequence[int]) -> Iterato
     if len(seeds) > 1:
         by_seed = [
             (arm.title, *(percent_interval(outcome.gold["win_rate"]) for outcome in found[arm.name]))
-            for arm in study.arms
+            for arm in arms
         ]
         yield table(("gold win rate over SFT, %", *(f"seed {seed}" for seed in seeds)), by_seed)
 
 
-def versus(study: Study, out: Path, seeds: Sequence[int]) -> str:
-    """How often gold prefers each arm to the study's last one, as Markdown."""
-    *others, last = study.arms
-    by_seed = [evaluated(out / f"seed-{seed}", study.name)[1:] for seed in seeds]
-    lines = []
-    for i, arm in enumerate(others):
-        won = [policies[i]["ratings"][0]["win_rate"] for policies in by_seed]
-        each = ", ".join(percent(found["value"]) for found in won)
-        lines.append(
-            f"Head to head, *{arm.title}* wins over *{last.title}* on {percent_interval(over_seeds(won))} % of the "
-            f"posts, ties counting half (by seed: {each})."
-        )
-    return "\n".join(lines)
+def versus(one: Arm, other: Arm, folders: Mapping[int, Path]) -> str:
+    """How often gold prefers one arm to another, as Markdown."""
+    rated = [evaluated(folder, head_to_head(one, other))[1]["ratings"][0] for folder in folders.values()]
+    each = ", ".join(percent(found["win_rate"]["value"]) for found in rated)
+    return (
+        f"Head to head, *{one.title}* wins over *{other.title}* on "
+        f"{percent_interval(over_seeds([found['win_rate'] for found in rated]))} % of the posts, ties counting half "
+        f"(by seed: {each}); length-controlled, "
+        f"{percent_interval(over_seeds([found['length_controlled'] for found in rated]))} %."
+    )
 
 
-def reward_model_table(out: Path, models: Mapping[str, RewardModel], seeds: Sequence[int]) -> str:
+def reward_model_table(models: Mapping[str, RewardModel], folders: Mapping[int, Path]) -> str:
     """What the reward models are worth on pairs that gold has labelled, as Markdown; means over seeds."""
     rows = []
     for name, model in models.items():
         read = [
-            json.loads((out / f"seed-{seed}" / "eval" / name / "metrics.json").read_text(encoding="utf-8"))
-            for seed in seeds
+            json.loads((folder / "eval" / name / "metrics.json").read_text(encoding="utf-8"))
+            for folder in folders.values()
         ]
         accuracy = [found["accuracy"]["value"] for found in read]
         rows.append(
@@ -199,12 +182,12 @@ def reward_model_table(out: Path, models: Mapping[str, RewardModel], seeds: Sequ
     return table(("reward model", "learned from", "agrees with gold, %", "log loss", "ECE"), rows)
 
 
-def draw_study(study: Study, found: Outcomes) -> str:
+def draw_curves(arms: Sequence[Arm], found: Outcomes) -> str:
     """Gold and reward against the responses sampled, and gold against KL: mean over seeds, and their range."""
 
     def panel(y: str, x: str, ylabel: str, xlabel: str) -> Callable[[Axes], None]:
         def draw(ax: Axes) -> None:
-            for colour, arm in zip(COLOURS, study.arms, strict=False):
+            for colour, arm in zip(COLOURS, arms, strict=False):
                 of = found[arm.name]
                 across = of[0].seen if x == "seen" else smoothed(mean_curve(of, x))
                 lines = np.array([smoothed(outcome.curves[y]) for outcome in of])
@@ -227,54 +210,23 @@ def draw_study(study: Study, found: Outcomes) -> str:
     )
 
 
-def write_report(out: Path, studies: Sequence[Study], seeds: Sequence[int]) -> str:
-    """Write `learning.md` and its pictures to `out`, and return the text.
+def report_policies(study: PolicyStudy, folders: Mapping[int, Path]) -> Report:
+    """What the arms of a study learned, from which reward models, and who wins head to head.
 
     Raises:
         DataError: a run's file is missing or unreadable.
     """
-    arms = arms_of(studies)
-    found = outcomes(out, arms, seeds)
-    parts = []
-    for study in studies:
-        parts += [f"### {study.title}", *study_tables(study, found, seeds)]
-        if study.versus:
-            parts.append(versus(study, out, seeds))
-        if study.curves:
-            name = f"images/learning-{study.name}.svg"
-            write_atomic(out / name, draw_study(study, found))
-            parts.append(f"![gold and reward by responses sampled, gold by KL]({name})")
-    parts += ["### Reward models", reward_model_table(out, reward_models_of(arms), seeds)]
-    seconds = [_seconds(out / f"seed-{seed}") for seed in seeds]
+    found = outcomes(study, folders)
+    parts = ["### Policies", *policy_tables(study.arms, found, list(folders))]
+    parts += [versus(one, other, folders) for one, other in study.versus]
+    figures = {}
+    if study.curves:
+        figures["curves"] = draw_curves(study.arms, found)
+        parts.append(figure_link(study.name, "curves", "gold and reward by responses sampled, gold by KL"))
     posts = found[START][0].measured["responses"]
-    parts.append(
-        f"Seeds {', '.join(map(str, seeds))}; {posts} unseen posts each; {date.today().isoformat()}; {machine()}; "
-        f"processes at work for {np.mean(seconds) / 60:.1f} minutes a seed, two side by side."
-    )
-    text = "\n\n".join(parts) + "\n"
-    write_atomic(out / REPORT, text)
-    return text
-
-
-def _seconds(folder: Path) -> float:
-    """Wall-clock seconds of all stages of a seed together."""
-    stages = (folder / "stages").glob("*.json")
-    return math.fsum(json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in stages)
-
-
-def insert_report(out: Path, docs: Path) -> None:
-    """Put the report and its pictures into `docs`: `learning.md` takes it between its marks.
-
-    Raises:
-        DataError: the page has no marks.
-    """
-    page = docs / REPORT
-    text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise DataError(f"{page} has no {BEGIN} and {END} for the report to go between")
-    report = (out / REPORT).read_text(encoding="utf-8")
-    for picture in sorted((out / "images").glob("*.svg")):
-        write_atomic(docs / "images" / picture.name, picture.read_text(encoding="utf-8"))
-    write_atomic(page, f"{before}{BEGIN}\n\n{report}\n{END}{after}")
+    parts += [
+        f"{posts} unseen posts a seed.",
+        "### Reward models",
+        reward_model_table(reward_models_of(study.arms), folders),
+    ]
+    return Report("\n\n".join(parts), figures)

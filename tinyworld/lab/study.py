@@ -1,0 +1,113 @@
+"""What a study of the laboratory is, and what it reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlaif.agreement import estimate_mean
+from rlaif.storage import write_atomic
+from rlaif.tables import Found, table
+from tinyworld.gold import gold_prefers
+from tinyworld.pairs import WRITERS, Writer, decided
+from tinyworld.stages import Phase
+
+GOLD_PAIRS = "gold-pairs.jsonl"
+"""Pairs that gold has labelled, in a seed's folder; see `write_gold_pairs`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much of everything.
+
+    Attributes:
+        num_prompts: posts to label and to train on.
+        num_eval_prompts: unseen posts on which policies are compared.
+        num_pairs: pairs that gold has labelled.
+        max_steps: steps of every training run of a policy, instead of those of its settings.
+    """
+
+    num_prompts: int
+    num_eval_prompts: int
+    num_pairs: int
+    max_steps: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a study found.
+
+    Attributes:
+        text: Markdown, headings from `###` on. It shows a figure as `![what it shows](images/STUDY-FIGURE.svg)`;
+            `figure_link` writes that.
+        figures: SVG by the figure's name.
+    """
+
+    text: str
+    figures: Mapping[str, str] = field(default_factory=dict)
+
+
+class Study(Protocol):
+    """One question, answered by commands. `folder` is that of a seed, shared with the other studies of a run."""
+
+    @property
+    def name(self) -> str:
+        """For the command line and for files."""
+
+    @property
+    def title(self) -> str:
+        """A heading."""
+
+    def prepare(self, folder: Path, seed: int, sizes: Sizes) -> None:
+        """Write the data of one seed, the same however often it is called.
+
+        Raises:
+            StorageError: what stands in the folder was begun with other settings.
+        """
+
+    def plan(self, folder: Path, seed: int, sizes: Sizes) -> list[Phase]:
+        """The commands of one seed, in order."""
+
+    def report(self, folders: Mapping[int, Path]) -> Report:
+        """What the finished seeds found; `folders` has that of each.
+
+        Raises:
+            DataError: a run's file is missing or unreadable.
+        """
+
+
+def figure_link(study: str, figure: str, shows: str) -> str:
+    """Markdown that shows a figure of a report."""
+    return f"![{shows}](images/{study}-{figure}.svg)"
+
+
+def beside(rows: Sequence[tuple[str, str, str]]) -> str:
+    """A Markdown table of (what, what the paper published, what was found here)."""
+    return table(("", "paper", "here"), rows)
+
+
+def over_seeds(found: Sequence[Found]) -> dict[str, Any]:
+    """Mean of the seeds' estimates, with a 95 % bootstrap interval over seeds; of one seed, its own interval."""
+    if len(found) == 1:
+        return dict(found[0])
+    values = [estimate["value"] for estimate in found]
+    if None in values:
+        return {"value": None, "low": None, "high": None}
+    return dict(estimate_mean(values))
+
+
+def gold_pairs(writer: Writer, n: int, seed: int) -> Iterator[dict[str, object]]:
+    """`n` pairs that gold does not tie, as rows of a dataset with human labels; other pairs for every seed."""
+    for post, a, b in islice(decided(writer, 1_000_000 * seed), n):
+        label = 1 if gold_prefers(post, a, b) else 2
+        yield {"prompt": post, "response_a": a, "response_b": b, "label": label}
+
+
+def write_gold_pairs(folder: Path, seed: int, sizes: Sizes) -> None:
+    """Write `GOLD_PAIRS`: summaries as the embedded policy writes them, and which of two gold prefers."""
+    rows = gold_pairs(WRITERS["so_so"], sizes.num_pairs, seed)
+    write_atomic(folder / GOLD_PAIRS, "".join(json.dumps(row) + "\n" for row in rows))
