@@ -17,7 +17,7 @@ SOAK_MINUTES ?= 30
 # The CPU build of PyTorch has this exact version; with an NVIDIA driver the default build is the CUDA one.
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 
-.PHONY: help venv demo test soak foreign test-vllm check format protos protos-check protos-fresh docker-lint clean
+.PHONY: help venv demo test soak foreign test-vllm check docs format protos protos-check protos-fresh docker-lint clean
 
 help:  ## what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,6 +58,9 @@ check: $(VENV)/.dev protos-fresh protos-check docker-lint  ## what CI checks bef
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
+
+docs: $(VENV)/.dev  ## the documentation as a site, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.dev  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
