@@ -18,7 +18,7 @@ import numpy as np
 from tinyworld.lab import methods, noise, overoptimisation, prompts, rewards
 from tinyworld.lab.config import LabConfig
 from tinyworld.lab.page import insert_report, write_report
-from tinyworld.lab.study import Report, Sizes, Study
+from tinyworld.lab.study import Sizes, Study
 from tinyworld.results import machine
 from tinyworld.stages import marker, remember, run_phase
 
@@ -56,16 +56,14 @@ def run_study(study: Study, config: LabConfig) -> None:
             run_phase(phase, folder, processes=config.processes)
         finished[seed] = folder
         print(f"\n{study.name}, seed {seed}: {time.monotonic() - began:.0f} s\n", flush=True)
-        found = study.report(finished)
-        signed = Report(f"{found.text.strip()}\n\n{_signature(study, finished, sizes)}\n", found.figures)
-        write_report(config.output_dir, study, signed)
-        print(signed.text, flush=True)
+        found = study.report(finished), _origin(study, finished, sizes)
+        print(write_report(config.output_dir, study, *found), flush=True)
     if config.docs is not None:
-        insert_report(config.docs, study, signed)
+        insert_report(config.docs, study, *found)
     print(f"-> {config.output_dir / study.name}.html", flush=True)
 
 
-def _signature(study: Study, folders: Mapping[int, Path], sizes: Sizes) -> str:
+def _origin(study: Study, folders: Mapping[int, Path], sizes: Sizes) -> str:
     """Which seeds, when, where, and how long the study's commands took."""
     seconds = [
         math.fsum(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlaif.errors import DataError
-from rlaif.report.figures import INK, draw_figure
-from rlaif.tables import number, percent, percent_interval, table
+from rlaif.report.figures import INK, Panel, series
+from rlaif.report.page import Block, Figure, Figures, Prose, Section, Table
+from rlaif.tables import number, percent, percent_interval
 from tinyworld.lab.arms import Arm, RewardModel, head_to_head, reward_models_of
-from tinyworld.lab.study import Report, figure_link, over_seeds
+from tinyworld.lab.study import over_seeds
 from tinyworld.results import gold_curve, metric_curve
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ Floats = NDArray[np.float64]
 
 START = "start"
 
-COLOURS = ("#3b7dd8", "#d9822b", "#2a9d6f", "#b04a9c", "#8a6d3b", "#c0392b")
 LAST = 0.1
 """Share of an arm's steps that "at the end of training" averages over."""
 
@@ -114,8 +114,8 @@ def mean_curve(of: Sequence[Outcome], name: str) -> Floats:
     return np.asarray(np.mean([outcome.curves[name] for outcome in of], axis=0), dtype=np.float64)
 
 
-def policy_tables(arms: Sequence[Arm], found: Outcomes, seeds: Sequence[int]) -> Iterator[str]:
-    """A table of the arms over seeds, and their win rates seed by seed, as Markdown."""
+def policy_tables(arms: Sequence[Arm], found: Outcomes, seeds: Sequence[int]) -> Iterator[Table]:
+    """A table of the arms over seeds, and their win rates seed by seed."""
     rows: list[tuple[str, ...]] = []
     for arm in arms:
         of = found[arm.name]
@@ -140,29 +140,33 @@ def policy_tables(arms: Sequence[Arm], found: Outcomes, seeds: Sequence[int]) ->
         "", "gold win rate over SFT, %", "length-controlled", "gold utility", "KL", "tokens",
         "gold in training: highest, last", "reward: highest, last",
     )  # fmt: skip
-    yield table(heads, rows)
+    yield Table("Over seeds", heads, rows)
     if len(seeds) > 1:
         by_seed = [
             (arm.title, *(percent_interval(outcome.gold["win_rate"]) for outcome in found[arm.name]))
             for arm in arms
         ]
-        yield table(("gold win rate over SFT, %", *(f"seed {seed}" for seed in seeds)), by_seed)
+        yield Table("Gold win rate over SFT, %", ("", *(f"seed {seed}" for seed in seeds)), by_seed)
 
 
-def versus(one: Arm, other: Arm, folders: Mapping[int, Path]) -> str:
-    """How often gold prefers one arm to another, as Markdown."""
-    rated = [evaluated(folder, head_to_head(one, other))[1]["ratings"][0] for folder in folders.values()]
-    each = ", ".join(percent(found["win_rate"]["value"]) for found in rated)
-    return (
-        f"Head to head, *{one.title}* wins over *{other.title}* on "
-        f"{percent_interval(over_seeds([found['win_rate'] for found in rated]))} % of the posts, ties counting half "
-        f"(by seed: {each}); length-controlled, "
-        f"{percent_interval(over_seeds([found['length_controlled'] for found in rated]))} %."
-    )
+def versus_table(pairs: Sequence[tuple[Arm, Arm]], folders: Mapping[int, Path]) -> Table:
+    """How often gold prefers one arm to another."""
+    rows = []
+    for one, other in pairs:
+        rated = [evaluated(folder, head_to_head(one, other))[1]["ratings"][0] for folder in folders.values()]
+        rows.append(
+            (
+                f"{one.title} over {other.title}",
+                percent_interval(over_seeds([found["win_rate"] for found in rated])),
+                percent_interval(over_seeds([found["length_controlled"] for found in rated])),
+                ", ".join(percent(found["win_rate"]["value"]) for found in rated),
+            )
+        )
+    return Table("Head to head", ("", "gold win rate, %", "length-controlled, %", "by seed"), rows)
 
 
-def reward_model_table(models: Mapping[str, RewardModel], folders: Mapping[int, Path]) -> str:
-    """What the reward models are worth on pairs that gold has labelled, as Markdown; means over seeds."""
+def reward_model_table(models: Mapping[str, RewardModel], folders: Mapping[int, Path]) -> Table:
+    """What the reward models are worth on pairs that gold has labelled; means over seeds."""
     rows = []
     for name, model in models.items():
         read = [
@@ -179,54 +183,54 @@ def reward_model_table(models: Mapping[str, RewardModel], folders: Mapping[int, 
                 number(float(np.mean([found["calibration"]["ece"] for found in read]))),
             )
         )
-    return table(("reward model", "learned from", "agrees with gold, %", "log loss", "ECE"), rows)
+    heads = ("reward model", "learned from", "agrees with gold, %", "log loss", "ECE")
+    return Table("On pairs that gold has labelled", heads, rows)
 
 
-def draw_curves(arms: Sequence[Arm], found: Outcomes) -> str:
+def curve_figures(arms: Sequence[Arm], found: Outcomes) -> Figures:
     """Gold and reward against the responses sampled, and gold against KL: mean over seeds, and their range."""
+    start = float(np.mean([outcome.gold["score"]["value"] for outcome in found[START]]))
 
-    def panel(y: str, x: str, ylabel: str, xlabel: str) -> Callable[[Axes], None]:
+    def panel(y: str, x: str, ylabel: str, xlabel: str) -> Panel:
         def draw(ax: Axes) -> None:
-            for colour, arm in zip(COLOURS, arms, strict=False):
+            for i, arm in enumerate(arms):
                 of = found[arm.name]
                 across = of[0].seen if x == "seen" else smoothed(mean_curve(of, x))
                 lines = np.array([smoothed(outcome.curves[y]) for outcome in of])
-                ax.plot(across, lines.mean(axis=0), color=colour, label=arm.title, linewidth=1.8)
+                ax.plot(across, lines.mean(axis=0), **series(i), label=arm.title, linewidth=1.8)
                 if x == "seen" and len(of) > 1:
                     low, high = lines.min(axis=0), lines.max(axis=0)
-                    ax.fill_between(across, low, high, color=colour, alpha=0.15, linewidth=0)
+                    ax.fill_between(across, low, high, color=series(i)["color"], alpha=0.15, linewidth=0)
             if y == "gold":
-                start = float(np.mean([outcome.gold["score"]["value"] for outcome in found[START]]))
                 ax.axhline(start, color=INK, linestyle=":", label="SFT policy")
             ax.set(xlabel=xlabel, ylabel=ylabel)
             ax.legend(fontsize=8)
 
         return draw
 
-    return draw_figure(
-        panel("gold", "seen", "gold utility", "responses sampled"),
-        panel("reward", "seen", "reward (normalised)", "responses sampled"),
-        panel("gold", "kl", "gold utility", "KL to the SFT policy (nats per response)"),
+    seen, kl = "responses sampled", "KL to the SFT policy (nats per response)"
+    note = "Means over seeds and, shaded, their range; each point averages the steps before it."
+    return Figures(
+        (
+            Figure("Gold utility in training", note, panel("gold", "seen", "gold utility", seen)),
+            Figure("Reward in training", note, panel("reward", "seen", "reward (normalised)", seen)),
+            Figure("Gold utility by KL", "Means over seeds.", panel("gold", "kl", "gold utility", kl)),
+        )
     )
 
 
-def report_policies(study: PolicyStudy, folders: Mapping[int, Path]) -> Report:
+def report_policies(study: PolicyStudy, folders: Mapping[int, Path]) -> list[Section]:
     """What the arms of a study learned, from which reward models, and who wins head to head.
 
     Raises:
         DataError: a run's file is missing or unreadable.
     """
     found = outcomes(study, folders)
-    parts = ["### Policies", *policy_tables(study.arms, found, list(folders))]
-    parts += [versus(one, other, folders) for one, other in study.versus]
-    figures = {}
+    policies: list[Block] = [*policy_tables(study.arms, found, list(folders))]
+    if study.versus:
+        policies.append(versus_table(study.versus, folders))
     if study.curves:
-        figures["curves"] = draw_curves(study.arms, found)
-        parts.append(figure_link(study.name, "curves", "gold and reward by responses sampled, gold by KL"))
-    posts = found[START][0].measured["responses"]
-    parts += [
-        f"{posts} unseen posts a seed.",
-        "### Reward models",
-        reward_model_table(reward_models_of(study.arms), folders),
-    ]
-    return Report("\n\n".join(parts), figures)
+        policies.append(curve_figures(study.arms, found))
+    policies.append(Prose(f"{found[START][0].measured['responses']} unseen posts a seed; ties count half."))
+    models = reward_model_table(reward_models_of(study.arms), folders)
+    return [Section("Policies", policies), Section("Reward models", [models])]

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rlaif.report.page import Section
 from tinyworld.lab.arms import JUDGED, Arm, Labels, RewardModel, head_to_head, reward_models_of
 from tinyworld.lab.findings import report_policies
-from tinyworld.lab.study import GOLD_PAIRS, Report, Sizes, write_gold_pairs
+from tinyworld.lab.study import GOLD_PAIRS, Sizes, write_gold_pairs
 from tinyworld.stages import CONFIGS, JUDGE, POLICY, Phase, Stage, remember, write_prompts
 
 RM_SETTINGS = CONFIGS / "rm.yaml"
@@ -86,7 +87,7 @@ class PolicyStudy:
             ),
         ]
 
-    def report(self, folders: Mapping[int, Path]) -> Report:
+    def report(self, folders: Mapping[int, Path]) -> list[Section]:
         """What the arms learned, from which reward models, and who wins head to head."""
         return report_policies(self, folders)
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from rlaif.tables import interval, percent, percent_interval, table
-from tinyworld.lab.study import GOLD_PAIRS, Report, Sizes, over_seeds, write_gold_pairs
+from rlaif.report.page import Prose, Section, Table
+from rlaif.tables import interval, percent, percent_interval
+from tinyworld.lab.study import GOLD_PAIRS, Sizes, over_seeds, write_gold_pairs
 from tinyworld.stages import Phase, Stage
 
 JUDGE = "tinyworld:judge-fewshot"
@@ -69,20 +70,21 @@ class PromptStudy:
         ]
         return [Phase(f"Seed {seed}: ask the judge in every way", (tuple(stages),), {})]
 
-    def report(self, folders: Mapping[int, Path]) -> Report:
+    def report(self, folders: Mapping[int, Path]) -> list[Section]:
         """A table for each part: agreement with gold and position bias of every variant."""
-        parts = []
-        for part, (heading, _) in PARTS.items():
-            by_seed = [_variants(folder / "judge" / part) for folder in folders.values()]
-            heads = ("variant", "agreement, %", "kappa", "same position, %", "of those first, %")
-            parts += [f"### {heading}", table(heads, list(map(_row, zip(*by_seed, strict=True))))]
-        pairs = sum(seed[0]["human_pairs"] for seed in by_seed)
-        longer = [seed[0]["longer_wins_agreement"] for seed in by_seed]
-        parts.append(
-            f'{pairs} pairs that gold does not tie, over all seeds. "The longer one wins" agrees with gold on '
-            f"{percent(float(np.mean(longer)))} %."
+        heads = ("variant", "agreement, %", "kappa", "same position, %", "of those first, %")
+        found = {part: [_variants(folder / "judge" / part) for folder in folders.values()] for part in PARTS}
+        tables = [
+            Table(heading, heads, list(map(_row, zip(*found[part], strict=True))))
+            for part, (heading, _) in PARTS.items()
+        ]
+        seeds = [variants[0] for variants in next(iter(found.values()))]
+        longer = float(np.mean([seed["longer_wins_agreement"] for seed in seeds]))
+        note = (
+            f"{sum(seed['human_pairs'] for seed in seeds)} pairs that gold does not tie, over all seeds. "
+            f'"The longer one wins" agrees with gold on {percent(longer)} %.'
         )
-        return Report("\n\n".join(parts))
+        return [Section("Agreement with gold", [*tables, Prose(note)])]
 
 
 def _variants(folder: Path) -> list[dict[str, Any]]:

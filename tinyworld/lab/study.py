@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from rlaif.agreement import estimate_mean
+from rlaif.report.page import Section, Table
 from rlaif.storage import write_atomic
-from rlaif.tables import Found, table
+from rlaif.tables import Found
 from tinyworld.gold import gold_prefers
 from tinyworld.pairs import WRITERS, Writer, decided
 from tinyworld.stages import Phase
@@ -37,20 +38,6 @@ class Sizes:
     max_steps: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a study found.
-
-    Attributes:
-        text: Markdown, headings from `###` on. It shows a figure as `![what it shows](images/STUDY-FIGURE.svg)`;
-            `figure_link` writes that.
-        figures: SVG by the figure's name.
-    """
-
-    text: str
-    figures: Mapping[str, str] = field(default_factory=dict)
-
-
 class Study(Protocol):
     """One question, answered by commands. `folder` is that of a seed, shared with the other studies of a run."""
 
@@ -72,22 +59,17 @@ class Study(Protocol):
     def plan(self, folder: Path, seed: int, sizes: Sizes) -> list[Phase]:
         """The commands of one seed, in order."""
 
-    def report(self, folders: Mapping[int, Path]) -> Report:
-        """What the finished seeds found; `folders` has that of each.
+    def report(self, folders: Mapping[int, Path]) -> Sequence[Section]:
+        """What the finished seeds found, as sections of a page; `folders` has that of each.
 
         Raises:
             DataError: a run's file is missing or unreadable.
         """
 
 
-def figure_link(study: str, figure: str, shows: str) -> str:
-    """Markdown that shows a figure of a report."""
-    return f"![{shows}](images/{study}-{figure}.svg)"
-
-
-def beside(rows: Sequence[tuple[str, str, str]]) -> str:
-    """A Markdown table of (what, what the paper published, what was found here)."""
-    return table(("", "paper", "here"), rows)
+def beside(rows: Sequence[tuple[str, str, str]]) -> Table:
+    """A table of (what, what the paper published, what was found here)."""
+    return Table("Beside the paper", ("", "paper", "here"), rows)
 
 
 def over_seeds(found: Sequence[Found]) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from typing import get_args
 import pytest
 
 from rlaif.errors import ConfigError, DataError
+from rlaif.report.page import Figure, Figures, Prose, Section
 from tinyworld.gold import gold_utility
 from tinyworld.lab.command import STUDIES, run_study
 from tinyworld.lab.config import LabConfig, StudyName
 from tinyworld.lab.methods import RLOO
-from tinyworld.lab.page import BEGIN, END, insert_report, render_page, write_report
+from tinyworld.lab.page import BEGIN, END, insert_report, write_report
 from tinyworld.lab.policies import PolicyStudy
-from tinyworld.lab.study import Report, Sizes, beside, figure_link, gold_pairs, over_seeds
+from tinyworld.lab.study import Sizes, beside, gold_pairs, over_seeds
 from tinyworld.pairs import WRITERS
 
 
@@ -67,29 +68,55 @@ def test_the_interval_over_seeds_is_that_of_the_seeds_and_of_one_seed_its_own():
     assert over_seeds([estimate(0.7), estimate(None, None, None)])["value"] is None
 
 
-REPORT = Report(
-    f"### What was found\n\n{beside([('won, %', '71', '93')])}\n\n{figure_link('methods', 'x', 'a <line>')}\n",
-    {"x": "<svg/>"},
-)
+def draw(ax):
+    ax.plot([0, 1], [1, 2])
+
+
+FOUND = [
+    Section(
+        "What was found",
+        [
+            beside([("won, %", "71", "93")]),
+            Figures((Figure("A <line>", "How it rises.", draw),)),
+            Prose("So it is."),
+        ],
+    )
+]
+MARKDOWN = """### What was found
+
+**Beside the paper**
+
+|        | paper | here |
+| ------ | ----- | ---- |
+| won, % | 71    | 93   |
+
+![A <line>](images/methods-a-line.svg)
+
+How it rises.
+
+So it is.
+
+Seed 0.
+"""
 
 
 def test_the_findings_go_between_the_marks_of_a_page(tmp_path):
     (tmp_path / "methods.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    insert_report(tmp_path, STUDIES["methods"], REPORT)
+    insert_report(tmp_path, STUDIES["methods"], FOUND, "Seed 0.")
     page = (tmp_path / "methods.md").read_text()
-    assert page == f"before\n{BEGIN}\n\n{REPORT.text}\n{END}\nafter\n"
-    assert (tmp_path / "images" / "methods-x.svg").read_text() == "<svg/>"
+    assert page == f"before\n{BEGIN}\n\n{MARKDOWN}\n{END}\nafter\n"
+    assert (tmp_path / "images" / "methods-a-line.svg").read_text().startswith("<svg")
     with pytest.raises(DataError, match="no <!--"):
-        insert_report(tmp_path, STUDIES["noise"], REPORT)
+        insert_report(tmp_path, STUDIES["noise"], FOUND, "Seed 0.")
 
 
-def test_the_html_page_holds_its_figures_and_tables_and_refers_to_nothing(tmp_path):
-    write_report(tmp_path, STUDIES["methods"], REPORT)
+def test_the_html_page_holds_the_same_and_refers_to_nothing(tmp_path):
+    assert write_report(tmp_path, STUDIES["methods"], FOUND, "Seed 0.") == MARKDOWN
     page = (tmp_path / "methods.html").read_text()
-    assert "<figure><svg/><figcaption>a &lt;line&gt;</figcaption></figure>" in page
-    assert "<td>71</td>" in page
-    assert not re.search(r"(src|href)\s*=", page)
-    assert page == render_page(STUDIES["methods"], REPORT)
+    assert STUDIES["methods"].title in page
+    assert page.count("<svg") == 1
+    assert "Seed 0." in page
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|images)""", page)
 
 
 @pytest.mark.slow
@@ -117,8 +144,8 @@ def test_a_study_that_was_killed_goes_on_and_then_has_nothing_to_do(tmp_path, ca
     assert "| RLOO " in report
     assert "commands at work for" in report
     page = (tmp_path / "small.html").read_text(encoding="utf-8")
-    assert "<h2>Reward models</h2>" in page
-    assert page.count("<svg") == 1
+    assert ">Reward models</h2>" in page
+    assert page.count("<svg") == 3
 
     run_study(study, config)
     assert "$ rlaif" not in capsys.readouterr().out

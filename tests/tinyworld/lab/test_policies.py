@@ -102,15 +102,12 @@ def test_the_tables_by_hand():
         "a": [outcome(0.75, 0.5, (0.1, 0.3, 0.2)), outcome(0.75, 0.6, (0.3, 0.5, 0.2))],
         "b": [outcome(0.5, 0.5), outcome(1.0, 0.9)],
     }
-    over, by_seed = (
-        [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-        for text in policy_tables(arms, found, [0, 1])
-    )
+    over, by_seed = (list(map(list, table.rows)) for table in policy_tables(arms, found, [0, 1]))
     first = ["first", "75.0 [75.0, 75.0]", "50.0", "0.550", "2.000", "14.0", "0.400, 0.200", "0.40, 0.20"]
-    assert over[2] == first
-    assert over[3][:4] == ["second", "75.0 [50.0, 100.0]", "50.0", "0.700"]
-    assert over[4][3] == "0.200"
-    assert by_seed[3] == ["second", "50.0 [0.0, 100.0]", "100.0 [0.0, 100.0]"]
+    assert over[0] == first
+    assert over[1][:4] == ["second", "75.0 [50.0, 100.0]", "50.0", "0.700"]
+    assert over[2][3] == "0.200"
+    assert by_seed[1] == ["second", "50.0 [0.0, 100.0]", "100.0 [0.0, 100.0]"]
 
 
 def test_arms_of_other_settings_are_refused_and_further_arms_are_not(tmp_path):
