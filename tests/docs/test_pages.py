@@ -16,6 +16,8 @@ from tests.docs.pages import Block, follow, read_blocks
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+OUTSIDE = sorted([*ROOT.glob("*.md"), *ROOT.glob("benchmarks/**/*.md"), *ROOT.glob("tinyworld/*.md")])
+"""Pages whose links `mkdocs build` does not check."""
 TUTORIAL = "tutorial.md"
 HOW_TOS = ("own-rubric.md", "own-judge.md", "own-reward-model.md", "other-trainers.md", "several-gpus.md")
 FOLLOWED = {f"docs/{TUTORIAL}", "docs/walkthrough-serving.md", *(f"docs/howto/{name}" for name in HOW_TOS)}
@@ -88,6 +90,13 @@ def test_flags_in_prose_exist(page: Path) -> None:
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", quoted):
             plain = flag.replace("-", "_").replace("__", "--", 1).replace("--no_", "--", 1)
             assert flag in FOREIGN_FLAGS or plain in known or flag in known, f"{relative(page)}: {flag}"
+
+
+@pytest.mark.parametrize("page", OUTSIDE, ids=relative)
+def test_links_outside_the_site_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not re.match(r"https?:|#", target):
+            assert (page.parent / target.partition("#")[0]).exists(), f"{relative(page)}: {target}"
 
 
 @cache
