@@ -30,7 +30,7 @@ TINY: Mapping[str, str] = {
     "--max_steps 30": "--max_steps 1",
     "--max_steps 8": "--max_steps 1",
     "--rollout_batch_size 64": "--rollout_batch_size 8",
-    "--num_train_epochs 3": "--num_train_epochs 1",
+    "--num_train_epochs 3": "--num_train_epochs 1 --eval_fraction 0.3",
 }
 """The tutorial's sizes, and what a test has instead of them."""
 
