@@ -165,18 +165,18 @@ def versus_table(pairs: Sequence[tuple[Arm, Arm]], folders: Mapping[int, Path]) 
     return Table("Head to head", ("", "gold win rate, %", "length-controlled, %", "by seed"), rows)
 
 
-def reward_model_table(models: Mapping[str, RewardModel], folders: Mapping[int, Path]) -> Table:
+def reward_model_table(models: Sequence[RewardModel], folders: Mapping[int, Path]) -> Table:
     """What the reward models are worth on pairs that gold has labelled; means over seeds."""
     rows = []
-    for name, model in models.items():
+    for model in models:
         read = [
-            json.loads((folder / "eval" / name / "metrics.json").read_text(encoding="utf-8"))
+            json.loads((folder / "eval" / model.name / "metrics.json").read_text(encoding="utf-8"))
             for folder in folders.values()
         ]
         accuracy = [found["accuracy"]["value"] for found in read]
         rows.append(
             (
-                name,
+                model.name,
                 model.title,
                 f"{100 * np.mean(accuracy):.1f} ({100 * min(accuracy):.1f} to {100 * max(accuracy):.1f})",
                 number(float(np.mean([found["log_loss"] for found in read]))),

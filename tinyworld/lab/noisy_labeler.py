@@ -5,7 +5,7 @@
 The labeler sees a pair through noise, as z = 2 p - 1 + s e, where p is the label of the able one and e is standard
 normal, and answers with what it then knows: P(A preferred | z) = sigmoid(2 z / s^2), the posterior where p is 0 or 1.
 A share `wrong` of the labels of clear pairs then prefers the other response, Phi(-1 / s) = wrong, most often among
-those near 1/2: it is a labeler that knows how sure it can be.
+those near 1/2: it is a labeler that knows how sure it can be. `--wrong 0` leaves the labels as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import sys
+from itertools import islice
 from pathlib import Path
 from random import Random
 from statistics import NormalDist
@@ -50,17 +51,18 @@ def main() -> None:
     parser.add_argument(
         "--wrong", type=float, required=True, help="share of clear labels that prefer the other response"
     )
+    parser.add_argument("--limit", type=int, help="label the first n pairs alone")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--output", type=Path, required=True, help="JSONL of pairs with soft labels")
     args = parser.parse_args()
-    if not 0 < args.wrong < 0.5:
-        raise SystemExit(f"--wrong {args.wrong} must be between 0 and 1/2")
-    scale = noise_scale(args.wrong)
+    if not 0 <= args.wrong < 0.5:
+        raise SystemExit(f"--wrong {args.wrong} must be in [0, 1/2)")
+    scale = noise_scale(args.wrong) if args.wrong else None
     rows, turned = [], 0
-    for row in read_preferences(args.labels, Quarantine(None)):
+    for row in islice(read_preferences(args.labels, Quarantine(None)), args.limit):
         prompt = to_dicts(row.prompt)
         e = Random(content_id(args.seed, prompt, row.chosen, row.rejected)).gauss(0.0, 1.0)
-        p = blurred(row.chosen_prob, scale, e)
+        p = row.chosen_prob if scale is None else blurred(row.chosen_prob, scale, e)
         turned += p < 0.5
         chosen, rejected = (row.chosen, row.rejected) if p >= 0.5 else (row.rejected, row.chosen)
         rows.append(

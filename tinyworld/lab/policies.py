@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rlaif.report.page import Section
 from tinyworld.lab.arms import JUDGED, Arm, Labels, RewardModel, head_to_head, reward_models_of
@@ -46,10 +47,11 @@ class PolicyStudy:
         """
         settings = folder / "settings"
         settings.mkdir(exist_ok=True)
-        for name, model in reward_models_of(self.arms).items():
-            _remember_settings(model, RM_SETTINGS, settings / f"{name}.json")
+        for model in reward_models_of(self.arms):
+            _remember_settings(asdict(model), RM_SETTINGS, settings / f"{model.name}.json")
         for arm in self.arms:
-            _remember_settings(arm, settings_file(arm.settings), settings / f"{arm.name}.json")
+            plain = {**asdict(arm), "reward": arm.server}
+            _remember_settings(plain, settings_file(arm.settings), settings / f"{arm.name}.json")
         write_prompts(
             folder, seed=seed, num_prompts=sizes.num_prompts, num_eval_prompts=sizes.num_eval_prompts
         )
@@ -60,19 +62,19 @@ class PolicyStudy:
         commands = Commands(folder, seed, sizes)
         models = reward_models_of(self.arms)
         distilling = (
-            *commands.label([model.labels for model in models.values()]),
-            *(stage for name, model in models.items() for stage in commands.distil(name, model)),
+            *commands.label([model.labels for model in models]),
+            *(stage for model in models for stage in commands.distil(model)),
         )
         return [
             Phase(
                 f"Seed {seed}: label with the judge and distil the labels; meanwhile, the judge itself as the reward",
-                (distilling, *(commands.train(arm) for arm in self.arms if arm.reward == "judge")),
+                (distilling, *(commands.train(arm) for arm in self.arms if arm.reward is None)),
                 {"judge": ("--judge", JUDGE, "--rubric", "tinyworld:score")},
             ),
             Phase(
                 f"Seed {seed}: every arm against its reward model",
-                tuple(commands.train(arm) for arm in self.arms if arm.reward in models),
-                {name: ("--model", str(folder / name)) for name in models},
+                tuple(commands.train(arm) for arm in self.arms if arm.reward is not None),
+                {model.name: ("--model", str(folder / model.name)) for model in models},
             ),
             Phase(
                 f"Seed {seed}: every policy on unseen posts, beside the SFT policy and beside each other, by gold",
@@ -104,24 +106,23 @@ class Commands:
         """Sample candidates, let the judge label their pairs, and what other labelers make of that."""
         candidates = ("--model_name_or_path", POLICY, "--dataset", str(self.folder / "prompts.jsonl"))
         sampling = (*candidates, "--num_return_sequences", "3", "--max_new_tokens", "40")
-        judge = ("--judge", JUDGE, "--rubric", "tinyworld:pair", "--dataset", str(self.folder / "candidates"))
-        noisy = ("--labels", str(self.folder / JUDGED.path), "--seed", str(self.seed))
         return (
             Stage("sample", ("sample", *sampling, *self._to("candidates"))),
-            Stage(JUDGED.name, ("label", "pairs", *judge, *self._to(JUDGED.path))),
-            *(
-                Stage(
-                    made.name,
-                    (*noisy, "--wrong", str(made.wrong), "--output", str(self.folder / made.path)),
-                    module="tinyworld.lab.noisy_labeler",
-                )
-                for made in dict.fromkeys(labels)
-                if made.wrong is not None
-            ),
+            *(self._label(made) for made in dict.fromkeys((JUDGED, *labels))),
         )
 
-    def distil(self, name: str, model: RewardModel) -> tuple[Stage, ...]:
+    def _label(self, made: Labels) -> Stage:
+        if made.labeler is None:
+            candidates = str(self.folder / "candidates")
+            judge = ("--judge", JUDGE, "--rubric", "tinyworld:pair", "--dataset", candidates)
+            return Stage(made.name, ("label", "pairs", *judge, *made.options, *self._to(made.path)))
+        what = ("--labels", str(self.folder / JUDGED.path), "--output", str(self.folder / made.path))
+        options = (option.replace("{seed}", str(self.seed)) for option in made.options)
+        return Stage(made.name, (*what, *options), module=made.labeler)
+
+    def distil(self, model: RewardModel) -> tuple[Stage, ...]:
         """Train a reward model, and hold it against gold."""
+        name = model.name
         what = ("--config", str(RM_SETTINGS), "--dataset", str(self.folder / model.labels.path))
         judged = ("--model", str(self.folder / name), "--dataset", str(self.folder / GOLD_PAIRS))
         return (
@@ -137,7 +138,7 @@ class Commands:
         what = ("--config", str(settings_file(arm.settings)), "--dataset", str(self.folder / "prompts.jsonl"))
         steps = () if self.sizes.max_steps is None else ("--max_steps", str(self.sizes.max_steps))
         args = ("train", arm.command, *what, *arm.options, *steps, "--reward_server", "{server}")
-        return (Stage(arm.name, (*args, *self._to(arm.name)), arm.reward),)
+        return (Stage(arm.name, (*args, *self._to(arm.name)), arm.server),)
 
     def compare(self, name: str, baseline: str, arms: Sequence[Arm]) -> tuple[Stage]:
         """Let every arm answer the unseen posts, and gold compare the answers with those of `baseline`."""
@@ -155,7 +156,7 @@ def settings_file(name: str) -> Path:
     return CONFIGS / "study" / f"{name}.yaml"
 
 
-def _remember_settings(made: Arm | RewardModel, settings: Path, path: Path) -> None:
-    plain = json.loads(json.dumps(asdict(made)))
-    del plain["title"]
-    remember({**plain, "settings": settings.read_text(encoding="utf-8")}, path)
+def _remember_settings(made: Mapping[str, Any], settings: Path, path: Path) -> None:
+    plain = {key: value for key, value in made.items() if key != "title"}
+    plain["settings"] = settings.read_text(encoding="utf-8")
+    remember(json.loads(json.dumps(plain)), path)

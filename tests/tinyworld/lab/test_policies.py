@@ -8,10 +8,11 @@ import pytest
 
 from rlaif.cli import find_command, parse_config
 from rlaif.errors import StorageError
-from tinyworld.lab.arms import REWARD_MODELS, Arm
+from tinyworld.lab.arms import RM, Arm, reward_models_of
 from tinyworld.lab.command import STUDIES
 from tinyworld.lab.findings import Outcome, policy_tables, smoothed
 from tinyworld.lab.methods import METHODS
+from tinyworld.lab.overoptimisation import WITH_KL, WITHOUT_KL
 from tinyworld.lab.policies import PolicyStudy
 from tinyworld.lab.study import Sizes
 
@@ -43,13 +44,15 @@ def test_every_stage_is_a_command_that_rlaif_takes(tmp_path):
         for arm in study.arms:
             assert found[arm.name].seed == 3
             assert str(tmp_path / arm.name) in found[f"eval-{study.name}"].model_name_or_path
-    assert {name for name in found if name.startswith("rm")} == set(REWARD_MODELS)
+    assert {name for name in found if name.startswith("rm")} == {
+        model.name for model in reward_models_of(ARMS)
+    }
 
 
 def test_all_methods_sample_the_same_number_of_responses_and_are_rewarded_alike(tmp_path):
     found = configs(tmp_path, TRAINING)
     assert len({found[arm.name].max_steps * found[arm.name].responses_per_step for arm in METHODS}) == 1
-    assert {arm.reward for arm in METHODS} == {"rm"}
+    assert {arm.reward for arm in METHODS} == {RM}
 
 
 def test_online_dpo_takes_one_update_per_round(tmp_path):
@@ -59,11 +62,13 @@ def test_online_dpo_takes_one_update_per_round(tmp_path):
 
 
 def test_the_arms_of_the_over_optimisation_differ_in_the_kl_term_alone(tmp_path):
-    without, with_kl = (arm.name for arm in STUDIES["overoptimisation"].arms)
     found = configs(tmp_path, TRAINING)
-    assert found[without].kl_coef == 0 < found[with_kl].kl_coef
-    fields = {k: v for k, v in vars(found[without]).items() if k not in ("kl_coef", "output_dir")}
-    assert fields == {k: vars(found[with_kl])[k] for k in fields}
+    for without, with_kl in zip(WITHOUT_KL, WITH_KL, strict=False):
+        assert without.reward == with_kl.reward
+        free, bound = found[without.name], found[with_kl.name]
+        assert free.kl_coef == 0 < bound.kl_coef
+        fields = {k: v for k, v in vars(free).items() if k not in ("kl_coef", "output_dir")}
+        assert fields == {k: vars(bound)[k] for k in fields}
 
 
 def test_every_curve_has_its_samples(tmp_path):
@@ -76,6 +81,7 @@ def test_gold_reaches_nothing_that_is_trained():
     for study in TRAINING:
         for stage in stages(Path("out"), study):
             assert stage.args[0] == "eval" or not any("gold" in argument for argument in stage.args)
+            assert stage.module != "tinyworld.lab.human_labeler" or study.name == "rewards"
 
 
 def estimate(value, low=0.0, high=1.0):
