@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +34,8 @@ PROCESSES = 2
 
 SERVER_START_S = 120.0
 SERVER_STOP_S = 30.0
+INTERRUPTED = (-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of a stage that was told to end: by the signal itself, or by the command that caught it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ def run_phase(phase: Phase, out: Path, *, processes: int = PROCESSES) -> None:
 
     Raises:
         RlaifError: a stage failed; its own message stands above. Stages at work are waited for, no other begins.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, which stages at work get too: they end where they can go on.
     """
     tracks = [[stage for stage in track if not _is_done(out, stage)] for track in phase.tracks]
     tracks = [track for track in tracks if track]
@@ -112,11 +116,13 @@ def run_phase(phase: Phase, out: Path, *, processes: int = PROCESSES) -> None:
             if name in needed
         }
         pool = stack.enter_context(ThreadPoolExecutor(processes))
+        work = _Work(out, servers)
         try:
-            for future in as_completed([pool.submit(_run_track, track, servers, out) for track in tracks]):
+            for future in as_completed([pool.submit(work.run, track) for track in tracks]):
                 future.result()
-        except BaseException:
+        except BaseException as err:
             pool.shutdown(wait=False, cancel_futures=True)
+            work.stop(interrupt=isinstance(err, KeyboardInterrupt))
             raise
 
 
@@ -130,21 +136,45 @@ def _is_done(out: Path, stage: Stage) -> bool:
     return path.exists() and json.loads(path.read_text(encoding="utf-8"))["args"] == list(stage.args)
 
 
-def _run_track(track: Sequence[Stage], servers: Mapping[str, str], out: Path) -> None:
-    for stage in track:
-        address = servers[stage.server] if stage.server else ""
+class _Work:
+    """The tracks of a phase at work."""
+
+    def __init__(self, out: Path, servers: Mapping[str, str]) -> None:
+        self._out = out
+        self._servers = servers
+        self._stopped = threading.Event()
+        self._processes: set[subprocess.Popen[str]] = set()
+
+    def stop(self, *, interrupt: bool) -> None:
+        """Let no other stage begin, and end those at work if `interrupt`."""
+        self._stopped.set()
+        if interrupt:
+            for process in tuple(self._processes):
+                process.terminate()
+
+    def run(self, track: Sequence[Stage]) -> None:
+        """Run the stages of a track, one after the other."""
+        for stage in track:
+            if self._stopped.is_set():
+                return
+            self._run(stage)
+
+    def _run(self, stage: Stage) -> None:
+        address = self._servers[stage.server] if stage.server else ""
         args = [a.replace("{server}", address) for a in stage.args]
         started = time.monotonic()
         process = _start(stage.name, stage.module, args)
+        self._processes.add(process)
         _relay(stage.name, process)
         code = process.wait()
-        if code in (-2, 130):
+        self._processes.discard(process)
+        if code in INTERRUPTED:
             raise KeyboardInterrupt
         if code != 0:
             raise RlaifError(
                 f"stopped at {stage.name!r} (exit code {code}); mend it and run the same command again to go on"
             )
-        path = marker(out, stage)
+        path = marker(self._out, stage)
         path.parent.mkdir(exist_ok=True)
         done = {
             "command": _shown(stage.module, args),

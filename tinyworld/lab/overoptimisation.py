@@ -31,7 +31,7 @@ from tinyworld.stages import POLICY, Phase, Stage
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FEW = RewardModel("rm-few", "a thirtieth of the judge's labels", JUDGED, ("--eval_fraction", "0.97"))
+FEW = RewardModel("rm-few", "a twenty-fifth of the judge's labels", JUDGED, ("--eval_fraction", "0.96"))
 FIFTH = RewardModel("rm-fifth", "a fifth of them", JUDGED, ("--eval_fraction", "0.8"))
 MODELS = (FEW, FIFTH, RM)
 """From few labels to many."""
@@ -86,7 +86,7 @@ class OverOptimisationStudy(PolicyStudy):
 
     def plan(self, folder: Path, seed: int, sizes: Sizes) -> list[Phase]:
         """The policies' commands; beside them, sample many responses of the SFT policy, and score them."""
-        labelling, training, comparing = PolicyStudy.plan(self, folder, seed, sizes)
+        labelling, distilling, training, comparing = PolicyStudy.plan(self, folder, seed, sizes)
         bon = folder / "bon"
         what = ("--model_name_or_path", POLICY, "--dataset", str(folder / "bon-prompts.jsonl"))
         many = ("--num_return_sequences", str(BON_SAMPLES), "--max_new_tokens", "40")
@@ -107,6 +107,7 @@ class OverOptimisationStudy(PolicyStudy):
         )  # fmt: skip
         return [
             replace(labelling, tracks=(*labelling.tracks, sampling)),
+            distilling,
             replace(training, tracks=(scoring, *training.tracks)),
             comparing,
         ]

@@ -58,18 +58,22 @@ class PolicyStudy:
         write_gold_pairs(folder, seed, sizes)
 
     def plan(self, folder: Path, seed: int, sizes: Sizes) -> list[Phase]:
-        """Labels and reward models, beside policies rewarded by the judge; the other policies; comparisons."""
+        """Labels, beside policies rewarded by the judge; reward models; the other policies; comparisons."""
         commands = Commands(folder, seed, sizes)
         models = reward_models_of(self.arms)
-        distilling = (
-            *commands.label([model.labels for model in models]),
-            *(stage for model in models for stage in commands.distil(model)),
-        )
         return [
             Phase(
-                f"Seed {seed}: label with the judge and distil the labels; meanwhile, the judge itself as the reward",
-                (distilling, *(commands.train(arm) for arm in self.arms if arm.reward is None)),
+                f"Seed {seed}: label with the judge; meanwhile, the judge itself as the reward",
+                (
+                    commands.label([model.labels for model in models]),
+                    *(commands.train(arm) for arm in self.arms if arm.reward is None),
+                ),
                 {"judge": ("--judge", JUDGE, "--rubric", "tinyworld:score")},
+            ),
+            Phase(
+                f"Seed {seed}: distil the labels into reward models, and hold these against gold",
+                tuple(commands.distil(model) for model in models),
+                {},
             ),
             Phase(
                 f"Seed {seed}: every arm against its reward model",
