@@ -24,6 +24,7 @@ from tinyworld.gold import gold_utility
 from tinyworld.lab.arms import JUDGED, RM, Arm, RewardModel
 from tinyworld.lab.findings import START, Outcome, Outcomes, outcomes, report_policies, smoothed
 from tinyworld.lab.policies import PolicyStudy
+from tinyworld.lab.rewards import POORER
 from tinyworld.lab.scaling import Curve, Floats, best_of_n, fit, kl_best_of_n
 from tinyworld.lab.study import Sizes, over_seeds
 from tinyworld.stages import POLICY, Phase, Stage
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 FEW = RewardModel("rm-few", "a twenty-fifth of the judge's labels", JUDGED, ("--eval_fraction", "0.96"))
 FIFTH = RewardModel("rm-fifth", "a fifth of them", JUDGED, ("--eval_fraction", "0.8"))
-MODELS = (FEW, FIFTH, RM)
-"""From few labels to many."""
+MODELS = (FEW, FIFTH, RM, POORER)
+"""From few labels to many, and of labels that are poor."""
 
 BON_PROMPTS = 50
 BON_SAMPLES = 100
@@ -45,15 +46,17 @@ LEAST_KL = 0.01
 """In nats; estimates below it are noise about zero and no point of a curve."""
 
 
+FREE, SHORT, SHORTER = ("--kl_coef", "0"), ("--max_steps", "60"), ("--max_steps", "40")
 WITHOUT_KL = (
-    Arm("no-kl-few", "few labels, without KL term", "ppo", "long", FEW, ("--kl_coef", "0")),
-    Arm("no-kl", "a fifth, without KL term", "ppo", "long", FIFTH, ("--kl_coef", "0")),
-    Arm("no-kl-all", "all labels, without KL term", "ppo", "long", RM, ("--kl_coef", "0")),
+    Arm("no-kl-few", "few labels, without KL term", "ppo", "long", FEW, (*FREE, *SHORT)),
+    Arm("no-kl", "a fifth, without KL term", "ppo", "long", FIFTH, FREE),
+    Arm("no-kl-all", "all labels, without KL term", "ppo", "long", RM, (*FREE, *SHORT)),
+    Arm("no-kl-poor", "poor labels, without KL term", "ppo", "long", POORER, (*FREE, *SHORTER)),
 )
 """One for each of `MODELS`."""
 WITH_KL = (
-    Arm("with-kl-few", "few labels, with KL term", "ppo", "long", FEW),
     Arm("with-kl", "a fifth, with KL term", "ppo", "long", FIFTH),
+    Arm("with-kl-poor", "poor labels, with KL term", "ppo", "long", POORER, SHORTER),
 )
 
 
@@ -121,7 +124,7 @@ class OverOptimisationStudy(PolicyStudy):
             ]
             for model in MODELS
         }
-        pairs = {model.name: _pairs(model.name, folders) for model in MODELS}
+        pairs = {model.name: _learned_from(model, folders) for model in MODELS}
         policies, models = report_policies(self, folders)
         return [
             Section("Best of n", _best_of_n(bon, pairs)),
@@ -158,13 +161,13 @@ def rl_points(outcome: Outcome, start: float) -> tuple[Floats, Floats]:
     return np.sqrt(kl[taken]), gold[taken] - start
 
 
-def _pairs(model: str, folders: Mapping[int, Path]) -> str:
-    """How many pairs a reward model learned from."""
+def _learned_from(model: RewardModel, folders: Mapping[int, Path]) -> str:
+    """How many pairs a reward model learned from, and whose labels if not the judge's best."""
     counts = [
-        json.loads((folder / model / "reward_model.json").read_text(encoding="utf-8"))["train_rows"]
+        json.loads((folder / model.name / "reward_model.json").read_text(encoding="utf-8"))["train_rows"]
         for folder in folders.values()
     ]
-    return f"{np.mean(counts):.0f}"
+    return f"{np.mean(counts):.0f} {'pairs' if model.labels == JUDGED else 'pairs, poor labels'}"
 
 
 def _best_of_n(bon: Mapping[str, Sequence[BestOfN]], pairs: Mapping[str, str]) -> list[Block]:
@@ -177,8 +180,8 @@ def _best_of_n(bon: Mapping[str, Sequence[BestOfN]], pairs: Mapping[str, str]) -
             ]
             for name in ("gold", "reward")
         )
-        rows.append((f"{pairs[model]} pairs: gold utility", *gold))
-        rows.append((f"{pairs[model]} pairs: reward", *reward))
+        rows.append((f"{pairs[model]}: gold utility", *gold))
+        rows.append((f"{pairs[model]}: reward", *reward))
     kls = ("KL, nats", *(f"{kl_best_of_n(n):.2f}" for n in NS))
     d = np.sqrt([kl_best_of_n(n) for n in NS])
 
@@ -192,7 +195,7 @@ def _best_of_n(bon: Mapping[str, Sequence[BestOfN]], pairs: Mapping[str, str]) -
                     "linestyle": "none",
                     "markersize": 4,
                 }
-                ax.plot(d, mean, **style, label=f"{pairs[model]} pairs")
+                ax.plot(d, mean, **style, label=pairs[model])
                 curve, across = fit("bon", d[1:], mean[1:] - mean[0]), np.linspace(0.05, d[-1], 60)
                 ax.plot(across, mean[0] + curve(across), **series(i), linewidth=1.2)
             ax.set(xlabel="√KL (square roots of nats)", ylabel=ylabel)
@@ -264,8 +267,8 @@ def _fits(bon: Mapping[str, Sequence[BestOfN]], found: Outcomes, pairs: Mapping[
             for outcome, start in zip(found[arm.name], starts, strict=True)
         ]
         rows += [
-            _fit_row(f"{pairs[model.name]} pairs, best of n", chosen),
-            _fit_row(f"{pairs[model.name]} pairs, RL without KL term", learned),
+            _fit_row(f"{pairs[model.name]}; best of n", chosen),
+            _fit_row(f"{pairs[model.name]}; RL without KL term", learned),
         ]
     heads = ("gold utility above the SFT policy's", "α", "β", "R²", "highest at a KL of, by seed")
     note = (
