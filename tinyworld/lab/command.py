@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyworld.lab import methods, noise, overoptimisation, prompts, rewards
+from tinyworld.lab import methods, noise, overoptimisation, prompts, rewards, soft
 from tinyworld.lab.config import LabConfig
 from tinyworld.lab.page import insert_report, write_report
 from tinyworld.lab.study import Sizes, Study
@@ -24,7 +24,14 @@ from tinyworld.stages import marker, remember, run_phase
 
 STUDIES: Mapping[str, Study] = {
     study.name: study
-    for study in (prompts.STUDY, rewards.STUDY, noise.STUDY, overoptimisation.STUDY, methods.STUDY)
+    for study in (
+        prompts.STUDY,
+        rewards.STUDY,
+        noise.STUDY,
+        soft.STUDY,
+        overoptimisation.STUDY,
+        methods.STUDY,
+    )
 }
 
 

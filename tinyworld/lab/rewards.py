@@ -73,11 +73,7 @@ def beside_the_paper(study: PolicyStudy, folders: Mapping[int, Path]) -> Table:
 
     return beside(
         [
-            (
-                "RLAIF over SFT; labeler larger than the policy (paper), as large (here)",
-                "71 / 59",
-                won(study.name, DISTILLED),
-            ),
+            ("RLAIF over SFT; labeler larger than the policy", "71 / 59", "-"),
             ("RLAIF over SFT; labeler as large as the policy", "68 / 59", won(study.name, DISTILLED)),
             ("RLHF over SFT", "73 / 61", won(study.name, PEOPLE)),
             ("RLAIF over RLHF", "50 / 47", won(head_to_head(DISTILLED, PEOPLE), DISTILLED)),
@@ -87,7 +83,11 @@ def beside_the_paper(study: PolicyStudy, folders: Mapping[int, Path]) -> Table:
                 "60 / 56",
                 won(head_to_head(DIRECT, DISTILLED), DIRECT),
             ),
-            ("RLAIF, best prompt over poorer one", "59 / 55", won(head_to_head(DISTILLED, POOR), DISTILLED)),
+            (
+                "distilled RLAIF: best prompt over a poorer one",
+                "59 / 55",
+                won(head_to_head(DISTILLED, POOR), DISTILLED),
+            ),
             ("reward model of people's labels agrees with people", "79.3", right("rm-human")),
             ("reward model of the best labels does", "74.2", right("rm")),
             ("reward model of the poorest labels does", "66.4", right("rm-no-cot")),

@@ -38,7 +38,7 @@ def test_the_paper_stands_beside_the_same_comparisons(tmp_path):
     assert found["RLHF over SFT"] == ("73 / 61", "92.0 / 82.0")
     assert found["direct over distilled RLAIF; labeler as large as the policy"] == ("60 / 56", "50.0 / 40.0")
     assert found["RLAIF over RLHF"] == ("50 / 47", "60.0 / 40.0")
-    assert found["RLAIF, best prompt over poorer one"] == ("59 / 55", "70.0 / 40.0")
+    assert found["distilled RLAIF: best prompt over a poorer one"] == ("59 / 55", "70.0 / 40.0")
     assert found["reward model of the poorest labels does"] == ("66.4", "60.0")
 
 
