@@ -110,6 +110,10 @@ COMMANDS = (
         "rlaif.watch:WatchConfig", "rlaif.watch:run",
     ),
     Command(
+        "report", "one HTML page about a run, or about several side by side",
+        "rlaif.report.config:ReportConfig", "rlaif.report.command:run",
+    ),
+    Command(
         "serve", "reward server (gRPC): a learned RM or a direct judge",
         "reward_server.config:ServeConfig", "reward_server.server:run",
     ),

@@ -6,8 +6,8 @@ A page loads nothing and runs nothing. All text is escaped, so that a response m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
@@ -32,11 +32,25 @@ Value = str | None
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A figure to see first: its value, what it is, and what to know of it."""
+    """A figure to see first.
+
+    Attributes:
+        value: the figure.
+        name: what it is.
+        note: what to know of it.
+        interval: its 95 % interval, such as `0.5 to 0.7`.
+    """
 
     value: Value
     name: str
     note: str = ""
+    interval: str = ""
+
+    @property
+    def remark(self) -> str:
+        """Interval and note together."""
+        parts = (f"95 % interval {self.interval}" if self.interval else "", self.note)
+        return "; ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +174,15 @@ class Code:
 
 
 @dataclass(frozen=True, slots=True)
+class Folded:
+    """Blocks that are seen after a click on their title."""
+
+    title: str
+    blocks: Sequence[Block]
+    kind = "folded"
+
+
+@dataclass(frozen=True, slots=True)
 class Raw:
     """HTML of a template of one's own (see `environment`), which escapes what is not its own."""
 
@@ -167,7 +190,7 @@ class Raw:
     kind = "raw"
 
 
-Block = Tiles | Figures | Table | Prose | Points | Example | Code | Raw
+Block = Tiles | Figures | Table | Prose | Points | Example | Code | Folded | Raw
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +222,7 @@ class Page:
     lead: Sequence[str] = ()
     origin: str = ""
     sections: Sequence[Section] = ()
-    tiles: Sequence[Tile] = field(default=())
+    tiles: Sequence[Tile] = ()
 
 
 def render(page: Page) -> str:
@@ -245,8 +268,3 @@ class _Keys:
 
 def _is_number(cell: str) -> bool:
     return cell[:1].isdigit() or (cell[:1] in "+-−$" and cell[1:2].isdigit())
-
-
-def sections(parts: Iterable[Section | None]) -> list[Section]:
-    """Those that there are, and that hold something."""
-    return [part for part in parts if part is not None and part.blocks]
