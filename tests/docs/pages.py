@@ -101,7 +101,7 @@ def script(page: str, folder: Path, tiny: Mapping[str, str]) -> Path:
         if name := FILE_NAME.match(text):
             lines += [f"cat > {name[1]} <<'END-OF-BLOCK-{number}'", text + f"END-OF-BLOCK-{number}"]
         elif block.language == "bash":
-            lines += [f"echo '@ line {block.line}'", text]
+            lines += [f'echo "@ line {block.line}, after $SECONDS s"', text]
     path = folder / "page.sh"
     path.write_text("\n".join(lines) + "\n")
     return path

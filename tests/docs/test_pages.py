@@ -115,13 +115,14 @@ def checkout(folder: Path) -> Path:
 def tutorial(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Where the tutorial was followed, and what it printed."""
     folder = checkout(tmp_path_factory.mktemp("checkout"))
-    done = follow((ROOT / "docs" / TUTORIAL).read_text(), folder, ROOT, TINY, limit_s=280)
+    done = follow((ROOT / "docs" / TUTORIAL).read_text(), folder, ROOT, TINY, limit_s=800)
     logs = "".join(f"\n{log.name}: {log.read_text()}" for log in sorted(folder.glob("runs/tutorial/*.log")))
     assert done.returncode == 0, done.stdout + logs
     return folder, done.stdout
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a machine may be busy
 def test_the_tutorial_can_be_followed(tutorial: tuple[Path, str]) -> None:
     folder, printed = tutorial
     run = folder / "runs" / "tutorial"
@@ -134,9 +135,10 @@ def test_the_tutorial_can_be_followed(tutorial: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a machine may be busy
 @pytest.mark.parametrize("name", HOW_TOS)
 def test_a_how_to_can_be_followed(tutorial: tuple[Path, str], name: str) -> None:
     folder, _ = tutorial
-    done = follow((ROOT / "docs" / "howto" / name).read_text(), folder, ROOT, {}, limit_s=200)
+    done = follow((ROOT / "docs" / "howto" / name).read_text(), folder, ROOT, {}, limit_s=800)
     logs = "".join(f"\n{log.name}: {log.read_text()}" for log in sorted(folder.glob("runs/tutorial/*.log")))
     assert done.returncode == 0, done.stdout + logs
