@@ -219,6 +219,8 @@ MEANINGS: Mapping[str, str] = {
     "duplicate": "the same two responses to the same prompt occurred before",
 }
 
+DUPLICATE = Finding("duplicate", 0.4, MEANINGS["duplicate"])
+
 
 def _by_order(row: Row) -> Iterator[tuple[str, float | None]]:
     """(order, P(number 1 preferred)) for both orders, from what the columns say of the chosen response."""
@@ -266,7 +268,7 @@ class Validation:
         self._chosen_is_a.append(-1 if chosen_is_a is None else int(chosen_is_a))
         found = [finding for check in CHECKS if (finding := check(row)) is not None]
         if self._is_known(row):
-            found.append(Finding("duplicate", 0.4, MEANINGS["duplicate"]))
+            found.append(DUPLICATE)
         if not found:
             return None
         self.suspicious += 1
@@ -325,11 +327,15 @@ class Validation:
             ) from err
 
 
+def together(findings: Iterable[Finding]) -> float:
+    """One suspicion for several findings, in [0, 1]: each takes its share of what the others leave of 1."""
+    return 1.0 - math.prod(1.0 - f.suspicion for f in findings)
+
+
 def _suspect(row: Row, number: int, found: list[Finding]) -> Suspect:
-    """One number for several findings: each takes its share of what the others leave of 1."""
     found.sort(key=lambda f: -f.suspicion)
     return Suspect(
-        suspicion=1.0 - math.prod(1.0 - f.suspicion for f in found),
+        suspicion=together(found),
         row=number,
         id=str(row.get("id") or ""),
         findings=tuple(found),

@@ -28,12 +28,16 @@ from rlaif.errors import ConfigError, RlaifError, StorageError
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One subcommand: where its config class and its run function live (`module:attribute`)."""
+    """One subcommand: where its config class and its run function live (`module:attribute`).
+
+    Words before the first flag stand for the flag `takes`: `rlaif review DIR` is `rlaif review --dataset DIR`.
+    """
 
     name: str
     help: str
     config: str
     run: str
+    takes: str = ""
 
 
 COMMANDS = (
@@ -68,6 +72,10 @@ COMMANDS = (
     Command(
         "label status", "how far a labeling run is, while it runs or after",
         "labeler.config:StatusConfig", "labeler.status:run",
+    ),
+    Command(
+        "review", "people look at labels in a browser, and mark what they prefer",
+        "labeler.review.config:ReviewConfig", "labeler.review.command:run", takes="dataset",
     ),
     Command(
         "export", "a preference dataset -> TRL, JSONL, Parquet, the hub",
@@ -208,6 +216,8 @@ def parse_config(command: Command, argv: Sequence[str]) -> Any:
 
     config_class: type[Any] = _load(command.config)
     names = [field.name for field in fields(config_class) if field.init]
+    if command.takes and argv and not argv[0].startswith("-"):
+        argv = [f"--{command.takes}", *argv]
     # Types are read as written: every config has postponed annotations.
     switches = {field.name for field in fields(config_class) if field.type in ("bool", bool)}
     arguments = _file_flags(argv, names, switches, command)

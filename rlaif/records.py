@@ -24,9 +24,11 @@ __all__ = [
     "holds_scores",
     "read_candidates",
     "read_conversations",
+    "read_labelled",
     "read_pairs",
     "read_preferences",
     "read_prompts",
+    "read_rankings",
     "read_responses",
     "read_rows",
     "read_scored",
@@ -129,6 +131,28 @@ def read_preferences(path: str | os.PathLike[str], quarantine: Quarantine) -> It
         DataError: the file is missing, unreadable, or has no usable row.
     """
     return _read(path, quarantine, lambda _, row: shapes.parse_preference(row), shapes.PAIR_SHAPES)
+
+
+def read_labelled(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[PreferenceRow | Pair]:
+    """Pairs in any of `shapes.PAIR_SHAPES`: with their label where the row has one, and else the pair alone.
+
+    Raises:
+        DataError: the file is missing, unreadable, or has no usable row.
+    """
+    return _read(path, quarantine, lambda _, row: shapes.parse_labelled(row), shapes.PAIR_SHAPES)
+
+
+def read_rankings(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[CandidateSet]:
+    """Responses to one prompt each: of a `rankings.parquet`, with their strengths as scores, or candidates.
+
+    Raises:
+        DataError: the file is missing, unreadable, or has no usable row.
+    """
+
+    def parse(_: int, row: dict[str, Any]) -> CandidateSet:
+        return (shapes.parse_candidates if row.get("ranking") is None else shapes.parse_ranking)(row)
+
+    return _read(path, quarantine, parse, shapes.CANDIDATE_SHAPES)
 
 
 def read_scored(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[ScoredRow]:

@@ -345,6 +345,18 @@ def parse_preference(row: Row) -> PreferenceRow:
     return PreferenceRow(prompt, b, a, 1.0 - p_a, _extra(row))
 
 
+def parse_labelled(row: Row) -> PreferenceRow | Pair:
+    """A preference where the row carries a label, as `parse_preference` reads it, and else the pair alone.
+
+    Raises:
+        RowError: no pair, or a probability outside [0, 1].
+    """
+    first, prompt, a, b = _pair_parts(row)
+    if first == "chosen" or _human_label(row, first) is not None:
+        return parse_preference(row)
+    return Pair(prompt, a, b, None, _extra(row))
+
+
 def parse_scored(row: Row) -> ScoredRow:
     """A response and its score.
 
@@ -383,6 +395,20 @@ def parse_candidates(row: Row) -> CandidateSet:
         for number, (item, reward) in enumerate(zip(value, rewards, strict=True), 1)
     )
     return CandidateSet(prompt, candidates, _extra(row))
+
+
+def parse_ranking(row: Row) -> CandidateSet:
+    """Responses to one prompt as `rlaif label rank` ordered them, best first; their scores are the strengths.
+
+    Raises:
+        RowError: no such list of responses.
+    """
+    ranking = row.get("ranking")
+    if not isinstance(ranking, list | tuple) or not all(isinstance(entry, dict) for entry in ranking):
+        raise RowError(f"no ranking: the row has {_keys(row)}")
+    completions = [{**entry, "score": entry.get("strength")} for entry in ranking]
+    rest = {key: value for key, value in row.items() if key != "ranking"}
+    return parse_candidates({**rest, "completions": completions})
 
 
 def _candidate(item: object, reward: object, prompt: Conversation, name: str) -> Candidate:

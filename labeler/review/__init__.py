@@ -1,0 +1,1 @@
+"""`rlaif review`: people look at a labelled dataset in a browser and mark what they prefer."""
