@@ -39,11 +39,12 @@ class Served:
     def base(self) -> str:
         return self.url.partition("/?")[0]
 
-    def client(self) -> httpx2.Client:
+    @contextmanager
+    def client(self) -> Iterator[httpx2.Client]:
         """A browser without scripts that was given the token."""
-        client = httpx2.Client(base_url=self.base, follow_redirects=True)
-        assert client.get(self.url).status_code == 200
-        return client
+        with httpx2.Client(base_url=self.base, follow_redirects=True) as client:
+            assert client.get(self.url).status_code == 200
+            yield client
 
     def stop(self) -> str:
         """End it as Ctrl-C does, and give what it printed."""

@@ -136,7 +136,7 @@ def test_low_mass_of_a_score_is_suspicious() -> None:
 def test_rows_are_ordered_and_found(tmp_path: Path) -> None:
     rows = [
         ours("Plain"),
-        ours("STRASSE of the first", chosen_prob=0.52),
+        ours("STRASSE of the first", chosen_prob=0.52, subset="Manual"),
         ours("contradiction", chosen_prob_second=0.05),
         ours("Plain"),
     ]
@@ -153,6 +153,7 @@ def test_rows_are_ordered_and_found(tmp_path: Path) -> None:
     assert positions(q="straße FIRST") == [1]  # without regard to case
     assert positions(q="first plain") == []
     assert positions(reason="duplicate") == [3]
+    assert positions(subset="Manual") == [1] and positions(subset="none") == []
     assert sorted(positions(order="random")) == [0, 1, 2, 3]
     chosen = index.select(Query(order="dataset", q="plain"), everything, None)
     assert [index.following(Query(order="dataset"), chosen, at, 1) for at in range(4)] == [3, 3, 3, None]
