@@ -205,7 +205,12 @@ class Judge:
             p_a, reason = ruled
             return self._preference(pair, p_a, reason, None, None)
         shown = replace(
-            pair, prompt=self._clean(pair.prompt), a=self._safe(pair.a), b=self._safe(pair.b), human_p_a=None
+            pair,
+            prompt=self._clean(pair.prompt),
+            a=self._safe(pair.a),
+            b=self._safe(pair.b),
+            human_p_a=None,
+            human_votes=(),
         )
         if self.recipe.orders == "one":
             ab = await self._judge_order(shown, "ab")

@@ -6,12 +6,17 @@ A file without a single usable row is an error that says what was wrong with the
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import os
+import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import IO, Any, NamedTuple, NoReturn, TypeVar, cast
 
 from rlaif import shapes
 from rlaif.errors import DataError
@@ -39,6 +44,9 @@ T = TypeVar("T")
 PREFERENCES_FILE = "preferences.parquet"
 """The data file of a labelled dataset's directory."""
 
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
+"""Files of a folder that are read as data."""
+
 
 class Quarantine:
     """Rows that could not be used, each with its line number, one reason, and its raw text.
@@ -47,7 +55,7 @@ class Quarantine:
     exists only if a row was added.
 
     Attributes:
-        path: JSON lines `{line, reason, raw}`; None keeps counts only.
+        path: JSON lines `{line, reason, raw}`, of a folder of files with the row's `file`; None keeps counts only.
         reasons: how many rows each reason sent here.
     """
 
@@ -63,7 +71,7 @@ class Quarantine:
         """Rows in quarantine."""
         return self.reasons.total()
 
-    def add(self, line: int, reason: str, raw: str) -> None:
+    def add(self, line: int, reason: str, raw: str, file: str = "") -> None:
         """Put one row aside. `line` counts from 1 in the file it came from.
 
         Raises:
@@ -72,11 +80,11 @@ class Quarantine:
         self.reasons[reason] += 1
         if self.path is None:
             return
-        text = json.dumps({"line": line, "reason": reason, "raw": raw})
+        text = json.dumps({**({"file": file} if file else {}), "line": line, "reason": reason, "raw": raw})
         with storing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            with self.path.open("a", encoding="utf-8") as opened:
+                opened.write(text + "\n")
 
 
 class _Line(NamedTuple):
@@ -84,16 +92,21 @@ class _Line(NamedTuple):
     raw: str | None  # made of the row when it is wanted
     row: dict[str, Any] | None
     reason: str = ""
+    file: str = ""  # where a folder holds several
 
 
 def read_rows(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, row) of a JSONL or Parquet file, a JSON array, or a labelled dataset's directory.
+    """(line number from 1, row) of a dataset.
+
+    A dataset is a file of JSON lines, CSV with a header or Parquet, a JSON array, a BIG-bench task (an object with
+    `examples`), any but Parquet also gzipped; a labelled dataset's directory; or a folder of such files, which names
+    the `subset` of rows that do not name one themselves.
 
     Raises:
         DataError: the file is missing, unreadable, or has no usable row.
     """
     return _read(
-        path, quarantine, lambda number, row: (number, row), "JSON objects, one per line, or Parquet"
+        path, quarantine, lambda number, row: (number, row), "JSON objects, one per line, CSV or Parquet"
     )
 
 
@@ -115,13 +128,25 @@ def read_candidates(path: str | os.PathLike[str], quarantine: Quarantine) -> Ite
     return _read(path, quarantine, lambda _, row: shapes.parse_candidates(row), shapes.CANDIDATE_SHAPES)
 
 
-def read_pairs(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[Pair]:
+def read_pairs(
+    path: str | os.PathLike[str], quarantine: Quarantine, *, whole_exchanges: bool = False
+) -> Iterator[Pair]:
     """Pairs in any of `shapes.PAIR_SHAPES`, with their human labels where the rows carry them.
+
+    Args:
+        path: of the dataset.
+        quarantine: takes the rows that cannot be read.
+        whole_exchanges: see `shapes.parse_pair`.
 
     Raises:
         DataError: the file is missing, unreadable, or has no usable row.
     """
-    return _read(path, quarantine, lambda _, row: shapes.parse_pair(row), shapes.PAIR_SHAPES)
+    return _read(
+        path,
+        quarantine,
+        lambda _, row: shapes.parse_pair(row, whole_exchanges=whole_exchanges),
+        shapes.PAIR_SHAPES,
+    )
 
 
 def read_preferences(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[PreferenceRow]:
@@ -226,7 +251,7 @@ def _read(
                 continue
         first = first or (line.number, reason)
         raw = json.dumps(line.row, default=str) if line.raw is None else line.raw
-        quarantine.add(line.number, reason, raw)
+        quarantine.add(line.number, reason, raw, line.file)
     if usable:
         return
     if first is None:
@@ -235,30 +260,70 @@ def _read(
 
 
 def _lines(path: Path) -> Iterator[_Line]:
-    if path.is_dir():
-        path = _data_file(path)
+    if not path.is_dir():
+        yield from _file_lines(path)
+        return
+    files = _data_files(path)
+    names = _subset_names(path, files) if len(files) > 1 else [""]
+    for file, name in zip(files, names, strict=True):
+        for line in _file_lines(file):
+            if name and line.row is not None and not shapes.subset_of(line.row):
+                line = line._replace(row={**line.row, "subset": name})
+            yield line._replace(file=str(file.relative_to(path))) if name else line
+
+
+def _file_lines(path: Path) -> Iterator[_Line]:
     try:
         if path.suffix == ".parquet":
             yield from _parquet_lines(path)
-        else:
-            yield from _json_lines(path)
-    except OSError as err:
-        what = "does not exist" if isinstance(err, FileNotFoundError) else (err.strerror or str(err)).lower()
+            return
+        with _open(path) as file:
+            if ".csv" in path.suffixes[-2:]:
+                yield from _csv_lines(path, file)
+            else:
+                yield from _json_lines(path, file)
+    except (OSError, EOFError, zlib.error) as err:
+        what = "does not exist" if isinstance(err, FileNotFoundError) else _plainly(err)
         raise DataError(f"cannot read {path}: {what}; check the path") from err
 
 
-def _data_file(folder: Path) -> Path:
-    files = (
-        [folder / PREFERENCES_FILE]
-        if (folder / PREFERENCES_FILE).is_file()
-        else sorted(folder.glob("*.parquet"))
-    )
-    if len(files) == 1:
-        return files[0]
-    found = f"{len(files)} Parquet files" if files else "no Parquet file"
+def _open(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def _plainly(err: Exception) -> str:
+    return (getattr(err, "strerror", None) or str(err)).lower()
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The preferences of a labelled dataset, the only Parquet file, or all data files in the folder and below."""
+    if (folder / PREFERENCES_FILE).is_file():
+        return [folder / PREFERENCES_FILE]
+    parquet = sorted(folder.glob("*.parquet"))
+    if len(parquet) == 1:
+        return parquet
+    if not (folder / "run.json").exists():  # what a run leaves besides its dataset is no data
+        files = sorted(
+            file
+            for file in folder.rglob("*")
+            if file.name.endswith(DATA_SUFFIXES)
+            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        )
+        if files:
+            return files
+    found = f"{len(parquet)} Parquet files" if parquet else "no Parquet file and no other data"
     raise DataError(
         f"{folder} holds {found}; name the file to read (a labelled dataset has {PREFERENCES_FILE})"
     )
+
+
+def _subset_names(folder: Path, files: list[Path]) -> list[str]:
+    """What tells the files of a folder apart: their paths, without a name that all of them have."""
+    stems = [file.name[: file.name.index(".")] for file in files]
+    places = [file.parent.relative_to(folder).as_posix() for file in files]
+    if len(set(stems)) == 1 and len(set(places)) == len(files):
+        return places
+    return [stem if place == "." else f"{place}/{stem}" for place, stem in zip(places, stems, strict=True)]
 
 
 def _parquet_lines(path: Path) -> Iterator[_Line]:
@@ -278,16 +343,31 @@ def _parquet_lines(path: Path) -> Iterator[_Line]:
         raise DataError(f"{path} is not a readable Parquet file: {' '.join(str(err).split())[:200]}") from err
 
 
-def _json_lines(path: Path) -> Iterator[_Line]:
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        file.seek(0)
-        if start.startswith(b"["):
-            yield from _array(path, file.read())
-            return
-        for number, data in enumerate(file, 1):
-            if data.strip():
-                yield _json_line(number, data)
+def _csv_lines(path: Path, file: IO[bytes]) -> Iterator[_Line]:
+    """Rows of a CSV file with a header; the number is that of a row's last line."""
+    csv.field_size_limit(sys.maxsize)  # responses are longer than the module expects of a field
+    try:
+        reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+        for row in reader:
+            too_many = row.pop(None, None)
+            if too_many is None:
+                yield _Line(reader.line_num, None, row)
+            else:
+                yield _Line(reader.line_num, json.dumps(row), None, "more cells than the header has")
+    except (csv.Error, UnicodeDecodeError) as err:
+        raise DataError(f"{path} is not a readable CSV file: {err}") from err
+
+
+def _json_lines(path: Path, file: IO[bytes]) -> Iterator[_Line]:
+    start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    file.seek(0)
+    if start.startswith(b"[") or start.partition(b"\n")[0].strip() == b"{":
+        yield from _whole_file(path, file.read())
+        return
+    for number, data in enumerate(file, 1):
+        if data.strip():
+            line = _json_line(number, data)
+            yield from _examples(line) or (line,)
 
 
 def _json_line(number: int, data: bytes) -> _Line:
@@ -308,18 +388,36 @@ def _json_line(number: int, data: bytes) -> _Line:
     return _Line(number, text, row)
 
 
-def _array(path: Path, data: bytes) -> Iterator[_Line]:
+def _whole_file(path: Path, data: bytes) -> Iterator[_Line]:
+    """Rows of a JSON array, or of one object written over several lines; their numbers count from 1.
+
+    NaN is a missing value there: so pandas writes one, and PandaLM's test set is published.
+    """
     try:
-        rows = json.loads(data, parse_constant=_refuse_constant)
+        value = json.loads(data.decode("utf-8-sig"), parse_constant=_nan_is_missing)
     except (ValueError, RecursionError) as err:
-        raise DataError(f"{path} begins like a JSON array but is broken: {err}") from err
-    for number, row in enumerate(rows, 1):
+        what = "array" if data.lstrip().startswith(b"[") else "object"
+        raise DataError(f"{path} begins like a JSON {what} but is broken: {err}") from err
+    for number, row in enumerate(value if isinstance(value, list) else [value], 1):
         raw = json.dumps(row)
-        yield (
-            _Line(number, raw, row)
-            if isinstance(row, dict)
-            else _Line(number, raw, None, "not a JSON object")
-        )
+        if isinstance(row, dict):
+            line = _Line(number, raw, row)
+            yield from _examples(line) or (line,)
+        else:
+            yield _Line(number, raw, None, "not a JSON object")
+
+
+def _examples(line: _Line) -> list[_Line]:
+    """The rows of a BIG-bench task: an object with metadata and a list of examples. Empty for anything else."""
+    listed = None if line.row is None else line.row.get("examples")
+    if not isinstance(listed, list) or not all(isinstance(row, dict) and "input" in row for row in listed):
+        return []
+    return [_Line(number, None, row) for number, row in enumerate(listed, 1)]
+
+
+def _nan_is_missing(name: str) -> None:
+    if name != "NaN":
+        _refuse_constant(name)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -1,14 +1,16 @@
 """Rows as people really store them, turned into the project's nouns: pure functions from a dict to a type.
 
 The shapes are those of TRL's dataset formats (standard and conversational, explicit and implicit prompt), ShareGPT,
-HH-RLHF transcripts, UltraFeedback, RLHFlow, LLMBar and MT-Bench. A row that fits none raises `RowError` with one
-reason. An absent or null response is an error; an empty string is a response, since a model may answer with nothing.
+HH-RLHF transcripts, UltraFeedback, RLHFlow, LLMBar, PandaLM, HHH alignment, RewardBench and MT-bench. A row that fits
+none raises `RowError` with one reason. An absent or null response is an error; an empty string is a response, since a
+model may answer with nothing.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -22,6 +24,7 @@ from rlaif.types import (
     PreferenceRow,
     Role,
     ScoredRow,
+    Vote,
     user_prompt,
 )
 
@@ -48,18 +51,27 @@ CONVERSATION_SHAPES = (
     "or text with Human:/Assistant: turns"
 )
 PAIR_SHAPES = (
-    "a prompt with chosen + rejected, response_a + response_b or output_1 + output_2; or chosen + rejected that both "
-    "begin with the prompt (messages, Human:/Assistant: text or plain text)"
+    "a prompt with chosen + rejected, response_a + response_b, response1 + response2 (PandaLM) or output_1 + output_2 "
+    "(LLMBar); chosen + rejected that both begin with the prompt (messages, Human:/Assistant: text or plain text); "
+    "conversation_a + conversation_b (MT-bench); or input with target_scores or targets (HHH alignment)"
 )
 SCORED_SHAPES = "a score beside one of: " + CONVERSATION_SHAPES
 CANDIDATE_SHAPES = "a prompt with completions [{response, model, ...}] or responses [text, ...]"
 
 _PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction", "question", "turns", "text", "input")
-_PAIR_KEYS = (("chosen", "rejected"), ("response_a", "response_b"), ("output_1", "output_2"))
+SUBSET_COLUMNS = ("subset", "category", "group")
+"""Columns that name a row's subset, in order of preference."""
+
+_PAIR_KEYS = (
+    ("chosen", "rejected"), ("response_a", "response_b"), ("output_1", "output_2"), ("response1", "response2"),
+)  # fmt: skip
+_CONVERSATIONS = ("conversation_a", "conversation_b")
+_ANNOTATOR = re.compile(r"annotator\d+")
 _RESPONSE_KEYS = ("response", "completion", "output")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]*")
 _LABELS = {
     1: 1.0, 2: 0.0, "1": 1.0, "2": 0.0, "a": 1.0, "b": 0.0, "model_a": 1.0, "model_b": 0.0, "tie": 0.5,
+    "tie (bothbad)": 0.5, "tie (inconsistent)": 0.5,  # Chatbot Arena, and MT-bench of a judge's two orders
 }  # fmt: skip
 
 
@@ -278,7 +290,127 @@ def _implicit(row: Row, name_a: str, name_b: str) -> tuple[Conversation, str, st
 
 def holds_pair(row: Row) -> bool:
     """Whether a row has the columns of a pair, usable or not."""
-    return any(row.get(name) is not None for names in _PAIR_KEYS for name in names)
+    return _has_choices(row) or any(
+        row.get(name) is not None for names in (*_PAIR_KEYS, _CONVERSATIONS) for name in names
+    )
+
+
+def subset_of(row: Row, columns: Sequence[str] = SUBSET_COLUMNS) -> str:
+    """The subset that a row names in the first of these columns that it has; empty if in none."""
+    return str(next((row[name] for name in columns if row.get(name) is not None), ""))
+
+
+# ---- pairs as evaluation sets publish them, in the plain columns ----
+
+
+def _plain_pair(row: Row, *, whole_exchanges: bool = False) -> Row:
+    if _has_choices(row):
+        return _choice_pair(row)
+    if any(row.get(name) is not None for name in _CONVERSATIONS):
+        return _conversation_pair(row, whole_exchanges=whole_exchanges)
+    return row
+
+
+def _has_choices(row: Row) -> bool:
+    return row.get("target_scores") is not None or isinstance(row.get("targets"), dict)
+
+
+def _choice_pair(row: Row) -> Row:
+    """HHH alignment: `target_scores {text: score}` (BIG-bench) or `targets {choices, labels}`; the higher is chosen."""
+    scores = row.get("target_scores")
+    if scores is None:
+        targets = row["targets"]
+        texts, labels = targets.get("choices"), targets.get("labels")
+        if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) != len(labels):
+            raise RowError("targets must have choices and as many labels")
+        choices = list(zip(texts, labels, strict=True))
+    elif isinstance(scores, dict):
+        choices = [(text, score) for text, score in scores.items() if score is not None]
+    else:
+        raise RowError(f"target_scores must be an object of texts and scores, not {_kind(scores)}")
+    if len(choices) != 2:
+        raise RowError(f"{len(choices)} choices are not a pair")
+    (rejected, low), (chosen, high) = sorted(
+        choices, key=lambda choice: _number(choice[1], "a choice's score")
+    )
+    if low == high:
+        raise RowError("both choices have the same score, so none is preferred")
+    prompt = _text(row.get("input"), "input").strip()
+    if "\n\nAssistant:" in prompt and not prompt.startswith("Human:"):
+        prompt = f"Human: {prompt}"  # BIG-bench opens every input with this turn itself
+    plain = {"prompt": prompt, "chosen": _text(chosen, "a choice"), "rejected": _text(rejected, "a choice")}
+    return {
+        key: value for key, value in row.items() if key not in ("input", "target_scores", "targets")
+    } | plain
+
+
+def _conversation_pair(row: Row, *, whole_exchanges: bool) -> Row:
+    """MT-bench and Chatbot Arena: two models' conversations, of which `turn` was judged.
+
+    From the second turn on, they differ before the last answer. A judge can read both exchanges whole, which is what
+    people did; a reward model scores answers to one prompt.
+    """
+    turns = {name: messages(row.get(name), name) for name in _CONVERSATIONS}
+    turn = row.get("turn")
+    if turn is not None:
+        if isinstance(turn, bool) or not isinstance(turn, int) or turn < 1:
+            raise RowError(f"turn must be a whole number from 1, not {turn!r}")
+        for name, said in turns.items():
+            ends = [i for i, message in enumerate(said, 1) if message.role == "assistant"]
+            if len(ends) < turn:
+                raise RowError(f"{name} has {len(ends)} assistant turns, so there is no turn {turn}")
+            turns[name] = said[: ends[turn - 1]]
+    a, b = turns.values()
+    if a[-1].role != "assistant" or b[-1].role != "assistant":
+        raise RowError("conversation_a and conversation_b must end with an assistant turn")
+    if a[:-1] == b[:-1]:
+        prompt, first, second = a[:-1], a[-1].content, b[-1].content
+    elif not whole_exchanges:
+        raise RowError(
+            f"{' and '.join(_CONVERSATIONS)} differ before their last turn, so they do not answer one prompt"
+        )
+    else:
+        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
+        prompt, first, second = a[:shared], _exchange(a[shared:]), _exchange(b[shared:])
+    plain: dict[str, Any] = {
+        "prompt": [{"role": m.role, "content": m.content} for m in prompt],
+        "response_a": first,
+        "response_b": second,
+    }
+    if turn is not None and not subset_of(row):
+        plain["subset"] = f"turn {turn}"
+    return {key: value for key, value in row.items() if key not in _CONVERSATIONS} | plain
+
+
+def _exchange(turns: Conversation) -> str:
+    """An answer, and what was said after it, as one text."""
+    answer, *more = turns
+    return "\n\n".join((answer.content, *(f"{m.role.capitalize()}: {m.content}" for m in more)))
+
+
+def _annotators(row: Row) -> tuple[Vote, ...]:
+    """The labels in PandaLM's columns annotator1, annotator2, ...: 0 is a tie."""
+    columns = sorted(name for name in row if _ANNOTATOR.fullmatch(name) and row[name] is not None)
+    for name in columns:
+        if isinstance(row[name], bool) or row[name] not in (0, 1, 2):
+            raise RowError(f"{name} is {row[name]!r}, not one of 0 (tie), 1, 2")
+    return tuple(Vote(name, (0.5, 1.0, 0.0)[int(row[name])]) for name in columns)
+
+
+def _votes(row: Row) -> tuple[Vote, ...]:
+    """What single annotators said: PandaLM's columns, or the winner that one of MT-bench's judges named."""
+    judge = row.get("judge")
+    if judge is None or row.get("conversation_a") is None:
+        return _annotators(row)
+    p_a = _human_label(row, "response_a")
+    name = " ".join(map(str, judge)) if isinstance(judge, list | tuple) else str(judge)
+    return () if p_a is None else (Vote(name, p_a),)
+
+
+def _majority(votes: Sequence[Vote]) -> float | None:
+    """What more annotators said than anything else; None where nothing was."""
+    (label, count), *others = Counter(vote.p_a for vote in votes).most_common()
+    return None if others and others[0][1] == count else label
 
 
 def _pair_parts(row: Row) -> tuple[str, Conversation, str, str]:
@@ -306,7 +438,8 @@ def _human_label(row: Row, first: str) -> float | None:
         return 1.0
     label = row.get("label", row.get("winner"))
     if label is None:
-        return None
+        votes = _annotators(row)
+        return _majority(votes) if votes else None
     if isinstance(label, bool) or not isinstance(label, str | int) or _plain_label(label) not in _LABELS:
         raise RowError(f"label {label!r} is not one of 1, 2, a, b, tie")
     return _LABELS[_plain_label(label)]
@@ -316,14 +449,21 @@ def _plain_label(label: str | int) -> str | int:
     return label.strip().lower() if isinstance(label, str) else label
 
 
-def parse_pair(row: Row) -> Pair:
-    """A pair and, where the row carries one, its human label; `chosen` means a human preferred A.
+def parse_pair(row: Row, *, whole_exchanges: bool = False) -> Pair:
+    """A pair and, where the row carries them, its human labels; `chosen` means a human preferred A.
+
+    Args:
+        row: from a file.
+        whole_exchanges: where two conversations differ before their last turn, a response is all that follows what
+            they share, later user turns included; else such a row is refused.
 
     Raises:
         RowError: no pair in any known shape (`PAIR_SHAPES`), or two equal responses.
     """
+    votes = _votes(row)
+    row = _plain_pair(row, whole_exchanges=whole_exchanges)
     first, prompt, a, b = _pair_parts(row)
-    return Pair(prompt, a, b, _human_label(row, first), _extra(row))
+    return Pair(prompt, a, b, _human_label(row, first), _extra(row), votes)
 
 
 def parse_preference(row: Row) -> PreferenceRow:
@@ -332,6 +472,7 @@ def parse_preference(row: Row) -> PreferenceRow:
     Raises:
         RowError: no pair, no label, or a probability outside [0, 1].
     """
+    row = _plain_pair(row)
     first, prompt, a, b = _pair_parts(row)
     if first == "chosen":
         return PreferenceRow(

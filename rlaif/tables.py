@@ -22,6 +22,20 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join((line(heads), line(["-" * width for width in widths]), *map(line, cells)))
 
 
+def section_scores(found: Sequence[Found]) -> str:
+    """RewardBench's sections, as `rlaif.rewardbench.sections` gives them."""
+    rows = [
+        (f"**{f['name']}**" if f["name"] == "score" else f["name"], f["pairs"], percent_interval(f))
+        for f in found
+    ]
+    missing: list[str] = next((f["missing"] for f in found if f["name"] == "score"), [])
+    left_out = f" Without pairs, and so left out: {', '.join(missing)}." if missing else ""
+    return (
+        "## RewardBench\n\nSubsets weigh as on its leaderboard; the score is the mean of the sections."
+        f"{left_out}\n\n{table(('section', 'pairs', '%'), rows)}"
+    )
+
+
 def percent(value: float | None, *, sign: bool = False) -> str:
     """A rate in percent with one decimal; `sign` writes a plus where it belongs."""
     return "-" if value is None else f"{100 * value:{'+' if sign else ''}.1f}"

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Role = Literal["system", "user", "assistant"]
 Order = Literal["ab", "ba"]
@@ -76,12 +76,20 @@ class CandidateSet:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Vote(NamedTuple):
+    """What one annotator said of a pair: P(A preferred), 1/2 for a tie."""
+
+    annotator: str
+    p_a: float
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One prompt and two responses to compare.
 
-    `human_p_a` is a human (or gold) label, P(A preferred) in [0, 1], or None where nobody labelled the pair.
-    It never reaches a judge.
+    `human_p_a` is a human (or gold) label, P(A preferred) in [0, 1], or None where nobody labelled the pair, or those
+    who did have no majority. `human_votes` are the single annotators' own, where a set names them. Neither reaches a
+    judge.
     """
 
     prompt: Conversation
@@ -89,6 +97,7 @@ class Pair:
     b: str
     human_p_a: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    human_votes: tuple[Vote, ...] = ()
 
     @property
     def id(self) -> str:
@@ -96,9 +105,10 @@ class Pair:
         return content_id(self.prompt, self.a, self.b)
 
     def swapped(self) -> Pair:
-        """The same comparison with A and B exchanged; a human label is complemented."""
+        """The same comparison with A and B exchanged; human labels are complemented."""
         p = None if self.human_p_a is None else 1.0 - self.human_p_a
-        return replace(self, a=self.b, b=self.a, human_p_a=p)
+        votes = tuple(vote._replace(p_a=1.0 - vote.p_a) for vote in self.human_votes)
+        return replace(self, a=self.b, b=self.a, human_p_a=p, human_votes=votes)
 
     def shown(self, order: Order) -> tuple[str, str]:
         """The responses as the judge sees them in this order: (number 1, number 2)."""

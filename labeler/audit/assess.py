@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from labeler.audit.annotators import by_annotator
 from labeler.audit.biases import lean
 from labeler.audit.observations import Observation
 from labeler.preferences import is_tie
+from rlaif import rewardbench
 from rlaif.agreement import agreement, agreements, estimate_mean, finite, mean, same_position
 from rlaif.measures import ECE_BINS, brier, expected_calibration_error, log_loss, reliability
 
@@ -53,6 +55,17 @@ def assess(observations: Sequence[Observation], *, resamples: int = 1000) -> Fin
             {"name": name, **agreement_with_people([o for o in labelled if o.subset == name], resamples)}
             for name in subsets
         ]
+        if rewardbench.names(subsets):
+            decided = [o for o in labelled if o.human not in (None, 0.5)]
+            table = _table(decided)
+            found["rewardbench"] = rewardbench.sections(
+                agreements(table[:, 0], table[:, 1]),
+                [o.subset for o in decided],
+                groups=[o.prompt for o in decided],
+                resamples=resamples,
+            )
+    if any(o.votes for o in labelled):
+        found["annotators"] = by_annotator(labelled, resamples)
     return found
 
 
@@ -71,6 +84,7 @@ def agreement_with_people(labelled: Sequence[Observation], resamples: int = 1000
     return {
         "human_pairs": len(decided),
         "human_ties": len(judged) - len(decided),
+        "no_majority": sum(o.human is None and bool(o.votes) for o in labelled),
         "agreement": found,
         "kappa": {name: None if value is None else 2 * value - 1 for name, value in found.items()},
         "longer_wins_agreement": finite(agreement(longer, table[:, 1])),

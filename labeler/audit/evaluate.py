@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -237,7 +237,8 @@ def _resisted(config: EvaluateConfig, judge: PairJudge, tried: Sequence[Attack])
 
 
 def _pairs(config: EvaluateConfig, quarantine: Quarantine | None = None) -> Iterator[Pair]:
-    return islice(read_pairs(config.dataset, quarantine or Quarantine(None)), config.limit)
+    pairs = read_pairs(config.dataset, quarantine or Quarantine(None), whole_exchanges=True)
+    return islice(pairs, config.limit)
 
 
 def _targets(config: EvaluateConfig) -> Iterator[Pair]:
@@ -265,9 +266,13 @@ def _read(config: EvaluateConfig, folder: Path) -> Report:
     """The findings about labels that exist already."""
     assert config.labels is not None
     quarantine = Quarantine(folder / "quarantine.jsonl")
-    gold = {pair_key(pair): pair for pair in _pairs(config)} if config.dataset else None
+    gold: dict[str, list[Pair]] | None = None
+    if config.dataset:
+        gold = defaultdict(list)
+        for pair in _pairs(config):
+            gold[pair_key(pair)].append(pair)
     rows = list(islice(read_preferences(config.labels, quarantine), config.limit))
-    seen = [o for row in rows if (o := _matched(row, gold)) is not None]
+    seen = [o for row in rows for o in _matched(row, gold)]
     if not any(o.human is not None for o in seen):
         raise DataError(
             f"{config.labels} has no human labels (human_chosen_prob): give the file that has them as --dataset"
@@ -291,12 +296,17 @@ def _read(config: EvaluateConfig, folder: Path) -> Report:
     return _conclude(config, folder, report, seen, "")
 
 
-def _matched(row: PreferenceRow, gold: dict[str, Pair] | None) -> Observation | None:
-    """The row with its human label; None where `gold` does not know the pair."""
+def _matched(row: PreferenceRow, gold: dict[str, list[Pair]] | None) -> list[Observation]:
+    """The row with its human label; where several people have a row each in `gold`, with all of theirs, once."""
     if gold is None:
-        return read_observation(row)
-    pair = gold.get(pair_key(Pair(row.prompt, row.chosen, row.rejected)))
-    return None if pair is None else read_observation(row, pair)
+        return [read_observation(row)]
+    key = pair_key(Pair(row.prompt, row.chosen, row.rejected))
+    known = gold.get(key, [])
+    if any(pair.human_votes for pair in known):
+        gold[key] = []
+    else:
+        known = known[-1:]
+    return [read_observation(row, pair) for pair in known]
 
 
 def _only(rows: Sequence[PreferenceRow], column: str) -> str:

@@ -9,10 +9,8 @@ from typing import Any
 from labeler.audit.biases import formatting, length
 from labeler.preferences import canonical, source_of
 from rlaif.errors import DataError
-from rlaif.types import Judgment, Pair, Preference, PreferenceRow, content_id
-
-SUBSET_COLUMNS = ("subset", "category", "group")
-"""Columns that name a pair's subset, in order of preference."""
+from rlaif.shapes import subset_of
+from rlaif.types import Judgment, Pair, Preference, PreferenceRow, Vote, content_id
 
 WRITER_COLUMNS = ("model", "model_a", "model_b", "chosen_model", "rejected_model")
 """Columns that name who wrote the responses."""
@@ -29,7 +27,7 @@ class Observation:
         subset: the row's subset; empty if it names none.
         p: P(A preferred), the label; None where there is none.
         raw: P(A preferred) before a calibration or clamp.
-        human: P(A preferred) by people; None where nobody said.
+        human: P(A preferred) by people; None where nobody said, or those who did have no majority.
         reason: why there is no label, or which guard ruled.
         source: `logprobs`, `samples`, `verdict`, or the guard; empty for labels of other tools.
         first_ab: P(number 1 preferred) with A shown first; None if not asked.
@@ -39,6 +37,8 @@ class Observation:
         formatted: Markdown marks of A minus those of B.
         prompt_tokens: read for this label.
         completion_tokens: generated for this label.
+        votes: what each of the people said, where a set names them.
+        pair: content id of the prompt and both responses; equal where several rows are votes on one pair.
     """
 
     prompt: str
@@ -55,6 +55,8 @@ class Observation:
     formatted: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    votes: tuple[Vote, ...] = ()
+    pair: str = ""
 
 
 def observe(preference: Preference) -> Observation:
@@ -67,6 +69,7 @@ def observe(preference: Preference) -> Observation:
         p=seen.p_a,
         raw=seen.p_a,
         human=seen.pair.human_p_a,
+        votes=seen.pair.human_votes,
         reason=seen.reason,
         source="" if seen.p_a is None else source_of(seen),
         first_ab=_first(seen.ab),
@@ -104,6 +107,7 @@ def read_observation(row: PreferenceRow, gold: Pair | None = None) -> Observatio
         p=_turned(row.chosen_prob, as_given),
         raw=_turned(row.chosen_prob if raw is None else raw, as_given),
         human=shown.human_p_a,
+        votes=shown.human_votes,
         reason=source if source.startswith("guard:") else None,
         source=source,
         first_ab=chosen_first if as_given else rejected_first,
@@ -116,8 +120,7 @@ def read_observation(row: PreferenceRow, gold: Pair | None = None) -> Observatio
 
 def pair_key(pair: Pair) -> str:
     """Equal for a pair and its swap, whatever else is known of them."""
-    shown = canonical(pair)
-    return content_id(shown.prompt, shown.a, shown.b)
+    return canonical(pair).id
 
 
 def writers(extra: Mapping[str, Any]) -> set[str]:
@@ -126,10 +129,10 @@ def writers(extra: Mapping[str, Any]) -> set[str]:
 
 
 def _about(pair: Pair) -> dict[str, Any]:
-    subset = next((pair.extra[name] for name in SUBSET_COLUMNS if pair.extra.get(name) is not None), "")
     return {
         "prompt": content_id(pair.prompt),
-        "subset": str(subset),
+        "pair": pair_key(pair),
+        "subset": subset_of(pair.extra),
         "longer": length(pair.a) - length(pair.b),
         "formatted": formatting(pair.a) - formatting(pair.b),
     }

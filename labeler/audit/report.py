@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlaif.tables import interval, number, percent, percent_interval, table
+from rlaif.tables import interval, number, percent, percent_interval, section_scores, table
 
 Found = Mapping[str, Any]
 
@@ -16,7 +16,8 @@ def render(report: Found) -> str:
     if "variants" in report:
         parts.append(_variants(report["variants"]))
     else:
-        parts += [_agreement(report), _biases(report), _calibration(report), _replies(report)]
+        parts += [_agreement(report), _sections(report), _annotators(report)]
+        parts += [_biases(report), _calibration(report), _replies(report)]
     if "canaries" in report:
         parts.append(_canaries(report["canaries"]))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -45,7 +46,43 @@ def _agreement(report: Found) -> str:
         ],
     )  # fmt: skip
     ties = f" People tie {report['human_ties']} pairs, which are left out." if report["human_ties"] else ""
+    if report["no_majority"]:
+        ties += f" They have no majority on {report['no_majority']} more."
     return f"## Agreement with people\n\n95 % intervals over prompts.{ties}\n\n{subsets}"
+
+
+def _sections(report: Found) -> str:
+    return section_scores(report["rewardbench"]) if "rewardbench" in report else ""
+
+
+def _annotators(report: Found) -> str:
+    if "annotators" not in report:
+        return ""
+    heads = (
+        "votes of",
+        "votes",
+        "with ties, %",
+        "decided",
+        "without ties, %",
+        "people with ties, %",
+        "without ties, %",
+    )
+    rows = [
+        (
+            line["name"] if line["name"] != "all" else "**all**",
+            line["votes"],
+            percent_interval(line["judge"]["with_ties"]),
+            line["judge"]["without_ties"]["over"],
+            percent_interval(line["judge"]["without_ties"]),
+            *(percent_interval(line["people"][setup]) for setup in ("with_ties", "without_ties")),
+        )
+        for line in report["annotators"]
+    ]
+    return (
+        "## Agreement with single annotators\n\nWith ties, a tie must be met by a tie, and two orders that contradict "
+        "each other are one; chance is 33 %. Without ties, only what both decided counts; chance is 50 %. *People* are "
+        f"pairs of annotators of the same responses.\n\n{table(heads, rows)}"
+    )
 
 
 def _biases(report: Found) -> str:

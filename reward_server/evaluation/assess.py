@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlaif import rewardbench
 from rlaif.agreement import agreements, bootstrap_interval, estimate_mean, finite, mean, pearson, spearman
 from rlaif.measures import ECE_BINS, brier, expected_calibration_error, reliability
 
@@ -74,6 +75,13 @@ def assess_pairs(pairs: Sequence[LabelledPair], *, resamples: int = 1000) -> Fin
         found["subsets"] = [
             {"name": name, **ranking([p for p in pairs if p.subset == name], resamples)} for name in subsets
         ]
+        if rewardbench.names(subsets):
+            found["rewardbench"] = rewardbench.sections(
+                _right([p.chosen.score - p.rejected.score for p in pairs], pairs),
+                [p.subset for p in pairs],
+                groups=[p.chosen.prompt for p in pairs],
+                resamples=resamples,
+            )
     return found
 
 

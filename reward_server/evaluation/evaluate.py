@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from reward_server.batcher import Batcher, Priority
 from reward_server.config import ServeConfig
@@ -30,13 +29,11 @@ from rlaif.errors import DataError, QualityError
 from rlaif.models import ModelRef
 from rlaif.records import Quarantine, holds_scores, read_preferences, read_scored
 from rlaif.runs import Run, progress
+from rlaif.shapes import subset_of
 from rlaif.storage import write_atomic
 from rlaif.types import Conversation, PreferenceRow, ScoredRow, content_id, with_response
 
 Row = PreferenceRow | ScoredRow
-SUBSET_COLUMNS = ("subset", "category", "group")
-"""Columns that name a row's subset unless a flag does, in order of preference."""
-
 _CHUNK = 1024
 """Conversations queued at a time: enough to find neighbours in length and prompts in common."""
 
@@ -169,7 +166,7 @@ def measure(
             Answer(prompt, outcome.raw, len(response.strip()), outcome.tokens)
             for response, outcome in zip(responses, scored, strict=True)
         ]
-        subset = _subset(row.extra, subset_column)
+        subset = subset_of(row.extra) if subset_column is None else subset_of(row.extra, (subset_column,))
         if isinstance(row, ScoredRow):
             answers.append(LabelledAnswer(given[0], row.score, subset))
         else:
@@ -182,8 +179,3 @@ def measure(
         else assess_pairs(pairs, resamples=resamples)
     )
     return {"without_score": dict(missing.most_common()), **findings}
-
-
-def _subset(extra: Mapping[str, Any], column: str | None) -> str:
-    names = SUBSET_COLUMNS if column is None else (column,)
-    return str(next((extra[name] for name in names if extra.get(name) is not None), ""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlaif.tables import interval, number, percent, percent_interval, table
+from rlaif.tables import interval, number, percent, percent_interval, section_scores, table
 
 Found = Mapping[str, Any]
 
@@ -18,7 +18,10 @@ def render(findings: Found) -> str:
     if "scores" in findings:
         parts.append(_scores(findings["scores"]))
     if findings["pairs"]:
-        parts += [_accuracy(findings), _length(findings["length"]), _calibration(findings)]
+        parts.append(_accuracy(findings))
+        if "rewardbench" in findings:
+            parts.append(section_scores(findings["rewardbench"]))
+        parts += [_length(findings["length"]), _calibration(findings)]
     return "\n\n".join(parts) + "\n"
 
 

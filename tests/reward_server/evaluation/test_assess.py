@@ -95,3 +95,19 @@ def test_scored_answers_are_compared_within_their_prompt() -> None:
     errors = [7.0 - 9.0, 5.0 - 3.0, 6.0 - 3.0, 3.0 - 5.0]
     assert found["scores"]["rmse"] == pytest.approx(math.sqrt(sum(e * e for e in errors) / 4))
     assert assess_scores(answers)["scores"]["rmse"] is None
+
+
+def test_rewardbench_files_have_its_sections() -> None:
+    pairs = [
+        pair(1.0, 1.0, subset="hep-go"),
+        pair(-1.0, 1.0, subset="math-prm"),
+        pair(0.0, 1.0, subset="donotanswer"),  # an equal score is half right
+    ]
+    found = {f["name"]: f["value"] for f in assess_pairs(pairs, resamples=2)["rewardbench"]}
+    reasoning = 164 / (984 + 164)
+    assert found == {
+        "Safety": 0.5,
+        "Reasoning": pytest.approx(reasoning),
+        "score": pytest.approx((0.5 + reasoning) / 2),
+    }
+    assert "rewardbench" not in assess_pairs([*pairs, pair(1.0, 1.0, subset="mine")], resamples=2)
