@@ -121,6 +121,9 @@ class SampleConfig(RequestConfig):
     prompt gets responses of all of them, in turn."""
     num_return_sequences: int = 4
     """Responses per prompt, over all policies together."""
+    all_turns: bool = False
+    """Answer all user turns of rows with `turns` (MT-bench), one after the other, and write answers.jsonl in FastChat's
+    shape instead of candidates."""
     temperature: float = 1.0
     """Sampling temperature; 0 decodes greedily."""
     max_new_tokens: int = 256
@@ -268,6 +271,9 @@ class ScoresConfig(JudgeConfig):
 
     rubric: tuple[str, ...] = ("helpfulness-score",)
     """How the judge is asked: presets, tinyworld:score, or YAML files. Several are aspects; the score is their mean."""
+    questions: str | None = None
+    """The benchmark's questions that the answers belong to: their turns (MT-bench), reference answers, and the
+    categories, types or labels that tables are made by."""
     cot: bool = False
     """Ask for a rationale before the score; direct RLAIF asks for the score at once."""
 

@@ -221,10 +221,15 @@ class Judge:
         p_a = combine_orders(ab.labels, ba.labels, self.recipe.combine, self._values(ab.labels))
         return self._preference(pair, p_a, None, ab, ba)
 
-    async def judge_score(self, prompt: Conversation, response: str) -> Score:
+    async def judge_score(self, prompt: Conversation, response: str, reference: str = "") -> Score:
         """The expected score of one response on the rubric's scale.
 
         A response that says nothing gets the lowest level without a call; `reason` then starts with `guard:`.
+
+        Args:
+            prompt: what was asked for.
+            response: what is judged.
+            reference: a right answer, shown by rubrics with that slot; empty for none.
 
         Raises:
             ConfigError: the rubric is for pairs.
@@ -238,7 +243,8 @@ class Judge:
             return Score(prompt, response, levels[0], EMPTY, None, levels)
         rubric = await self._rubric()
         shown = self._clean(prompt), self._safe(response)
-        judgment = await self._ask(rubric.ask_score(*shown, seed=self.recipe.seed))
+        question = rubric.ask_score(*shown, reference=self._safe(reference), seed=self.recipe.seed)
+        judgment = await self._ask(question)
         if judgment.labels is None:
             return Score(prompt, response, None, judgment.reason, judgment, levels)
         return Score(prompt, response, expectation(judgment.labels.probs, levels), None, judgment, levels)

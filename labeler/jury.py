@@ -87,9 +87,10 @@ class Jury:
             return replace(joint, p_a=None, reason=self._short(votes))
         return replace(joint, p_a=reduce_votes(given, self.reduce), reason=None)
 
-    async def judge_score(self, prompt: Conversation, response: str) -> Score:
+    async def judge_score(self, prompt: Conversation, response: str, reference: str = "") -> Score:
         """The reduced score; `votes` holds every judge's own. See `Judge.judge_score`."""
-        votes = tuple(await asyncio.gather(*(judge.judge_score(prompt, response) for judge in self.judges)))
+        asked = (judge.judge_score(prompt, response, reference) for judge in self.judges)
+        votes = tuple(await asyncio.gather(*asked))
         given = [vote.expected for vote in votes if vote.expected is not None]
         joint = replace(votes[0], votes=votes)
         if len(given) < self.quorum:

@@ -28,10 +28,10 @@ from labeler.outputs import (
 )
 from labeler.preferences import cost_of
 from labeler.rubric import Question, Rubric, load_rubric
-from labeler.scores import Answer, load_answers
 from labeler.session import open_session
+from rlaif.answers import Answer
 from rlaif.errors import ConfigError
-from rlaif.records import Quarantine, write_parquet
+from rlaif.records import Quarantine, read_answers, write_parquet
 from rlaif.types import Conversation, Message, content_id, to_dicts, user_prompt
 
 ROUND = pa.struct([("principle", pa.string()), ("critique", pa.string()), ("revision", pa.string())])
@@ -192,21 +192,26 @@ def run(config: ReviseConfig) -> None:
 
         async def look_up(answer: Answer) -> list[Round] | str:
             try:
-                return await reviser.revise(*answer)
+                return await reviser.revise(answer.prompt, answer.response)
             except RequestFailed as err:
                 return str(err)
 
         def answers(quarantine: Quarantine) -> Iterator[Answer]:
-            return islice(load_answers(config.dataset, quarantine), config.limit)
+            return islice(read_answers(config.dataset, quarantine), config.limit)
 
-        total = session.ask(answers, lambda answer: reason_of(reviser.revise(*answer)), "revising responses")
+        total = session.ask(
+            answers,
+            lambda answer: reason_of(reviser.revise(answer.prompt, answer.response)),
+            "revising responses",
+        )
         count: Counter[str] = Counter()
         unlabelled: Counter[str] = Counter()
         data_file = session.folder / "revisions.parquet"
 
         def rows() -> Iterator[dict[str, Any]]:
             with write_unlabelled(session.folder) as write_open:
-                for (prompt, response), rounds in replay(answers(Quarantine(None)), look_up):
+                for answer, rounds in replay(answers(Quarantine(None)), look_up):
+                    prompt, response = answer.prompt, answer.response
                     if isinstance(rounds, str):
                         unlabelled[rounds] += 1
                         write_open({"reason": rounds, "prompt": to_dicts(prompt), "response": response})

@@ -36,7 +36,7 @@ _SLOTS: Mapping[Kind, tuple[str, ...]] = {
     "score": ("prompt", "response"),
     "revision": ("prompt", "response"),
 }
-"""Slots that `sample` must have; `principle` may be added."""
+"""Slots that `sample` must have; `principle` may be added, and `reference` where responses are scored."""
 
 
 def transcript(prompt: Conversation) -> str:
@@ -59,6 +59,7 @@ class Exemplar(BaseModel):
     response_2: str = ""
     response: str = ""
     principle: str = ""
+    reference: str = ""
     rationale: str = ""
     label: str = Field(description="The right label; in a revision rubric, the revised response.")
 
@@ -81,7 +82,8 @@ class RubricFile(BaseModel):
         (), description="Worked examples; `--num_exemplars` takes the first n."
     )
     sample: str = Field(
-        description="Jinja. Slots: prompt, response_1, response_2 (pair) or prompt, response; principle."
+        description="Jinja. Slots: prompt, response_1, response_2 (pair) or prompt, response; principle; in a score "
+        "rubric, reference: a right answer, empty where the question has none."
     )
     ask: str = Field(
         "", description="Closes the user message when a label is wanted at once. Slot: principle."
@@ -94,6 +96,9 @@ class RubricFile(BaseModel):
     labels: tuple[str, ...] = Field(
         (),
         description="The closed set of labels, in order: 1 and 2, grades of preference, or an ordered scale.",
+    )
+    names: tuple[str, ...] = Field(
+        (), description="Score rubrics whose labels are classes: what tables call them, in order."
     )
     levels: tuple[float, ...] = Field(
         (), description="Score rubrics: the value of each label, rising; 1, 2, 3, ... when not given."
@@ -139,6 +144,8 @@ class RubricFile(BaseModel):
             raise ValueError(
                 f"a pair rubric has two labels, or preferences that say what its {n} labels mean"
             )
+        if self.names and (self.kind != "score" or len(self.names) != n or len(set(self.names)) != n):
+            raise ValueError(f"names are for score rubrics, and must be {n} different ones, one per label")
         if any(low >= high for low, high in pairwise(self.levels)):
             raise ValueError("levels must rise from label to label")
         p = self.preferences
@@ -156,6 +163,8 @@ class RubricFile(BaseModel):
         used: set[str] = set()
         for name in ("sample", "ask", "ask_rationale"):
             known = {"principle"} | (needed if name == "sample" else set())
+            if name == "sample" and self.kind == "score":
+                known |= {"reference"}
             found = _undeclared(name, getattr(self, name))
             if name == "sample" and (missing := sorted(needed - found)):
                 raise ValueError(f"sample lacks the slot(s) {', '.join(missing)}")
@@ -346,17 +355,20 @@ class Rubric:
         principle = self.principle_for(pair.prompt, seed)
         return self._question(principle, prompt=transcript(pair.prompt), response_1=first, response_2=second)
 
-    def ask_score(self, prompt: Conversation, response: str, *, seed: int = 0, draw: int = 0) -> Question:
+    def ask_score(
+        self, prompt: Conversation, response: str, *, reference: str = "", seed: int = 0, draw: int = 0
+    ) -> Question:
         """The question about one response, to be answered on the scale, or by a critique and a revision.
 
         Args:
             prompt: what was asked for.
             response: what is judged.
+            reference: a right answer, for rubrics that show one; empty for none.
             seed: draws the principle.
             draw: number of the draw, see `principle_for`.
         """
         principle = self.principle_for(prompt, seed, draw)
-        return self._question(principle, prompt=transcript(prompt), response=response)
+        return self._question(principle, prompt=transcript(prompt), response=response, reference=reference)
 
     def _question(self, principle: str | None, **slots: str) -> Question:
         f = self.file
@@ -375,7 +387,7 @@ class Rubric:
         f = self.file
         texts = []
         for e in f.exemplars[: self.num_exemplars]:
-            slots = {name: getattr(e, name) for name in (*_SLOTS[f.kind], "principle")}
+            slots = {name: getattr(e, name) for name in (*_SLOTS[f.kind], "principle", "reference")}
             parts = [_fill(f.sample, slots)]
             if self.cot and e.rationale:
                 parts.append(_after(f.rationale_cue, e.rationale))

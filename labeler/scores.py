@@ -26,16 +26,16 @@ from labeler.outputs import (
     write_report,
     write_unlabelled,
 )
-from labeler.pairs import gather_judges, holds_candidates
+from labeler.pairs import gather_judges
 from labeler.preferences import cost_of, tokens_of
 from labeler.rubric import Rubric, load_rubric
 from labeler.session import open_session
+from labeler.tallies import Tallies, render
+from rlaif.answers import Answer
 from rlaif.errors import ConfigError
-from rlaif.records import Quarantine, read_candidates, read_conversations, write_parquet
-from rlaif.types import Conversation, Judgment, Score, content_id, to_dicts
-
-Answer = tuple[Conversation, str]
-"""A prompt and a response to it."""
+from rlaif.records import Quarantine, read_answers, write_parquet
+from rlaif.storage import write_atomic
+from rlaif.types import Judgment, Score, content_id, to_dicts
 
 ASPECT = pa.struct(
     [
@@ -95,7 +95,8 @@ def run(config: ScoresConfig) -> None:
         ]
 
         async def score(answer: Answer) -> list[Score]:
-            return list(await asyncio.gather(*(judge.judge_score(*answer) for judge in judges)))
+            asked = (judge.judge_score(answer.prompt, answer.response, answer.reference) for judge in judges)
+            return list(await asyncio.gather(*asked))
 
         async def ask(answer: Answer) -> str | None:
             return _missing(await score(answer))
@@ -105,13 +106,14 @@ def run(config: ScoresConfig) -> None:
                 await judge.prepare()
 
         def answers(quarantine: Quarantine) -> Iterator[Answer]:
-            return islice(load_answers(config.dataset, quarantine), config.limit)
+            return islice(read_answers(config.dataset, quarantine, config.questions), config.limit)
 
         def together(quarantine: Quarantine) -> Iterator[Answer]:
-            return side_by_side(answers(quarantine), lambda answer: answer[0])
+            return side_by_side(answers(quarantine), lambda answer: answer.prompt)
 
         total = session.ask(together, ask, "scoring responses", prepare=prepare)
         report = ScoreReport()
+        tallies = Tallies(rubrics[0] if len(rubrics) == 1 else None)
         data_file = session.folder / "scores.parquet"
 
         def rows() -> Iterator[dict[str, Any]]:
@@ -120,10 +122,14 @@ def run(config: ScoresConfig) -> None:
                     reason = _missing(scores)
                     if reason is not None:
                         report.miss(reason)
-                        unlabelled({"reason": reason, "prompt": to_dicts(answer[0]), "response": answer[1]})
+                        tallies.add(answer, None)
+                        unlabelled(
+                            {"reason": reason, "prompt": to_dicts(answer.prompt), "response": answer.response}
+                        )
                         continue
                     row = _row(scores, rubrics, judges, session.price)
                     report.add(row)
+                    tallies.add(answer, row)
                     yield row
 
         write_parquet(data_file, rows(), SCHEMA)
@@ -136,8 +142,13 @@ def run(config: ScoresConfig) -> None:
             "judge": name,
             "rubrics": {rubric.name: rubric.hash for rubric in rubrics},
         }
-        write_report(session.folder, facts)
+        tables = tallies.tables()
+        write_report(session.folder, {**facts, **({"tables": tables} if tables else {})})
         write_card(session.folder)
+        if tables:
+            text = render(tables, f"{name}, {' + '.join(rubric.name for rubric in rubrics)}")
+            write_atomic(session.folder / "report.md", text)
+            print(text)
     print_summary(f"{total} responses scored by {name} -> {data_file}", facts)
     refuse_if_too_many_open(
         facts["unlabelled"], total, config.max_unlabelled, session.folder, "responses have no score"
@@ -161,21 +172,6 @@ def _check_one_scale(rubrics: Sequence[Rubric]) -> None:
                 f"--rubric {first.name} has a scale from {first.levels[0]:g} to {first.levels[-1]:g}, {rubric.name} "
                 f"one from {rubric.levels[0]:g} to {rubric.levels[-1]:g}: a mean needs one scale"
             )
-
-
-def load_answers(path: str, quarantine: Quarantine) -> Iterator[Answer]:
-    """(prompt, response) of every row; of every candidate where rows list several.
-
-    Raises:
-        DataError: the dataset is missing or has no usable row.
-    """
-    if holds_candidates(path):
-        for candidates in read_candidates(path, quarantine):
-            for candidate in candidates.candidates:
-                yield candidates.prompt, candidate.response
-        return
-    for _, conversation in read_conversations(path, quarantine):
-        yield conversation[:-1], conversation[-1].content
 
 
 def _missing(scores: Sequence[Score]) -> str | None:

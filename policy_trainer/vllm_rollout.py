@@ -196,7 +196,9 @@ def open_vllm(config: OnlineConfig, policy: PreTrainedModel, eos_ids: Sequence[i
         ModelError: vLLM is not installed, or does not take the model.
         StorageError: the folder of the weights cannot be written.
     """
-    if config.vllm_sync_dir is None:  # a run directory belongs to one run: what a killed one left is overwritten
+    if (
+        config.vllm_sync_dir is None
+    ):  # a run directory belongs to one run: what a killed one left is overwritten
         folder = config.output_dir.absolute() / ".vllm-weights"
     else:
         folder = config.vllm_sync_dir.absolute() / f".vllm-weights-{uuid.uuid4().hex[:8]}"

@@ -18,23 +18,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, TypeVar, cast
 
-from rlaif import shapes
+from rlaif import answers, shapes
 from rlaif.errors import DataError
 from rlaif.storage import Journal, storing, write_parquet
-from rlaif.types import CandidateSet, Conversation, Pair, PreferenceRow, ScoredRow, with_response
+from rlaif.types import CandidateSet, Conversation, Pair, PreferenceRow, ScoredRow
 
 __all__ = [
     "Journal",
     "Quarantine",
     "holds_scores",
+    "read_answers",
     "read_candidates",
     "read_conversations",
     "read_labelled",
     "read_pairs",
     "read_preferences",
     "read_prompts",
+    "read_questions",
     "read_rankings",
-    "read_responses",
     "read_rows",
     "read_scored",
     "write_parquet",
@@ -213,21 +214,31 @@ def read_conversations(
     )
 
 
-def read_responses(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[Conversation]:
-    """One response a row with its prompt: a conversation, or the first candidate of a candidates file.
+def read_questions(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[answers.Question]:
+    """A benchmark's questions: prompts in any of `shapes.PROMPT_SHAPES`, with all turns and what rows say of them.
 
     Raises:
         DataError: the file is missing, unreadable, or has no usable row.
     """
-    understood = f"{shapes.CONVERSATION_SHAPES}; {shapes.CANDIDATE_SHAPES}"
-    return _read(path, quarantine, lambda _, row: _response(row), understood)
+    return _read(path, quarantine, lambda _, row: answers.parse_question(row), shapes.PROMPT_SHAPES)
 
 
-def _response(row: dict[str, Any]) -> Conversation:
-    if row.get("completions") is None and row.get("responses") is None:
-        return shapes.parse_conversation(row)
-    found = shapes.parse_candidates(row)
-    return with_response(found.prompt, found.candidates[0].response)
+def read_answers(
+    path: str | os.PathLike[str], quarantine: Quarantine, questions: str | os.PathLike[str] | None = None
+) -> Iterator[answers.Answer]:
+    """Every response of a file in any of `answers.ANSWER_SHAPES`, with its prompt.
+
+    Args:
+        path: of the answers.
+        quarantine: takes the rows that cannot be read.
+        questions: of the file of questions, for answers that name them by number, or to say more of them.
+
+    Raises:
+        DataError: a file is missing, unreadable, or has no usable row.
+    """
+    known = answers.Questions(() if questions is None else read_questions(questions, Quarantine(None)))
+    rows = _read(path, quarantine, lambda _, row: answers.parse_answers(row, known), answers.ANSWER_SHAPES)
+    return (answer for row in rows for answer in row)
 
 
 def _read(

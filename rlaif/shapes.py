@@ -78,7 +78,12 @@ _LABELS = {
 # ---- parts of a row ----
 
 
-def _text(value: object, name: str) -> str:
+def plain_text(value: object, name: str) -> str:
+    """Text, or the text of OpenAI's content parts; `name` says in an error what it is of.
+
+    Raises:
+        RowError: missing, or no text.
+    """
     if value is None:
         raise RowError(f"{name} is missing")
     if isinstance(value, list | tuple):  # OpenAI content parts
@@ -138,7 +143,7 @@ def messages(value: object, name: str) -> Conversation:
         role = item.get("role") or item.get("from")
         if not isinstance(role, str) or role not in ROLES:
             raise RowError(f"{where} has role {role!r}; known roles: {', '.join(ROLES)}")
-        content = _text(
+        content = plain_text(
             item["value"] if item.get("content") is None and "value" in item else item.get("content"),
             f"{where} content",
         )
@@ -189,8 +194,8 @@ def _turns(row: Row, key: str) -> Conversation:
     if key == "turns":  # MT-Bench: the user's turns; only the first has a context that exists already
         if not isinstance(value, list) or not value:
             raise RowError(f"turns must be a list of user turns, not {_kind(value)}")
-        return user_prompt(_text(value[0], "turns"))
-    text = _text(value, key)
+        return user_prompt(plain_text(value[0], "turns"))
+    text = plain_text(value, key)
     if key == "text" or _is_transcript(text):
         turns = transcript(text, key)
         is_cue = turns[-1] == Message(
@@ -198,7 +203,7 @@ def _turns(row: Row, key: str) -> Conversation:
         )  # "... Assistant:" asks for a response, it does not hold one
         return turns[:-1] if is_cue else turns
     if key == "instruction" and (extra := row.get("input")):  # Alpaca
-        return user_prompt(f"{text}\n\n{_text(extra, 'input')}")
+        return user_prompt(f"{text}\n\n{plain_text(extra, 'input')}")
     return user_prompt(text)
 
 
@@ -245,7 +250,7 @@ def parse_conversation(row: Row) -> Conversation:
 def _response(value: object, name: str, prompt: Conversation) -> str:
     """One response: text, an assistant message (alone or in a list), or the conversation with its prompt repeated."""
     if isinstance(value, str) or value is None:
-        return _text(value, name)
+        return plain_text(value, name)
     turns = messages([value] if isinstance(value, dict) else value, name)
     if turns[-1].role != "assistant":
         raise RowError(f"{name} does not end with an assistant turn")
@@ -265,13 +270,16 @@ def _implicit(row: Row, name_a: str, name_b: str) -> tuple[Conversation, str, st
     first, second = row[name_a], row[name_b]
     if isinstance(first, str) and isinstance(second, str):
         if not _is_transcript(first):
-            shared = _shared_words(_text(first, name_a), _text(second, name_b))
+            shared = _shared_words(plain_text(first, name_a), plain_text(second, name_b))
             if not shared:
                 raise RowError(
                     f"no prompt: {name_a} and {name_b} share no beginning and the row has {_keys(row)}"
                 )
             return user_prompt(shared), first[len(shared) :].lstrip(), second[len(shared) :].lstrip()
-        turns_a, turns_b = transcript(_text(first, name_a), name_a), transcript(_text(second, name_b), name_b)
+        turns_a, turns_b = (
+            transcript(plain_text(first, name_a), name_a),
+            transcript(plain_text(second, name_b), name_b),
+        )
     else:
         turns_a, turns_b = messages(first, name_a), messages(second, name_b)
     for turns, name in ((turns_a, name_a), (turns_b, name_b)):
@@ -335,10 +343,14 @@ def _choice_pair(row: Row) -> Row:
     )
     if low == high:
         raise RowError("both choices have the same score, so none is preferred")
-    prompt = _text(row.get("input"), "input").strip()
+    prompt = plain_text(row.get("input"), "input").strip()
     if "\n\nAssistant:" in prompt and not prompt.startswith("Human:"):
         prompt = f"Human: {prompt}"  # BIG-bench opens every input with this turn itself
-    plain = {"prompt": prompt, "chosen": _text(chosen, "a choice"), "rejected": _text(rejected, "a choice")}
+    plain = {
+        "prompt": prompt,
+        "chosen": plain_text(chosen, "a choice"),
+        "rejected": plain_text(rejected, "a choice"),
+    }
     return {
         key: value for key, value in row.items() if key not in ("input", "target_scores", "targets")
     } | plain
@@ -563,7 +575,7 @@ def _candidate(item: object, reward: object, prompt: Conversation, name: str) ->
     if seed is not None and not isinstance(seed, int):
         raise RowError(f"{name} seed must be a whole number, not {seed!r}")
     return Candidate(
-        response=_text(item.get("response"), f"{name} response"),
+        response=plain_text(item.get("response"), f"{name} response"),
         model=str(item.get("model") or ""),
         finish_reason=str(item.get("finish_reason") or ""),
         seed=seed,

@@ -22,12 +22,16 @@ from policy_trainer.evaluation.responses import Response, answer
 from policy_trainer.evaluation.sides import Side, find_sides
 from rlaif.agreement import estimate_mean, finite, mean, same_position
 from rlaif.errors import QualityError
-from rlaif.records import Quarantine, read_prompts
+from rlaif.records import Quarantine, read_prompts, read_questions
 from rlaif.runs import Run
+from rlaif.shapes import SUBSET_COLUMNS
 from rlaif.storage import write_atomic
 from rlaif.types import Conversation
 
 Responses = Sequence[Response | None]
+
+MOST_SUBSETS = 50
+"""A column with more values names no subsets."""
 
 
 def run(config: EvaluatePolicyConfig) -> None:
@@ -54,7 +58,7 @@ def run(config: EvaluatePolicyConfig) -> None:
             side.name: answer(side, prompts, config, folder / "responses") for side in (baseline, *policies)
         }
         raters = rate_all(config, prompts, answers, baseline.name, folder / "judgments")
-        findings = measure(config, prompts, baseline, policies, answers, raters)
+        findings = measure(config, prompts, baseline, policies, answers, raters, _subsets(config, prompts))
         write_atomic(folder / "metrics.json", json.dumps(findings, indent=2, allow_nan=False) + "\n")
         drawn = draw_frontier(findings, folder / FRONTIER)
         text = render(findings, frontier=drawn)
@@ -70,8 +74,9 @@ def measure(
     policies: Sequence[Side],
     answers: Mapping[str, Responses],
     raters: Sequence[Rater],
+    subsets: Sequence[str] = (),
 ) -> Findings:
-    """The findings about every policy; the baseline comes first."""
+    """The findings about every policy, the baseline first. `subsets` are those of the prompts, if they have several."""
     return {
         "dataset": str(config.dataset),
         "prompts": len(prompts),
@@ -83,7 +88,11 @@ def measure(
                 **_of_responses(side, answers[side.name], config.resamples),
                 "ratings": [
                     _of_rating(
-                        rating, answers[side.name], answers[baseline.name], side is baseline, config.resamples
+                        rating,
+                        answers[side.name],
+                        None if side is baseline else answers[baseline.name],
+                        subsets,
+                        config.resamples,
                     )
                     if (rating := rater.ratings.get(side.name)) is not None
                     else None
@@ -93,6 +102,16 @@ def measure(
             for side in (baseline, *policies)
         ],
     }
+
+
+def _subsets(config: EvaluatePolicyConfig, prompts: Sequence[Conversation]) -> list[str]:
+    """The subset of each prompt by the first column that tells several apart; none if there is no such column."""
+    about = {q.prompt: q.about for q in read_questions(config.dataset, Quarantine(None))}
+    for column in (*SUBSET_COLUMNS, "dataset"):
+        found = [about.get(prompt, {}).get(column, "") for prompt in prompts]
+        if 1 < len(set(found)) <= MOST_SUBSETS:
+            return found
+    return []
 
 
 def _of_responses(side: Side, responses: Responses, resamples: int) -> Findings:
@@ -113,25 +132,34 @@ def _of_responses(side: Side, responses: Responses, resamples: int) -> Findings:
 
 
 def _of_rating(
-    rating: Rating, ours: Responses, theirs: Responses, is_baseline: bool, resamples: int
+    rating: Rating, ours: Responses, theirs: Responses | None, subsets: Sequence[str], resamples: int
 ) -> Findings:
-    """What one rater says of one policy. Every prompt occurs once, so each comparison is drawn by itself."""
+    """What one rater says of one policy, beside the baseline's responses unless it is the baseline.
+
+    Every prompt occurs once, so each comparison is drawn by itself.
+    """
     scores = [score for score in rating.scores if score is not None]
     found: Findings = {
         "score": estimate_mean(scores, resamples=resamples),
         "without_score": len(rating.scores) - len(scores),
     }
-    if is_baseline:
+    if theirs is None:
         return found
     known = [
-        (p, len(mine.text) - len(other.text))
-        for p, mine, other in zip(rating.wins, ours, theirs, strict=True)
+        (p, len(mine.text) - len(other.text), subset)
+        for p, mine, other, subset in zip(rating.wins, ours, theirs, subsets or [""] * len(ours), strict=True)
         if p is not None and mine is not None and other is not None
     ]
+
+    def wins(name: str | None = None) -> Findings:
+        chosen = [(p, d) for p, d, subset in known if name in (None, subset)]
+        return assess_wins([p for p, _ in chosen], [d for _, d in chosen], resamples=resamples)
+
     locked = same_position([a for a, _ in rating.orders], [1 - b for _, b in rating.orders])
     return {
         **found,
-        **assess_wins([p for p, _ in known], [d for _, d in known], resamples=resamples),
+        **wins(),
+        **({"subsets": [{"name": name, **wins(name)} for name in sorted(set(subsets))]} if subsets else {}),
         "missing": dict(Counter(rating.reasons).most_common()),
         "same_position": finite(_mean(locked.astype(float).tolist())),
     }

@@ -56,6 +56,14 @@ def _win_rates(found: Found, index: int) -> str:
         if r["missing"]
     ]
     notes = f"\n\nLeft out: {'; '.join(left_out)}." if left_out else ""
+    subsets = [
+        [name, s["name"] or "-", percent_interval(s["win_rate"]), percent_interval(s["length_controlled"]),
+         percent(s["ties"]), percent(s["longer_wins"]), s["comparisons"]]
+        for name, r in ratings
+        for s in r.get("subsets", ())
+    ]  # fmt: skip
+    if subsets:
+        notes += "\n\n" + table([heads[0], "subset", *heads[1:6]], subsets)
     return (
         f"## Win rates by {rater['name']}\n\n{rater['name']}{version}, {how}.\n\n{table(heads, rows)}{notes}"
     )

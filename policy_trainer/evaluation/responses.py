@@ -15,7 +15,7 @@ from policy_trainer.models import LoadedPolicy, eos_token_ids, load_policy
 from policy_trainer.rollout import HFRollout, decode_response
 from rlaif.chat import encode_prompt
 from rlaif.errors import ConfigError, ModelError
-from rlaif.records import Quarantine, read_responses
+from rlaif.records import Quarantine, read_answers
 from rlaif.runs import progress
 from rlaif.storage import Journal
 from rlaif.types import Conversation, content_id
@@ -58,8 +58,8 @@ def answer(
     """
     if side.recorded:
         recorded: dict[Conversation, str] = {}
-        for conversation in read_responses(side.source, Quarantine(None)):
-            recorded.setdefault(conversation[:-1], conversation[-1].content)
+        for given in read_answers(side.source, Quarantine(None), questions=config.dataset):
+            recorded.setdefault(given.prompt, given.response)
         return [Response(recorded[prompt]) if prompt in recorded else None for prompt in prompts]
     own = side.reference == side.source
     header = {

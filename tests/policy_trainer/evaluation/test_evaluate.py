@@ -190,6 +190,64 @@ def test_recorded_responses_stand_in_for_a_policy(world: Path) -> None:
     assert policy["ratings"][0]["missing"] == {"not_recorded": 5}
 
 
+def test_outputs_of_alpaca_eval_are_compared_as_published_and_by_dataset(tmp_path: Path) -> None:
+    def outputs(name: str, says: list[str]) -> str:
+        rows = [
+            {
+                "instruction": f"task {i}",
+                "output": said,
+                "generator": name,
+                "dataset": ("koala", "vicuna")[i % 2],
+            }
+            for i, said in enumerate(says)
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows, indent=1))
+        return str(tmp_path / f"{name}.json")
+
+    reference = outputs("davinci", ["w1", "w1 w1", "w0 w0 w0", "w1"])
+    model = outputs("mine", ["w0", "w0", "w0 w0", "w1 w1"])
+    run(
+        config(
+            tmp_path,
+            dataset=reference,
+            model_name_or_path=(model,),
+            baseline=reference,
+            reward_function=FUNCTION,
+        )
+    )
+    (rating,) = findings(tmp_path)["policies"][1]["ratings"]
+    assert (rating["win_rate"]["value"], rating["ties"]) == (0.75, 0.5)
+    assert rating["length_controlled"]["value"] is not None
+    by_dataset = {s["name"]: (s["comparisons"], s["win_rate"]["value"]) for s in rating["subsets"]}
+    assert by_dataset == {"koala": (2, 0.75), "vicuna": (2, 0.75)}
+    assert "| koala" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_first_turns_of_mt_bench_answers_are_compared_by_category(tmp_path: Path) -> None:
+    questions = [
+        {"question_id": i, "category": c, "turns": ["q", f"{i}?"]}
+        for i, c in ((81, "writing"), (111, "math"))
+    ]
+    questions[1]["turns"] = ["other q", "?"]
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    for name, says in (("a", ("w1", "w1")), ("b", ("w0", "w1 w0"))):
+        rows = [
+            {"question_id": number, "model_id": name, "choices": [{"index": 0, "turns": [said, "later"]}]}
+            for number, said in zip((81, 111), says, strict=True)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes: dict[str, Any] = {
+        "model_name_or_path": (str(tmp_path / "b.jsonl"),),
+        "reward_function": FUNCTION,
+    }
+    run(config(tmp_path, dataset=tmp_path / "question.jsonl", baseline=str(tmp_path / "a.jsonl"), **changes))
+    (rating,) = findings(tmp_path)["policies"][1]["ratings"]
+    assert [(s["name"], s["win_rate"]["value"]) for s in rating["subsets"]] == [
+        ("math", 1.0),
+        ("writing", 1.0),
+    ]
+
+
 def test_every_checkpoint_of_a_run_is_a_policy_and_its_reference_the_baseline(world: Path) -> None:
     settings: PPOConfig = tiny.ppo_config(world, max_steps=2, save_steps=1, learning_rate=3e-2)
     train(settings, FunctionReward(tiny.share_of_w0))
