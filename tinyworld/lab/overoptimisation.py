@@ -238,7 +238,7 @@ def _learning(arms: Sequence[Arm], found: Outcomes, seeds: Sequence[int]) -> lis
         return draw
 
     note = "A line for each seed, from the start of training to its end."
-    heads = ("gold utility: highest, at KL → last, at KL", *(f"seed {seed}" for seed in seeds))
+    heads = ("gold utility: highest → last", *(f"seed {seed}" for seed in seeds))
     return [
         Table("Rise and fall of gold in training", heads, rows),
         Figures(
@@ -251,9 +251,11 @@ def _learning(arms: Sequence[Arm], found: Outcomes, seeds: Sequence[int]) -> lis
 
 
 def _rise_and_fall(outcome: Outcome) -> str:
-    kl, gold = smoothed(outcome.curves["kl"]), smoothed(outcome.curves["gold"])
+    """From where gold is highest to the end of training."""
+    kl, gold, reward = (smoothed(outcome.curves[name]) for name in ("kl", "gold", "reward"))
     top = int(gold.argmax())
-    return f"{gold[top]:.2f} at {kl[top]:.1f} → {gold[-1]:.2f} at {kl[-1]:.1f}"
+    rest = f"reward {reward[top]:.2f} → {reward[-1]:.2f}, KL {kl[top]:.1f} → {kl[-1]:.1f}"
+    return f"{gold[top]:.2f} → {gold[-1]:.2f} ({rest})"
 
 
 def _fits(bon: Mapping[str, Sequence[BestOfN]], found: Outcomes, pairs: Mapping[str, str]) -> Table:
