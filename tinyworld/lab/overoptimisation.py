@@ -25,7 +25,7 @@ from tinyworld.lab.arms import JUDGED, RM, Arm, RewardModel
 from tinyworld.lab.findings import START, Outcome, Outcomes, outcomes, report_policies, smoothed
 from tinyworld.lab.policies import PolicyStudy
 from tinyworld.lab.rewards import POORER
-from tinyworld.lab.scaling import Curve, Floats, best_of_n, fit, kl_best_of_n
+from tinyworld.lab.scaling import Curve, Floats, Shape, best_of_n, fit, kl_best_of_n
 from tinyworld.lab.study import Sizes, over_seeds
 from tinyworld.stages import POLICY, Phase, Stage
 
@@ -259,34 +259,39 @@ def _rise_and_fall(outcome: Outcome) -> str:
 
 
 def _fits(bon: Mapping[str, Sequence[BestOfN]], found: Outcomes, pairs: Mapping[str, str]) -> Table:
-    d = np.sqrt([kl_best_of_n(n) for n in NS])
+    d = np.sqrt([kl_best_of_n(n) for n in NS])[1:]
+    starts = [outcome.gold["score"]["value"] for outcome in found[START]]
     rows = []
     for model, arm in zip(MODELS, WITHOUT_KL, strict=True):
-        chosen = [fit("bon", d[1:], one.gold[1:] - one.gold[0]) for one in bon[model.name]]
-        starts = [outcome.gold["score"]["value"] for outcome in found[START]]
-        learned = [
-            fit("rl", *rl_points(outcome, start))
-            for outcome, start in zip(found[arm.name], starts, strict=True)
-        ]
+        chosen = [(d, one.gold[1:] - one.gold[0]) for one in bon[model.name]]
+        learned = [rl_points(*of) for of in zip(found[arm.name], starts, strict=True)]
         rows += [
-            _fit_row(f"{pairs[model.name]}; best of n", chosen),
-            _fit_row(f"{pairs[model.name]}; RL without KL term", learned),
+            _fit_row(f"{pairs[model.name]}; best of n", "bon", chosen),
+            _fit_row(f"{pairs[model.name]}; RL without KL term", "rl", learned),
         ]
     heads = ("gold utility above the SFT policy's", "α", "β", "R²", "highest at a KL of, by seed")
     note = (
         "Best of n: d (α − β d); RL: d (α − β log d); d is the square root of KL. Least squares for each seed; "
-        "means and intervals over seeds. A dash: the fitted curve does not fall."
+        "means and intervals over seeds. Where the curve is highest beyond the KL that was reached, or does not fall, "
+        "it says so."
     )
     return Table("Coefficients", heads, rows, note)
 
 
-def _fit_row(name: str, curves: Sequence[Curve]) -> tuple[str, ...]:
+def _fit_row(name: str, shape: Shape, points: Sequence[tuple[Floats, Floats]]) -> tuple[str, ...]:
+    curves = [fit(shape, d, gold) for d, gold in points]
     coefficients = (
         interval(over_seeds([_estimate(getattr(curve, coefficient)) for curve in curves]))
         for coefficient in ("alpha", "beta", "r2")
     )
-    peaks = ("-" if curve.peak is None else f"{curve.peak**2:.1f}" for curve in curves)
+    peaks = (_peak(curve, float(d.max())) for curve, (d, _) in zip(curves, points, strict=True))
     return (name, *coefficients, ", ".join(peaks))
+
+
+def _peak(curve: Curve, furthest: float) -> str:
+    if curve.peak is None:
+        return "does not fall"
+    return "beyond" if curve.peak > furthest else f"{curve.peak**2:.1f}"
 
 
 def _estimate(value: float) -> Found:
