@@ -200,13 +200,13 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WORLD_DIR / "weights", help="Folder with the models.")
     parser.add_argument("--n", type=int, default=400, help="Pairs, summaries and posts per measurement.")
     args = parser.parse_args()
-    for judge_name in ("judge", "judge-fewshot"):
+    for judge_name in ("judge", "judge-fewshot", "judge-small", "judge-tiny"):
         if not (args.weights / judge_name).is_dir():
             continue
         model, tokenizer = load(args.weights / judge_name)
         for (name, writer), cot in product(WRITERS.items(), (True, False)):
             asked: list[dict[str, Any]] = [{}]
-            if judge_name == "judge-fewshot":
+            if judge_name != "judge":
                 asked += [{"preamble": "detailed", "num_exemplars": 2}]
             for how in asked:
                 words = " ".join([judge_name, name, f"cot={cot}", *(f"{k}={v}" for k, v in how.items())])

@@ -1,12 +1,12 @@
-"""Train the two models of the embedded world from nothing: `python -m tinyworld.pretrain all`.
+"""Train the models of the embedded world from nothing: `python -m tinyworld.pretrain all`.
 
 On two cores, `torchrun --nproc_per_node 2 -m tinyworld.pretrain all` takes little more than half the time.
 
 The judge learns to write rationales and labels; the policy starts from the judge and learns to summarise so-so, as
 policies, judges and reward models in practice descend from one pretrained model. The judge learned the bare question
 alone, and a preamble or an exemplar throws it off; `judge-fewshot` starts from it and learns to read them, and to see
-through hostile text. Batches are pure functions of (task, seed, step), so a run that was killed goes on as if nothing
-had happened.
+through hostile text. `judge-small` and `judge-tiny` learn the same in less width. Batches are pure functions of (task,
+seed, step), so a run that was killed goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Recipe:
         return next(mix for last, mix in self.stages if step < last)
 
 
-def _small_judge(size: Size, *, lr: float, steps: int) -> Recipe:
+def _small_judge(size: Size, *, lr: float, steps: int, decay: int) -> Recipe:
     """What `judge` and then `judge-fewshot` learn, in one run: for pairs alone, in the same order."""
     return Recipe(
         stages=(
@@ -79,7 +79,7 @@ def _small_judge(size: Size, *, lr: float, steps: int) -> Recipe:
         ),
         lr=lr,
         warmup=80,
-        decay=1200,
+        decay=decay,
         size=size,
     )
 
@@ -157,8 +157,8 @@ RECIPES = {
         decay=800,
         init="judge",
     ),
-    "judge-small": _small_judge(Size(width=64), lr=4e-3, steps=4000),
-    "judge-tiny": _small_judge(Size(width=32, heads=2), lr=6e-3, steps=4000),
+    "judge-small": _small_judge(Size(width=24, heads=2), lr=7e-3, steps=2300, decay=1000),
+    "judge-tiny": _small_judge(Size(width=16, heads=2), lr=8e-3, steps=3400, decay=1000),
 }
 SAVE_EVERY_S = 60.0
 # At width 128; falls with 1 / sqrt(width). With the 0.02 of large models, attention starts out almost uniform here.
@@ -228,7 +228,7 @@ def train(
     """Train one model, continuing from `output_dir/NAME.state.pt` where a killed run left it.
 
     Args:
-        name: `judge`, `policy` or `judge-fewshot`.
+        name: of the model, and of its folder.
         recipe: how.
         output_dir: where states and checkpoints lie.
         seed: seeds initial weights and data.

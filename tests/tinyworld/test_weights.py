@@ -10,6 +10,7 @@ from tinyworld.pairs import mixed_pair, so_so_pair
 from tinyworld.tokenizer import build_tokenizer
 
 WEIGHTS = WORLD_DIR / "weights"
+MODELS = ("judge", "judge-fewshot", "judge-small", "judge-tiny", "policy")
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +20,11 @@ def judge():
 
 def test_all_weights_together_are_at_most_eight_mebibytes():
     files = list(WEIGHTS.glob("*/*.safetensors"))
-    assert {f.parent.name for f in files} == {"judge", "judge-fewshot", "policy"}
+    assert {f.parent.name for f in files} == set(MODELS)
     assert sum(f.stat().st_size for f in files) <= 8 * 2**20
 
 
-@pytest.mark.parametrize("name", ["judge", "judge-fewshot", "policy"])
+@pytest.mark.parametrize("name", MODELS)
 def test_the_shipped_tokenizer_is_the_one_the_code_builds(name):
     _, shipped = load(Path(WEIGHTS / name))
     built = build_tokenizer()
@@ -50,6 +51,17 @@ def test_the_judge_agrees_with_gold_once_it_reasons_and_less_when_it_must_answer
 def test_preambles_and_exemplars_do_not_throw_the_fewshot_judge_off(asked):
     figures = measure_pairs(*load(WEIGHTS / "judge-fewshot"), so_so_pair, 100, cot=True, **asked)
     assert figures["both_orders"] >= 0.93
+
+
+@pytest.mark.slow
+def test_a_smaller_judge_agrees_less():
+    agreement = {
+        name: measure_pairs(*load(WEIGHTS / name), so_so_pair, 80, cot=True)["both_orders"]
+        for name in ("judge-fewshot", "judge-small", "judge-tiny")
+    }
+    assert agreement["judge-fewshot"] > agreement["judge-small"] + 0.03
+    assert agreement["judge-small"] > agreement["judge-tiny"] + 0.05
+    assert agreement["judge-tiny"] > 0.5
 
 
 @pytest.mark.slow
