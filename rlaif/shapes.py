@@ -484,6 +484,18 @@ def parse_preference(row: Row) -> PreferenceRow:
     Raises:
         RowError: no pair, no label, or a probability outside [0, 1].
     """
+    found = parse_labelled(row)
+    if isinstance(found, Pair):
+        raise RowError("the pair has no label")
+    return found
+
+
+def parse_labelled(row: Row) -> PreferenceRow | Pair:
+    """A preference where the row carries a label, as `parse_preference` has it, and else the pair alone.
+
+    Raises:
+        RowError: no pair, or a probability outside [0, 1].
+    """
     row = _plain_pair(row)
     first, prompt, a, b = _pair_parts(row)
     if first == "chosen":
@@ -492,22 +504,10 @@ def parse_preference(row: Row) -> PreferenceRow:
         )
     p_a = _human_label(row, first)
     if p_a is None:
-        raise RowError("the pair has no label")
+        return Pair(prompt, a, b, None, _extra(row))
     if p_a >= 0.5:
         return PreferenceRow(prompt, a, b, p_a, _extra(row))
     return PreferenceRow(prompt, b, a, 1.0 - p_a, _extra(row))
-
-
-def parse_labelled(row: Row) -> PreferenceRow | Pair:
-    """A preference where the row carries a label, as `parse_preference` reads it, and else the pair alone.
-
-    Raises:
-        RowError: no pair, or a probability outside [0, 1].
-    """
-    first, prompt, a, b = _pair_parts(row)
-    if first == "chosen" or _human_label(row, first) is not None:
-        return parse_preference(row)
-    return Pair(prompt, a, b, None, _extra(row))
 
 
 def parse_scored(row: Row) -> ScoredRow:

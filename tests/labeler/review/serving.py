@@ -20,8 +20,10 @@ HOSTILE = "</div><script>document.title = 'taken'</script><img src=x onerror=ale
 
 
 def labelled(folder: Path, count: int) -> Path:
-    """A run of `rlaif label pairs`: each row's good response has label 7/9, and one row is hostile."""
-    rows: list[dict[str, Any]] = [pair(i, subset="odd" if i % 2 else "even") for i in range(count - 1)]
+    """A run of `rlaif label pairs`: each good response has label 7/9. The first row is suspicious, the last hostile."""
+    same = "the same words " * 30
+    rows: list[dict[str, Any]] = [pair(0, f"good {same}", f"bad {same}")]
+    rows += [pair(i) for i in range(1, count - 1)]
     rows.append(pair(count, b=HOSTILE))
     data = write_lines(folder / "pairs.jsonl", rows)
     assert label(scripted(folder), data, folder / "labels") == 0

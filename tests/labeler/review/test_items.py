@@ -31,7 +31,7 @@ def ours(prompt: str = "p", chosen: str = "yes", rejected: str = "no", **more: A
         "chosen_prob": 0.7,
         "chosen_is_a": False,
         "chosen_prob_first": 0.9,
-        "chosen_prob_second": 0.5,
+        "chosen_prob_second": 0.4,
         "label_mass_ab": 0.95,
         "label_mass_ba": 0.25,
         "rationale_ab": "Response 2 is better.",
@@ -55,7 +55,7 @@ def test_a_label_is_turned_with_its_responses(tmp_path: Path) -> None:
         ab, ba = item.label.opinions
         # The input's first response was the rejected one, so order ab showed it as number 1.
         assert (ab.order, ab.shown, ab.rationale) == ("ab", (1 - chosen, chosen), "Response 2 is better.")
-        assert (ab.p_first, ab.mass) == (pytest.approx(0.5), 0.95)  # P(chosen) shown second is 0.5
+        assert (ab.p_first, ab.mass) == (pytest.approx(0.6), 0.95)  # P(chosen) shown second is 0.4
         assert (ba.order, ba.shown, ba.p_first, ba.mass) == ("ba", (chosen, 1 - chosen), 0.9, 0.25)
 
 
