@@ -18,7 +18,7 @@ from labeler.review.summary import in_words
 from rlaif.errors import ConfigError
 from rlaif.records import Quarantine
 from rlaif.runs import progress
-from rlaif.tables import interval
+from rlaif.tables import interval, percent_interval
 
 
 def run(config: ReviewConfig) -> None:
@@ -88,8 +88,8 @@ def _conclude(config: ReviewConfig, desk: Desk) -> None:
         print(f"  {what}: {in_words(found['agreement'][name])}")
     if found["scores"]["responses"]:
         print(f"  rank correlation of grades and scores: {interval(found['scores'])}")
-    if found["people"]["human_pairs"]:
-        print(f"  agreement of the annotators: {in_words(found['people'])}")
+    if over := found["people"]["over"]:
+        print(f"  annotators said the same: {percent_interval(found['people'])} % of {over}, ties included")
     if (folder / BLIND_FILE).is_file():
         labels = config.dataset
         print(

@@ -14,12 +14,12 @@ from labeler.review.suspicion import find
 from labeler.validation import Finding, Row
 from rlaif.errors import ConfigError, DataError
 from rlaif.records import Quarantine, read_labelled, read_rankings, read_rows, read_scored
+from rlaif.shapes import subset_of
 from rlaif.types import CandidateSet, Message, Pair, PreferenceRow, ScoredRow, content_id
 
 Shape = Literal["pairs", "rankings", "scores"]
 MOST_RESPONSES = 9
 """More responses than that nobody ranks at once; InstructGPT's labelers had 4 to 9 (arXiv 2203.02155, section 3.5)."""
-SUBSET_COLUMNS = ("subset", "category", "group")
 
 
 class Opinion(BaseModel):
@@ -210,10 +210,6 @@ def _told(extra: Mapping[str, Any], number: int) -> Told:
         raise DataError(f"row {number}: column {first['loc'][0]} holds {first['input']!r:.80}") from err
 
 
-def _subset(extra: Mapping[str, Any]) -> str:
-    return str(next((extra[name] for name in SUBSET_COLUMNS if extra.get(name) is not None), ""))
-
-
 def _pair(number: int, row: PreferenceRow | Pair) -> Item:
     if isinstance(row, Pair):
         a, b, told, p = row.a, row.b, Told(), None
@@ -227,7 +223,7 @@ def _pair(number: int, row: PreferenceRow | Pair) -> Item:
         prompt=row.prompt,
         responses=tuple((a, b)[i] for i in order),
         label=None if p is None else _preference(p, told, order),
-        subset=_subset(row.extra),
+        subset=subset_of(row.extra),
         findings=find(checked),
     )
 
@@ -277,7 +273,7 @@ def _scored(number: int, row: ScoredRow) -> Item:
             judge=told.judge or "",
             source=told.source or "",
         ),
-        subset=_subset(row.extra),
+        subset=subset_of(row.extra),
         findings=find({**told.model_dump(), "label_mass_ab": told.label_mass}),
     )
 
@@ -312,6 +308,6 @@ def _ranking(number: int, row: CandidateSet) -> Item:
         prompt=row.prompt,
         responses=tuple(responses[i] for i in order),
         label=label,
-        subset=_subset(row.extra),
+        subset=subset_of(row.extra),
         findings=found,
     )

@@ -256,7 +256,14 @@ def people_prefer(marks: Sequence[Mark], i: int, j: int) -> float:
 
 
 def pair_rows(marks: Iterable[Mark]) -> Iterator[dict[str, Any]]:
-    """Pairs with human labels, as `rlaif.records.read_pairs` reads them: one for every two responses of an item."""
+    """Pairs with human labels, as `rlaif.records.read_pairs` reads them: one for every two responses of an item.
+
+    What single annotators said stands in PandaLM's columns `annotator1`, ...: 1 or 2 for a response, 0 for a tie. Who
+    they are is in `annotators`.
+    """
+    marks = list(marks)
+    number = {by: n for n, by in enumerate(sorted({mark.by for mark in marks}), 1)}
+    said = {1.0: 1, 0.0: 2, 0.5: 0}
     for group in by_item(marks):
         for i, j in combinations(range(len(group[0].responses)), 2):
             yield {
@@ -264,6 +271,7 @@ def pair_rows(marks: Iterable[Mark]) -> Iterator[dict[str, Any]]:
                 "response_a": group[0].responses[i],
                 "response_b": group[0].responses[j],
                 "human_p_a": people_prefer(group, i, j),
+                **{f"annotator{number[mark.by]}": said[mark.prefers(i, j)] for mark in group},
             }
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from labeler.audit.annotators import by_annotator
 from labeler.audit.assess import agreement_with_people
 from labeler.audit.biases import length
 from labeler.audit.observations import Observation
@@ -18,7 +19,7 @@ from labeler.review.items import Label
 from labeler.review.marks import Mark, Marks, by_item, people_prefer
 from rlaif.agreement import bootstrap_interval, finite, spearman
 from rlaif.tables import interval, percent_interval
-from rlaif.types import content_id
+from rlaif.types import Vote, content_id
 
 Labels = Mapping[str, Label | None]
 Found = dict[str, Any]
@@ -42,6 +43,8 @@ def observe(marks: Iterable[Mark], labels: Labels) -> list[Observation]:
                     p=p,
                     raw=p,
                     human=people_prefer(group, i, j),
+                    votes=tuple(Vote(mark.by, mark.prefers(i, j)) for mark in group),
+                    pair=f"{first.key} {i} {j}",
                     longer=length(first.responses[i]) - length(first.responses[j]),
                 )
             )
@@ -59,11 +62,12 @@ def summarise(marks: Marks, labels: Labels, *, resamples: int = 1000) -> Found:
     Returns:
         `marked`, `bad` and `label_seen`, counts of marks; `agreement` of people with the labels, as `rlaif eval judge`
         has it: `blind` for marks made before the label was seen, `sample` for those of them on a random sample of the
-        rows, `all` for all; `scores`, the rank correlation of grades with the dataset's scores; `people`, the
-        agreement of annotators with each other.
+        rows, `all` for all; `scores`, the rank correlation of grades with the dataset's scores; `people`, how often two
+        annotators of the same responses said the same, ties included, `over` how many such pairs of marks.
     """
     standing, blind = list(marks.standing.values()), list(marks.blind.values())
     chosen = {"blind": blind, "sample": [mark for mark in blind if mark.sample], "all": standing}
+    everyone = by_annotator(observe(blind, labels), resamples)[-1]
     return {
         "marked": len(standing),
         "bad": sum(mark.verdict == "bad" for mark in standing),
@@ -73,7 +77,7 @@ def summarise(marks: Marks, labels: Labels, *, resamples: int = 1000) -> Found:
             name: agreement_with_people(observe(some, labels), resamples) for name, some in chosen.items()
         },
         "scores": correlation(blind, labels, resamples=resamples),
-        "people": between_people(blind, resamples=resamples),
+        "people": everyone["people"]["with_ties"],
     }
 
 
@@ -105,26 +109,6 @@ def correlation(marks: Iterable[Mark], labels: Labels, *, resamples: int = 1000)
         "low": finite(low),
         "high": finite(high),
     }
-
-
-def between_people(marks: Iterable[Mark], *, resamples: int = 1000) -> Found:
-    """Agreement of every two annotators on what both compared, a tie of the first counting half.
-
-    Pairs that the second ties are left out, as `rlaif eval judge` leaves out what people tie.
-    """
-    found = [
-        Observation(
-            prompt=content_id(one.prompt),
-            subset="",
-            p=one.prefers(i, j),
-            raw=None,
-            human=other.prefers(i, j),
-        )
-        for group in by_item(marks)
-        for one, other in combinations(group, 2)
-        for i, j in combinations(range(len(one.responses)), 2)
-    ]
-    return agreement_with_people(found, resamples)
 
 
 def in_words(found: Found) -> str:

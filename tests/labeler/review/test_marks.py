@@ -21,10 +21,10 @@ from labeler.review.marks import (
     pair_rows,
     score_rows,
 )
-from labeler.review.summary import between_people, correlation, summarise, verdict_on
+from labeler.review.summary import correlation, summarise, verdict_on
 from rlaif.errors import DataError, StorageError
 from rlaif.records import Quarantine, read_pairs, read_scored
-from rlaif.types import Message
+from rlaif.types import Message, Vote
 from tests.labeler.commands import write_lines
 
 A, B, TIE = (1, 2), (2, 1), (1, 1)
@@ -116,6 +116,7 @@ def test_marks_become_pairs_that_the_readers_read(tmp_path: Path) -> None:
         ("A", "B", 0.75), ("A", "B", 1.0), ("A", "C", 0.5), ("B", "C", 0.0), ("A", "B", 0.0),
     ]  # fmt: skip
     assert rows[0]["annotators"] == ["ann", "bob"]
+    assert read[0].human_votes == (Vote("annotator1", 1.0), Vote("annotator2", 0.5))
 
 
 def test_grades_become_scores_that_the_readers_read(tmp_path: Path) -> None:
@@ -145,8 +146,9 @@ def test_agreement_counts_blind_marks_and_random_samples_apart() -> None:
 
 
 def test_annotators_are_compared_where_both_marked() -> None:
-    found = between_people([mark(1, A), mark(1, A, by="bob"), mark(2, A), mark(2, B, by="bob"), mark(3, A)])
-    assert (found["human_pairs"], found["agreement"]["value"]) == (2, 0.5)
+    marks = stands(mark(1, A), mark(1, A, by="bob"), mark(2, A), mark(2, TIE, by="bob"), mark(3, A))
+    found = summarise(marks, {f"{k:016x}": prefers(0.8) for k in range(1, 4)}, resamples=20)["people"]
+    assert (found["over"], found["value"]) == (2, 0.5)
 
 
 def test_grades_are_correlated_with_scores() -> None:
