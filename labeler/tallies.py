@@ -66,7 +66,9 @@ class Tallies:
             each name of the rubric, the estimated share of the answers it was given to. Empty where the rubric has no
             names and nothing is known of the answers.
         """
-        columns = [name for name in COLUMNS if 1 < len(self._values(name)) <= _MOST]
+        columns = [
+            name for name in COLUMNS if 1 < len(self._values(name)) <= _MOST and not self._is_model(name)
+        ]
         models = sorted(self._values("model"))
         if not columns and len(models) < 2 and not self._names:
             return []
@@ -82,6 +84,11 @@ class Tallies:
                         {"column": column, "model": model, "name": value} | self._entry(chosen, resamples)
                     )
         return found
+
+    def _is_model(self, column: str) -> bool:
+        """Whether a column tells the models apart and nothing else, as the names of their files do."""
+        met = {(row.about.get("model"), row.about.get(column)) for row in self._rows}
+        return len(met) == len(self._values("model")) == len(self._values(column))
 
     def _values(self, column: str) -> Counter[str]:
         return Counter(row.about[column] for row in self._rows if column in row.about)

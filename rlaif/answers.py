@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from rlaif import shapes
-from rlaif.shapes import Row, RowError
+from rlaif.fields import Row, RowError, plain_text
 from rlaif.types import Conversation, user_prompt, with_response
 
 ABOUT_COLUMNS = ("category", "label", "type", "subset", "group", "dataset")
@@ -57,11 +57,7 @@ def parse_question(row: Row) -> Question:
         RowError: no prompt, or turns or references that are no text.
     """
     prompt, turns = shapes.parse_prompt(row), row.get("turns")
-    later = (
-        tuple(shapes.plain_text(turn, "turns") for turn in turns[1:])
-        if isinstance(turns, list | tuple)
-        else ()
-    )
+    later = tuple(plain_text(turn, "turns") for turn in turns[1:]) if isinstance(turns, list | tuple) else ()
     given = row.get("reference", row.get("reference_gpt4"))
     listed = given if isinstance(given, list | tuple) else [] if given is None else [given]
     number = row.get("question_id", row.get("id"))
@@ -138,7 +134,7 @@ def _of_choices(row: Row, question: Question) -> list[Answer]:
             )
         prompt = question.prompt
         for turn, reply in enumerate(replies):
-            text = shapes.plain_text(reply, f"choice {number} turn {turn + 1}")
+            text = plain_text(reply, f"choice {number} turn {turn + 1}")
             known = {**about, "turn": str(turn + 1)} if question.later_turns else about
             answers.append(Answer(prompt, text, known, _nth(question.references, turn)))
             if turn + 1 < len(replies):

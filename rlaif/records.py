@@ -15,11 +15,14 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, TypeVar, cast
 
 from rlaif import answers, shapes
 from rlaif.errors import DataError
+from rlaif.fields import RowError
+from rlaif.published import subset_of
 from rlaif.storage import Journal, storing, write_parquet
 from rlaif.types import CandidateSet, Conversation, Pair, PreferenceRow, ScoredRow
 
@@ -142,12 +145,13 @@ def read_pairs(
     Raises:
         DataError: the file is missing, unreadable, or has no usable row.
     """
-    return _read(
+    rows = _read(
         path,
         quarantine,
-        lambda _, row: shapes.parse_pair(row, whole_exchanges=whole_exchanges),
+        lambda _, row: shapes.parse_pairs(row, whole_exchanges=whole_exchanges),
         shapes.PAIR_SHAPES,
     )
+    return chain.from_iterable(rows)
 
 
 def read_preferences(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[PreferenceRow]:
@@ -156,7 +160,8 @@ def read_preferences(path: str | os.PathLike[str], quarantine: Quarantine) -> It
     Raises:
         DataError: the file is missing, unreadable, or has no usable row.
     """
-    return _read(path, quarantine, lambda _, row: shapes.parse_preference(row), shapes.PAIR_SHAPES)
+    rows = _read(path, quarantine, lambda _, row: shapes.parse_preferences(row), shapes.PAIR_SHAPES)
+    return chain.from_iterable(rows)
 
 
 def read_labelled(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[PreferenceRow | Pair]:
@@ -238,7 +243,7 @@ def read_answers(
     """
     known = answers.Questions(() if questions is None else read_questions(questions, Quarantine(None)))
     rows = _read(path, quarantine, lambda _, row: answers.parse_answers(row, known), answers.ANSWER_SHAPES)
-    return (answer for row in rows for answer in row)
+    return chain.from_iterable(rows)
 
 
 def _read(
@@ -254,7 +259,7 @@ def _read(
         if line.row is not None:
             try:
                 item = parse(line.number, line.row)
-            except shapes.RowError as err:
+            except RowError as err:
                 reason = str(err)
             else:
                 usable += 1
@@ -278,7 +283,7 @@ def _lines(path: Path) -> Iterator[_Line]:
     names = _subset_names(path, files) if len(files) > 1 else [""]
     for file, name in zip(files, names, strict=True):
         for line in _file_lines(file):
-            if name and line.row is not None and not shapes.subset_of(line.row):
+            if name and line.row is not None and not subset_of(line.row):
                 line = line._replace(row={**line.row, "subset": name})
             yield line._replace(file=str(file.relative_to(path))) if name else line
 

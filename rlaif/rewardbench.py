@@ -1,4 +1,6 @@
-"""The sections of RewardBench (Lambert et al., arXiv 2403.13787) and the weights of its leaderboard. Pure; numpy only.
+"""The sections of RewardBench (Lambert et al., arXiv 2403.13787) and the best of several of RewardBench 2.
+
+Pure functions; numpy only.
 
 A section's score is the mean over its subsets, each weighing as many pairs as it has in the published set; `math-prm`
 weighs as much as the code subsets together (984), its 447 pairs notwithstanding. The score is the mean of the sections.
@@ -7,13 +9,15 @@ The leaderboard's "prior sets", which count half there, are other files and left
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlaif.agreement import bootstrap_interval, finite
+from rlaif.agreement import bootstrap_interval, estimate_mean, finite
+from rlaif.published import BestOf
 
 SECTIONS: Mapping[str, Mapping[str, int]] = {
     "Chat": {
@@ -88,6 +92,63 @@ def sections(
             }
         )  # fmt: skip
     return found
+
+
+def best_of(
+    right: ArrayLike,
+    questions: Sequence[BestOf],
+    subsets: Sequence[str],
+    *,
+    groups: Sequence[Hashable],
+    resamples: int = 1000,
+) -> list[dict[str, Any]]:
+    """RewardBench 2 (Malik et al., arXiv 2506.01937): how often a right answer is preferred to all the wrong ones.
+
+    A right answer that shares the first place with k wrong ones counts 1 / (1 + k); one with a pair missing is left
+    out. The subset Ties, which has several right answers a prompt and a measure of margins of its own, is listed and
+    left out of the score.
+
+    Args:
+        right: (N,) of pairs of a right and a wrong answer: 1 where the right one is preferred, 1/2 for a tie.
+        questions: (N,) the right answer that a pair is of.
+        subsets: (N,) of each pair.
+        groups: (N,) the prompt of each pair; whole prompts are drawn by the 95 % bootstrap.
+        resamples: of the intervals.
+
+    Returns:
+        One entry a subset, the last the `score`, their mean, each with `answers`, `value`, `low` and `high`.
+    """
+    pairs: dict[BestOf, list[int]] = defaultdict(list)
+    for at, question in enumerate(questions):
+        pairs[question].append(at)
+    values = np.asarray(right, dtype=np.float64)
+    rows: dict[str, list[tuple[float, Hashable]]] = defaultdict(list)
+    for question, places in pairs.items():
+        if len(places) == question.rivals:
+            won = values[places]
+            first = 0.0 if (won < 0.5).any() else 1 / (1 + int((won == 0.5).sum()))
+            rows[subsets[places[0]]].append((first, groups[places[0]]))
+    found: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "answers": len(seen),
+            **estimate_mean([r for r, _ in seen], groups=[g for _, g in seen], resamples=resamples),
+        }
+        for name, seen in sorted(rows.items())
+    ]
+    counted = [name for name in sorted(rows) if name != "Ties"]
+    if len(counted) > 1:
+        table = np.array([(r, k) for k, name in enumerate(counted) for r, _ in rows[name]])
+        drawn = [g for name in counted for _, g in rows[name]]
+        low, high = bootstrap_interval(table, _mean_of_subsets, groups=drawn, resamples=resamples)
+        ends = {"value": finite(_mean_of_subsets(table)), "low": finite(low), "high": finite(high)}
+        found.append({"name": "score", "answers": len(table), **ends})
+    return found
+
+
+def _mean_of_subsets(rows: Floats) -> float:
+    """Mean over subsets of their means; rows are (N, 2) of value and subset."""
+    return float(np.mean([rows[rows[:, 1] == k, 0].mean() for k in np.unique(rows[:, 1])]))
 
 
 def _score_of(k: int) -> Callable[[Floats], float]:

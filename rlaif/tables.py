@@ -36,6 +36,23 @@ def section_scores(found: Sequence[Found]) -> str:
     )
 
 
+def best_of_scores(found: Sequence[Found]) -> str:
+    """RewardBench 2's subsets, as `rlaif.rewardbench.best_of` gives them."""
+    rows = [
+        (
+            f"**{f['name']}**" if f["name"] == "score" else f["name"] or "all",
+            f["answers"],
+            percent_interval(f),
+        )
+        for f in found
+    ]
+    return (
+        "## Best of several\n\nA right answer counts if it is preferred to every wrong one beside it; among three, "
+        "chance is 25 %. The score is the mean of the subsets but Ties.\n\n"
+        f"{table(('subset', 'right answers', '%'), rows)}"
+    )
+
+
 def percent(value: float | None, *, sign: bool = False) -> str:
     """A rate in percent with one decimal; `sign` writes a plus where it belongs."""
     return "-" if value is None else f"{100 * value:{'+' if sign else ''}.1f}"

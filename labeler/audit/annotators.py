@@ -1,6 +1,6 @@
 """Agreement with single people instead of one label made of theirs, ties included, beside that of people themselves.
 
-The two setups of the MT-bench paper (Zheng et al., arXiv 2306.05685, section 4.1 and table 5). With ties, judge and
+The two setups of the MT-bench paper (Zheng et al., arXiv 2306.05685, table 5). With ties, judge and
 person agree where both prefer the same response or both call it a tie, and a judge whose two orders contradict each
 other has called it a tie: a coin with three sides agrees on 33 %. Without ties, only what both decided counts: 50 %.
 """

@@ -64,6 +64,16 @@ def assess(observations: Sequence[Observation], *, resamples: int = 1000) -> Fin
                 groups=[o.prompt for o in decided],
                 resamples=resamples,
             )
+    alone = [o for o in labelled if o.best_of is not None and o.human is not None]
+    if alone:
+        table = _table(alone)
+        found["best_of"] = rewardbench.best_of(
+            agreements(table[:, 0], table[:, 1]),
+            [o.best_of for o in alone],  # type: ignore[misc]
+            [o.subset for o in alone],
+            groups=[o.prompt for o in alone],
+            resamples=resamples,
+        )
     if any(o.votes for o in labelled):
         found["annotators"] = by_annotator(labelled, resamples)
     return found

@@ -9,7 +9,7 @@ from typing import Any
 from labeler.audit.biases import formatting, length
 from labeler.preferences import canonical, source_of
 from rlaif.errors import DataError
-from rlaif.shapes import subset_of
+from rlaif.published import BestOf, best_of, subset_of
 from rlaif.types import Judgment, Pair, Preference, PreferenceRow, Vote, content_id
 
 WRITER_COLUMNS = ("model", "model_a", "model_b", "chosen_model", "rejected_model")
@@ -39,6 +39,7 @@ class Observation:
         completion_tokens: generated for this label.
         votes: what each of the people said, where a set names them.
         pair: content id of the prompt and both responses; equal where several rows are votes on one pair.
+        best_of: the right answer among several wrong ones that this pair is one of; None for a pair by itself.
     """
 
     prompt: str
@@ -57,6 +58,7 @@ class Observation:
     completion_tokens: int = 0
     votes: tuple[Vote, ...] = ()
     pair: str = ""
+    best_of: BestOf | None = None
 
 
 def observe(preference: Preference) -> Observation:
@@ -133,6 +135,7 @@ def _about(pair: Pair) -> dict[str, Any]:
         "prompt": content_id(pair.prompt),
         "pair": pair_key(pair),
         "subset": subset_of(pair.extra),
+        "best_of": best_of(pair.extra),
         "longer": length(pair.a) - length(pair.b),
         "formatted": formatting(pair.a) - formatting(pair.b),
     }

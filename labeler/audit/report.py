@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlaif.tables import interval, number, percent, percent_interval, section_scores, table
+from rlaif.tables import best_of_scores, interval, number, percent, percent_interval, section_scores, table
 
 Found = Mapping[str, Any]
 
@@ -52,6 +52,8 @@ def _agreement(report: Found) -> str:
 
 
 def _sections(report: Found) -> str:
+    if "best_of" in report:
+        return best_of_scores(report["best_of"])
     return section_scores(report["rewardbench"]) if "rewardbench" in report else ""
 
 

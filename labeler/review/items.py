@@ -13,8 +13,8 @@ from labeler.review.config import Mode
 from labeler.review.suspicion import find
 from labeler.validation import Finding, Row
 from rlaif.errors import ConfigError, DataError
+from rlaif.published import subset_of
 from rlaif.records import Quarantine, read_labelled, read_rankings, read_rows, read_scored
-from rlaif.shapes import subset_of
 from rlaif.types import CandidateSet, Message, Pair, PreferenceRow, ScoredRow, content_id
 
 Shape = Literal["pairs", "rankings", "scores"]

@@ -22,9 +22,9 @@ from policy_trainer.evaluation.responses import Response, answer
 from policy_trainer.evaluation.sides import Side, find_sides
 from rlaif.agreement import estimate_mean, finite, mean, same_position
 from rlaif.errors import QualityError
+from rlaif.published import SUBSET_COLUMNS
 from rlaif.records import Quarantine, read_prompts, read_questions
 from rlaif.runs import Run
-from rlaif.shapes import SUBSET_COLUMNS
 from rlaif.storage import write_atomic
 from rlaif.types import Conversation
 

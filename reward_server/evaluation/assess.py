@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rlaif import rewardbench
 from rlaif.agreement import agreements, bootstrap_interval, estimate_mean, finite, mean, pearson, spearman
 from rlaif.measures import ECE_BINS, brier, expected_calibration_error, reliability
+from rlaif.published import BestOf
 
 Floats = NDArray[np.float64]
 Findings = dict[str, Any]
@@ -41,12 +42,21 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class LabelledPair:
-    """Two answers to one prompt; `label` is P(chosen preferred), `subset` is empty where the row names none."""
+    """Two answers to one prompt.
+
+    Attributes:
+        chosen: one of them.
+        rejected: the other.
+        label: P(chosen preferred).
+        subset: empty where the row names none.
+        best_of: the right answer among several wrong ones that this pair is one of; None for a pair by itself.
+    """
 
     chosen: Answer
     rejected: Answer
     label: float
     subset: str = ""
+    best_of: BestOf | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +92,15 @@ def assess_pairs(pairs: Sequence[LabelledPair], *, resamples: int = 1000) -> Fin
                 groups=[p.chosen.prompt for p in pairs],
                 resamples=resamples,
             )
+    alone = [p for p in pairs if p.best_of is not None]
+    if alone:
+        found["best_of"] = rewardbench.best_of(
+            _right([p.chosen.score - p.rejected.score for p in alone], alone),
+            [p.best_of for p in alone],  # type: ignore[misc]
+            [p.subset for p in alone],
+            groups=[p.chosen.prompt for p in alone],
+            resamples=resamples,
+        )
     return found
 
 

@@ -27,9 +27,9 @@ from reward_server.scorers.composite import SUFFIXES
 from reward_server.server import load_scorer
 from rlaif.errors import DataError, QualityError
 from rlaif.models import ModelRef
+from rlaif.published import best_of, subset_of
 from rlaif.records import Quarantine, holds_scores, read_preferences, read_scored
 from rlaif.runs import Run, progress
-from rlaif.shapes import subset_of
 from rlaif.storage import write_atomic
 from rlaif.types import Conversation, PreferenceRow, ScoredRow, content_id, with_response
 
@@ -170,7 +170,7 @@ def measure(
         if isinstance(row, ScoredRow):
             answers.append(LabelledAnswer(given[0], row.score, subset))
         else:
-            pairs.append(LabelledPair(given[0], given[1], row.chosen_prob, subset))
+            pairs.append(LabelledPair(given[0], given[1], row.chosen_prob, subset, best_of(row.extra)))
     if not pairs and not answers:
         raise QualityError(f"none of {len(rows)} rows could be scored: {missing.most_common(1)[0][0]}")
     findings = (

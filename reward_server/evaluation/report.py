@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlaif.tables import interval, number, percent, percent_interval, section_scores, table
+from rlaif.tables import best_of_scores, interval, number, percent, percent_interval, section_scores, table
 
 Found = Mapping[str, Any]
 
@@ -19,6 +19,8 @@ def render(findings: Found) -> str:
         parts.append(_scores(findings["scores"]))
     if findings["pairs"]:
         parts.append(_accuracy(findings))
+        if "best_of" in findings:
+            parts.append(best_of_scores(findings["best_of"]))
         if "rewardbench" in findings:
             parts.append(section_scores(findings["rewardbench"]))
         parts += [_length(findings["length"]), _calibration(findings)]

@@ -110,7 +110,10 @@ def test_mt_bench_from_a_policy_to_grades_by_category_turn_and_model(tmp_path: P
     ]
     other = [{**row, "model_id": "other"} for row in written]
     other[0]["choices"] = [{"index": 0, "turns": ["wrong", "wrong too"]}]
-    write_lines(answers, [*written, *other])
+    folder = tmp_path / "model_answer"
+    folder.mkdir()
+    write_lines(folder / "mine.jsonl", written)
+    write_lines(folder / "other.jsonl", other)
     scale = [[float(i == level) for i in range(1, 11)] for level in range(11)]
     rules = [
         {"user": r"(?s)REFERENCE ANSWER >>>\n[45]\n<<< RESPONSE >>>\nwrong", "probs": scale[1]},
@@ -121,7 +124,8 @@ def test_mt_bench_from_a_policy_to_grades_by_category_turn_and_model(tmp_path: P
     ]
     out = tmp_path / "grades"
     flags = ("--questions", str(questions), "--rubric", "mt-bench-score")
-    assert label(scripted(tmp_path, rules), answers, out, *flags, kind="scores") == 0
+    assert label(scripted(tmp_path, rules), folder, out, *flags, kind="scores") == 0
+    assert {t["column"] for t in report(out)["tables"]} == {"category", "turn", ""}
     name = written[0]["model_id"]
     means = {key: entry["score"]["value"] for key, entry in tables(out, "category").items()}
     assert means == {
@@ -130,6 +134,8 @@ def test_mt_bench_from_a_policy_to_grades_by_category_turn_and_model(tmp_path: P
         ("other", "math"): 1.0,
         ("other", "writing"): 4.0,
     }
+    math = tables(out, "category")[name, "math"]["score"]
+    assert math["low"] == math["high"] == 7.0  # two turns of one question are drawn together
     assert tables(out, "turn")[name, "2"]["score"]["value"] == (8 + 3) / 2
     every = tables(out, "")[name, ""]
     assert (every["answers"], every["score"]["value"]) == (4, (6 + 8 + 5 + 3) / 4)

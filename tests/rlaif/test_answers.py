@@ -10,8 +10,8 @@ import pytest
 
 from rlaif.answers import Questions, answers_row, parse_answers, parse_question, topic
 from rlaif.errors import DataError
+from rlaif.fields import RowError
 from rlaif.records import Quarantine, read_answers, read_questions
-from rlaif.shapes import RowError
 from rlaif.types import Message, user_prompt
 
 MATH = {

@@ -12,8 +12,9 @@ import pytest
 
 from rlaif import shapes
 from rlaif.errors import DataError
+from rlaif.fields import RowError
+from rlaif.published import best_of
 from rlaif.records import Quarantine, read_pairs, read_rows
-from rlaif.shapes import RowError
 from rlaif.types import Message, Vote, user_prompt
 
 PANDALM = {
@@ -106,6 +107,17 @@ def test_mt_bench_the_second_turn_is_judged_with_what_came_before_it() -> None:
     assert pair.human_votes == (Vote("gpt-4 pair-v2", 0.5),)
     with pytest.raises(RowError, match="differ before their last turn"):  # nobody answered that prompt twice
         shapes.parse_preference(mt_bench(2))
+
+
+def test_rewardbench_2_each_right_answer_is_paired_with_each_wrong_one() -> None:
+    row = {"id": "7", "prompt": "q", "chosen": ["r", "s"], "rejected": ["x", "y", "z"], "subset": "Ties"}
+    pairs = shapes.parse_pairs(row)
+    assert [(p.a, p.b, p.human_p_a) for p in pairs] == [(r, w, 1.0) for r in "rs" for w in "xyz"]
+    groups = [best_of(p.extra) for p in pairs]
+    assert groups[0] == groups[2] != groups[3] and groups[0] is not None and groups[0].rivals == 3
+    assert [p.rejected for p in shapes.parse_preferences({**row, "chosen": ["r"]})] == ["x", "y", "z"]
+    (alone,) = shapes.parse_pairs({"prompt": "q", "chosen": "r", "rejected": "x", "best_of": 4})
+    assert best_of(alone.extra) is None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlaif import shapes
-from rlaif.shapes import RowError
+from rlaif.fields import RowError
 from rlaif.types import Candidate, Message, user_prompt
 
 USER = {"role": "user", "content": "What colour is the sky?"}

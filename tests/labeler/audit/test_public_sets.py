@@ -190,3 +190,23 @@ def test_rewardbench_has_its_sections_and_hhh_its_four_subsets(
     assert [(s["name"], s["agreement"]["value"]) for s in found["subsets"]] == [
         ("harmless", 1.0), ("helpful", 1.0), ("honest", 0.0), ("other", 1.0),
     ]  # fmt: skip
+
+
+def test_rewardbench_2_is_the_best_of_four(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {
+            "id": str(i),
+            "prompt": f"q{i}",
+            "chosen": ["four"],
+            "rejected": wrong,
+            "num_correct": 1,
+            "subset": subset,
+        }
+        for i, (subset, wrong) in enumerate(
+            [("Math", ["a", "b", "c"]), ("Math", ["longer", "b", "c"]), ("Focus", ["five", "b", "c"])]
+        )
+    ]
+    found = longer(write_lines(tmp_path / "test.jsonl", rows), tmp_path / "out")
+    assert found["human_pairs"] == 9
+    assert {f["name"]: f["value"] for f in found["best_of"]} == {"Math": 0.5, "Focus": 0.5, "score": 0.5}
+    assert "## Best of several" in capsys.readouterr().out

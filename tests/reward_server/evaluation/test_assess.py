@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from reward_server.evaluation.assess import (
     assess_scores,
     ranking,
 )
+from rlaif.published import BestOf
 
 
 def pair(
@@ -110,4 +112,11 @@ def test_rewardbench_files_have_its_sections() -> None:
         "Reasoning": pytest.approx(reasoning),
         "score": pytest.approx((0.5 + reasoning) / 2),
     }
+    one = BestOf("q", 2)
+    beaten = [replace(pair(d, 1.0), best_of=one) for d in (2.0, 1.0)]
+    assert assess_pairs(beaten, resamples=2)["best_of"][0]["value"] == 1.0
+    assert (
+        assess_pairs([beaten[0], replace(pair(-1.0, 1.0), best_of=one)], resamples=2)["best_of"][0]["value"]
+        == 0.0
+    )
     assert "rewardbench" not in assess_pairs([*pairs, pair(1.0, 1.0, subset="mine")], resamples=2)
