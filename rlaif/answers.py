@@ -57,7 +57,8 @@ def parse_question(row: Row) -> Question:
         RowError: no prompt, or turns or references that are no text.
     """
     prompt, turns = shapes.parse_prompt(row), row.get("turns")
-    later = tuple(plain_text(turn, "turns") for turn in turns[1:]) if isinstance(turns, list | tuple) else ()
+    listed_turns = turns[1:] if isinstance(turns, list | tuple) else ()
+    later = tuple(plain_text(turn, "turns") for turn in listed_turns if turn is not None)
     given = row.get("reference", row.get("reference_gpt4"))
     listed = given if isinstance(given, list | tuple) else [] if given is None else [given]
     number = row.get("question_id", row.get("id"))

@@ -424,8 +424,8 @@ def _whole_file(path: Path, data: bytes) -> Iterator[_Line]:
 
 
 def _examples(line: _Line) -> list[_Line]:
-    """The rows of a BIG-bench task: an object with metadata and a list of examples. Empty for anything else."""
-    listed = None if line.row is None else line.row.get("examples")
+    """The rows of a BIG-bench task: an object with `metrics` and `examples`. Empty for anything else."""
+    listed = None if line.row is None or "metrics" not in line.row else line.row.get("examples")
     if not isinstance(listed, list) or not all(isinstance(row, dict) and "input" in row for row in listed):
         return []
     return [_Line(number, None, row) for number, row in enumerate(listed, 1)]

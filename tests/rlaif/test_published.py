@@ -155,6 +155,12 @@ def test_a_big_bench_task_is_its_examples(tmp_path: Path, indent: int | None) ->
     assert quarantine.count == 1
 
 
+def test_a_row_with_examples_of_its_own_is_one_row(tmp_path: Path) -> None:
+    row = {"prompt": "Translate.", "examples": [{"input": "a", "output": "b"}]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row))
+    assert [read for _, read in read_rows(tmp_path / "in.jsonl", Quarantine(None))] == [row]
+
+
 def test_a_folder_of_files_names_the_subset_of_each(tmp_path: Path) -> None:
     for folder, name in (("harmless-base", "test.jsonl.gz"), ("helpful-base", "test.jsonl.gz")):
         (tmp_path / folder).mkdir()

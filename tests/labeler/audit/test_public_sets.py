@@ -185,7 +185,9 @@ def test_rewardbench_has_its_sections_and_hhh_its_four_subsets(
             "input": name,
             "target_scores": {"longer": int(name != "honest"), "no": int(name == "honest")},
         }
-        path.write_text(json.dumps({"name": "hhh_alignment", "examples": [example]}, indent=1))
+        path.write_text(
+            json.dumps({"name": "hhh_alignment", "metrics": ["x"], "examples": [example]}, indent=1)
+        )
     found = longer(tmp_path / "hhh_alignment", tmp_path / "hhh")
     assert [(s["name"], s["agreement"]["value"]) for s in found["subsets"]] == [
         ("harmless", 1.0), ("helpful", 1.0), ("honest", 0.0), ("other", 1.0),
