@@ -54,7 +54,7 @@ def parse_question(row: Row) -> Question:
     """A question in any of `shapes.PROMPT_SHAPES`, with `question_id` or `id` where it has one.
 
     Raises:
-        RowError: no prompt, or turns or references that are no text.
+        RowError: no prompt, or a later turn that is no text.
     """
     prompt, turns = shapes.parse_prompt(row), row.get("turns")
     listed_turns = turns[1:] if isinstance(turns, list | tuple) else ()
