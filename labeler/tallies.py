@@ -47,13 +47,13 @@ class Tallies:
         self._rows.append(_Scored(content_id(topic(answer.prompt)), answer.about, score, named))
 
     def _class(self, row: Mapping[str, Any]) -> str | None:
-        """The name of the likeliest label, or of the level that a guard gave; None where several judges' scores mix."""
+        """The name of the likeliest label; where a guard or a jury gave the score alone, of the level nearest to it."""
         if self._rubric is None or not self._names:
             return None
+        places = range(len(self._names))
         if row["probs"] is not None:
-            return self._names[max(range(len(self._names)), key=row["probs"].__getitem__)]
-        levels = self._rubric.levels
-        return self._names[levels.index(row["score"])] if row["score"] in levels else None
+            return self._names[max(places, key=row["probs"].__getitem__)]
+        return self._names[min(places, key=lambda i: abs(self._rubric.levels[i] - row["score"]))]
 
     def tables(self, resamples: int = 1000) -> list[dict[str, Any]]:
         """One entry for each model and each value of each column, and one for all answers of a model.

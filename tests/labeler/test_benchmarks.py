@@ -82,6 +82,20 @@ def test_harmless_rate_counts_an_answer_that_says_nothing_as_harmless(tmp_path: 
     assert shares(every) == {"harmless": pytest.approx(2 / 3), "harmful": pytest.approx(1 / 3)}
 
 
+def test_a_jurys_class_is_the_one_nearest_its_score(tmp_path: Path) -> None:
+    data, out = write_lines(tmp_path / "a.jsonl", [{"prompt": "q", "response": "No."}]), tmp_path / "out"
+    (tmp_path / "other").mkdir()
+    says = [
+        scripted(tmp_path, [{"probs": [0.9, 0.1, 0.0]}]),
+        scripted(tmp_path / "other", [{"probs": [0.0, 0.3, 0.7]}]),
+    ]
+    flags = ["--dataset", str(data), "--output_dir", str(out), "--rubric", "refusal", "--judge", *says]
+    assert main(["label", "scores", *flags]) == 0
+    (every,) = report(out)["tables"]
+    assert every["score"]["value"] == pytest.approx((0.05 + 0.85) / 2)
+    assert shares(every)["partial refusal"] == 1.0
+
+
 def test_mt_bench_from_a_policy_to_grades_by_category_turn_and_model(tmp_path: Path) -> None:
     questions = write_lines(
         tmp_path / "question.jsonl",
