@@ -26,7 +26,7 @@ FOLLOWED = {f"docs/{TUTORIAL}", "docs/walkthrough-serving.md", *(f"docs/howto/{n
 TINY: Mapping[str, str] = {
     "range(400)": "range(16)",
     "range(200)": "range(8)",
-    "first=1000), 200)": "first=1000), 12)",
+    "first=1000), 200)": "first=1000), 30)",
     "--max_steps 30": "--max_steps 1",
     "--max_steps 8": "--max_steps 1",
     "--rollout_batch_size 64": "--rollout_batch_size 8",
