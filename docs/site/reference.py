@@ -102,6 +102,8 @@ def command_section(command: Command) -> str:
     module, _, name = command.config.partition(":")
     config: type[Any] = getattr(import_module(module), name)
     about = inspect.cleandoc(config.__doc__ or "")
+    if command.takes:
+        about += f"\n\nWords before the first flag are `--{command.takes}`."
     rows = "".join(
         f"| `--{field.name}` | {code(type_of(field))} | {default_of(field)} | {cell(line)} |\n"
         for field, line in documented_fields(config)
