@@ -53,7 +53,8 @@ class Tallies:
         places = range(len(self._names))
         if row["probs"] is not None:
             return self._names[max(places, key=row["probs"].__getitem__)]
-        return self._names[min(places, key=lambda i: abs(self._rubric.levels[i] - row["score"]))]
+        levels = self._rubric.levels
+        return self._names[min(places, key=lambda i: abs(levels[i] - row["score"]))]
 
     def tables(self, resamples: int = 1000) -> list[dict[str, Any]]:
         """One entry for each model and each value of each column, and one for all answers of a model.

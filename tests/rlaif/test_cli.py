@@ -122,7 +122,7 @@ def test_a_wrong_config_file_gets_one_line(tmp_path: Path, content: str, said: s
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nope"], "no command 'nope'; choose one of: demo, sample,"),
+        (["nope"], "no command 'nope'; choose one of: demo, lab, sample,"),
         (["train", "nope"], "no command 'train nope'; choose one of: train sft, train rm,"),
         (["train", "grpo"], "no command 'train grpo'; it is `rlaif train ppo --advantage_estimator grpo`"),
         (["train", "best-of-n"], "no command 'train best-of-n'; it is `rlaif train best_of_n`"),
