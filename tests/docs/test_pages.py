@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -130,8 +131,11 @@ def test_the_tutorial_can_be_followed(tutorial: tuple[Path, str]) -> None:
     assert (run / "labels" / "preferences.parquet").is_file()
     for made in ("rm", "ppo", "dpo"):
         assert (run / made / "model.safetensors").is_file(), made
-    report = (run / "compare" / "report.md").read_text()
-    assert all(name in report for name in ("`ppo`", "`dpo`", "`tinyworld:policy`")), report
+    judged = json.loads((run / "judge" / "report.json").read_text())
+    assert judged["agreement"]["value"] > 0.85, "with rationales this judge is right; a coin is not"
+    compared = json.loads((run / "compare" / "metrics.json").read_text())
+    assert [policy["name"] for policy in compared["policies"]] == ["tinyworld:policy", "ppo", "dpo"]
+    assert len(compared["raters"]) == 3
 
 
 @pytest.mark.slow
