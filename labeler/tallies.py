@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from labeler.rubric import Rubric
 from rlaif.agreement import estimate_mean
@@ -20,16 +23,8 @@ _MOST = 50
 """Columns with more values than this are no classes."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    question: str
-    about: Mapping[str, str]
-    score: float | None
-    named: str | None
-
-
 class Tallies:
-    """Collects scores, and makes the tables.
+    """Collects scores, a few bytes each, and makes the tables.
 
     Args:
         rubric: whose `names` classes are counted under; None for several aspects, which have means alone.
@@ -38,23 +33,26 @@ class Tallies:
     def __init__(self, rubric: Rubric | None) -> None:
         self._rubric = rubric
         self._names = () if rubric is None else rubric.file.names
-        self._rows: list[_Scored] = []
+        self._kinds: dict[tuple[tuple[str, str], ...], int] = {}  # what is known of an answer, numbered
+        self._kind, self._question = array("L"), array("Q")
+        self._score, self._class = array("d"), array("b")  # NaN and -1 where there is none
 
     def add(self, answer: Answer, row: Mapping[str, Any] | None) -> None:
         """Count an answer with its row of `scores.parquet`; None where it has no score."""
-        score = None if row is None else row["score"]
-        named = None if row is None else self._class(row)
-        self._rows.append(_Scored(content_id(topic(answer.prompt)), answer.about, score, named))
+        known = tuple(sorted(answer.about.items()))
+        self._kind.append(self._kinds.setdefault(known, len(self._kinds)))
+        self._question.append(int(content_id(topic(answer.prompt)), 16))
+        self._score.append(math.nan if row is None else row["score"])
+        self._class.append(-1 if row is None or not self._names else self._class_of(row))
 
-    def _class(self, row: Mapping[str, Any]) -> str | None:
-        """The name of the likeliest label; where a guard or a jury gave the score alone, of the level nearest to it."""
-        if self._rubric is None or not self._names:
-            return None
+    def _class_of(self, row: Mapping[str, Any]) -> int:
+        """Place of the likeliest label; where a guard or a jury gave the score alone, of the level nearest to it."""
+        assert self._rubric is not None
         places = range(len(self._names))
         if row["probs"] is not None:
-            return self._names[max(places, key=row["probs"].__getitem__)]
+            return max(places, key=row["probs"].__getitem__)
         levels = self._rubric.levels
-        return self._names[min(places, key=lambda i: abs(levels[i] - row["score"]))]
+        return min(places, key=lambda i: abs(levels[i] - row["score"]))
 
     def tables(self, resamples: int = 1000) -> list[dict[str, Any]]:
         """One entry for each model and each value of each column, and one for all answers of a model.
@@ -67,53 +65,53 @@ class Tallies:
             each name of the rubric, the estimated share of the answers it was given to. Empty where the rubric has no
             names and nothing is known of the answers.
         """
+        kinds = [dict(known) for known in self._kinds]
+        models = _values(kinds, "model")
         columns = [
-            name for name in COLUMNS if 1 < len(self._values(name)) <= _MOST and not self._is_model(name)
+            name
+            for name in COLUMNS
+            if 1 < len(_values(kinds, name)) <= _MOST and not _is_model(kinds, name, models)
         ]
-        models = sorted(self._values("model"))
         if not columns and len(models) < 2 and not self._names:
             return []
-        many = models if 1 < len(models) <= _MOST else [""]
         found = []
         for column in (*columns, ""):
-            for model in many:
-                rows = [row for row in self._rows if not model or row.about.get("model") == model]
-                values = sorted({row.about.get(column, "") for row in rows} - {""}) if column else [""]
-                for value in values:
-                    chosen = [row for row in rows if not column or row.about.get(column) == value]
+            for model in models if 1 < len(models) <= _MOST else [""]:
+                of_model = [k for k, kind in enumerate(kinds) if not model or kind.get("model") == model]
+                for value in _values([kinds[k] for k in of_model], column) if column else [""]:
+                    chosen = [k for k in of_model if not column or kinds[k].get(column) == value]
                     found.append(
-                        {"column": column, "model": model, "name": value} | self._entry(chosen, resamples)
+                        {"column": column, "model": model, "name": value, **self._entry(chosen, resamples)}
                     )
         return found
 
-    def _is_model(self, column: str) -> bool:
-        """Whether a column tells the models apart and nothing else, as the names of their files do."""
-        met = {(row.about.get("model"), row.about.get(column)) for row in self._rows}
-        return len(met) == len(self._values("model")) == len(self._values(column))
+    def _entry(self, kinds: Sequence[int], resamples: int) -> dict[str, Any]:
+        """The answers of these kinds together."""
+        inside = np.isin(np.asarray(self._kind), kinds)
+        score, given = np.asarray(self._score)[inside], np.asarray(self._class)[inside]
+        questions = np.asarray(self._question)[inside]
+        scored = ~np.isnan(score)
+        groups = questions[scored].tolist()
 
-    def _values(self, column: str) -> Counter[str]:
-        return Counter(row.about[column] for row in self._rows if column in row.about)
+        def estimate(values: ArrayLike) -> dict[str, float | None]:
+            return estimate_mean(values, groups=groups, resamples=resamples)
 
-    def _entry(self, rows: Sequence[_Scored], resamples: int) -> dict[str, Any]:
-        scored = [row for row in rows if row.score is not None]
-        classed = [row for row in scored if row.named is not None]
         return {
-            "answers": len(rows),
-            "unscored": len(rows) - len(scored),
-            "score": estimate_mean(
-                [row.score for row in scored if row.score is not None],
-                groups=[row.question for row in scored],
-                resamples=resamples,
-            ),
-            "shares": {
-                name: estimate_mean(
-                    [float(row.named == name) for row in classed],
-                    groups=[row.question for row in classed],
-                    resamples=resamples,
-                )
-                for name in self._names
-            },
+            "answers": int(inside.sum()),
+            "unscored": int((~scored).sum()),
+            "score": estimate(score[scored]),
+            "shares": {name: estimate(given[scored] == place) for place, name in enumerate(self._names)},
         }
+
+
+def _values(kinds: Sequence[Mapping[str, str]], column: str) -> list[str]:
+    return sorted({kind[column] for kind in kinds if column in kind})
+
+
+def _is_model(kinds: Sequence[Mapping[str, str]], column: str, models: Sequence[str]) -> bool:
+    """Whether a column tells the models apart and nothing else, as the names of their files do."""
+    met = {(kind.get("model"), kind.get(column)) for kind in kinds}
+    return len(met) == len(models) == len(_values(kinds, column))
 
 
 def render(entries: Sequence[Mapping[str, Any]], title: str) -> str:

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import re
 import sys
 import zlib
 from collections import Counter
@@ -50,6 +51,9 @@ PREFERENCES_FILE = "preferences.parquet"
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
 """Files of a folder that are read as data."""
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}.*")
+"""What the hub adds to the name of a split that it keeps in several files."""
 
 
 class Quarantine:
@@ -334,8 +338,8 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _subset_names(folder: Path, files: list[Path]) -> list[str]:
-    """What tells the files of a folder apart: their paths, without a name that all of them have."""
-    stems = [file.name[: file.name.index(".")] for file in files]
+    """What tells the files of a folder apart: their paths, without a name that all of them have; shards are one."""
+    stems = [_SHARD.sub("", file.name[: file.name.index(".")]) for file in files]
     places = [file.parent.relative_to(folder).as_posix() for file in files]
     if len(set(stems)) == 1 and len(set(places)) == len(files):
         return places

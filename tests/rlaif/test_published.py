@@ -192,6 +192,13 @@ def test_a_row_that_names_its_subset_keeps_it(tmp_path: Path) -> None:
     ]
 
 
+def test_shards_of_a_split_are_one_subset(tmp_path: Path) -> None:
+    for name in ("human-00000-of-00002-25f4", "human-00001-of-00002-25f4", "gpt4_pair-00000-of-00001"):
+        (tmp_path / f"{name}.jsonl").write_text('{"n": 1}\n')
+    subsets = Counter(row["subset"] for _, row in read_rows(tmp_path, Quarantine(None)))
+    assert subsets == {"human": 2, "gpt4_pair": 1}
+
+
 def test_csv_is_read_with_its_quoted_line_breaks(tmp_path: Path) -> None:
     path = tmp_path / "xstest.csv"
     path.write_text(
