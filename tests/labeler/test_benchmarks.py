@@ -162,12 +162,31 @@ def test_scores_of_rows_of_which_nothing_is_known_have_no_tables(tmp_path: Path)
     assert "tables" not in report(tmp_path / "out") and not (tmp_path / "out" / "report.md").exists()
 
 
-def test_a_real_policy_answers_both_turns(tmp_path: Path, shared_data: Path) -> None:
-    flags = ["--model_name_or_path", f"hf:{shared_data / 'models' / 'stories260K'}", "--limit", "2",
-             "--dataset", str(shared_data / "mt_bench_questions.jsonl"), "--num_return_sequences", "2",
-             "--max_new_tokens", "6", "--all_turns", "--output_dir", str(tmp_path / "out")]  # fmt: skip
-    assert main(["sample", *flags]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+def test_a_real_policy_answers_the_second_turn_with_the_first_before_it(
+    tmp_path: Path, shared_data: Path
+) -> None:
+    def sample(dataset: Path, out: Path, *flags: str) -> Path:
+        model = f"hf:{shared_data / 'models' / 'stories260K'}"
+        base = ["sample", "--model_name_or_path", model, "--dataset", str(dataset), "--output_dir", str(out)]
+        assert main([*base, "--max_new_tokens", "6", *flags]) == 0
+        return out
+
+    questions = shared_data / "mt_bench_questions.jsonl"
+    flags = ("--limit", "2", "--num_return_sequences", "2", "--all_turns")
+    out = sample(questions, tmp_path / "out", *flags)
+    rows = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert [row["question_id"] for row in rows] == ["mtbench-81", "mtbench-82"]
     turns = [choice["turns"] for row in rows for choice in row["choices"]]
     assert [len(said) for said in turns] == [2, 2, 2, 2] and len({tuple(said) for said in turns}) == 4
+    # The same conversations, asked one by one, have as many tokens.
+    asked = [json.loads(line)["turns"] for line in questions.read_text().splitlines()[:2]]
+    alone = []
+    for (first, second), row in zip(asked, rows, strict=True):
+        for choice in row["choices"]:
+            said = [first, choice["turns"][0], second]
+            whole = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+            alone += [{"prompt": first}, {"messages": whole}]
+    again = sample(
+        write_lines(tmp_path / "alone.jsonl", alone), tmp_path / "again", "--num_return_sequences", "1"
+    )
+    assert report(again)["prompt_tokens"] == report(out)["prompt_tokens"]
