@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from labeler.review.desk import Desk, Seen
 from labeler.review.forms import write_query
 from labeler.review.index import Query
 from labeler.review.marks import GRADES, Mark
-from labeler.validation import MEANINGS
+from rlaif.report.page import environment, shown
 from rlaif.tables import interval, percent_interval
 
 LETTERS = "ABCDEFGHI"
@@ -33,8 +30,6 @@ STATUS_NAMES = {
     "differs": "I disagree with the label",
 }
 _EXCERPT = 220
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Controls of terminals and of the direction of writing: made visible, they cannot disturb the text around them."""
 
 
 class Pages:
@@ -47,20 +42,14 @@ class Pages:
 
     def __init__(self, desk: Desk, title: str) -> None:
         self._desk = desk
-        self._templates = Environment(
-            loader=FileSystemLoader(Path(__file__).parent / "templates"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
+        self._templates = environment(Path(__file__).parent / "templates")
         self._templates.filters |= {
             "visible": visible, "excerpt": excerpt, "said": said, "reason": reason, "words": count_words,
             "percent": percent_interval, "interval": interval,
         }  # fmt: skip
         self._templates.globals |= {
             "title": title, "desk": desk, "letters": LETTERS, "grades": GRADES, "orders": ORDER_NAMES,
-            "statuses": STATUS_NAMES, "meanings": MEANINGS,
+            "statuses": STATUS_NAMES,
         }  # fmt: skip
 
     def list(
@@ -106,8 +95,8 @@ class Pages:
 
 
 def visible(text: str) -> str:
-    """The text, its control characters replaced."""
-    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+    """The whole text, its control characters replaced."""
+    return shown(text.replace("\r\n", "\n"), len(text))
 
 
 def excerpt(text: str) -> str:

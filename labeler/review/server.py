@@ -18,6 +18,7 @@ from labeler.review.guard import HEADERS, LOOPBACK, Guard, Handler, Refused
 from labeler.review.index import Query, windows
 from labeler.review.pages import Pages
 from rlaif.errors import ConfigError, RlaifError
+from rlaif.report.page import TEMPLATES
 
 _LOG = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
@@ -59,6 +60,7 @@ class Server:
                 web.post("/rows/{number:[0-9]{1,9}}/mark", self._mark),
                 web.post("/rows/{number:[0-9]{1,9}}/reveal", self._reveal),
                 web.post("/undo", self._undo),
+                web.get("/static/style.css", self._style),
                 web.static("/static", STATIC),
             ]
         )
@@ -128,6 +130,10 @@ class Server:
         query, position = read_query(request.query), self._position(request)
         saved = read_number(request.query.get("saved"))
         return _html(await self._beside(self._pages.row, query, position, saved))
+
+    async def _style(self, request: web.Request) -> web.FileResponse:
+        """The look that all pages share."""
+        return web.FileResponse(TEMPLATES / "style.css")
 
     async def _next(self, request: web.Request) -> web.Response:
         """The first row that waits for a mark."""
