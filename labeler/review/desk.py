@@ -98,6 +98,12 @@ class Desk:
         found = None if position is None else self.index.following(query, waiting, position, 1)
         return int(waiting[0]) if found is None else found
 
+    def after(self, query: Query, position: int) -> int | None:
+        """Where to go after a mark: to the next row that waits for one; among marked rows, to the next of them."""
+        if query.status in ("all", "unmarked"):
+            return self.unmarked_after(query, position)
+        return self.neighbour(query, position, 1)
+
     def see(self, position: int) -> Seen:
         """A row, without what must stay hidden. Of a marked row the label is seen, once and for all."""
         item = self.index.item(position)

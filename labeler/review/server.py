@@ -157,11 +157,10 @@ class Server:
         self._stale.set()
         if form.get("stay"):
             return _see_other(f"/rows/{position + 1}", query)
-        after = await self._beside(self._desk.unmarked_after, query, position)
-        saved = str(position + 1)
+        after = await self._beside(self._desk.after, query, position)
         if after is None:
             return _see_other("/", query, done="1")
-        return _see_other(f"/rows/{after + 1}", query, saved=saved)
+        return _see_other(f"/rows/{after + 1}", query, saved=str(position + 1))
 
     async def _reveal(self, request: web.Request) -> web.Response:
         query, position = read_query(request.query), self._position(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.labeler.commands import write_lines
 from tests.labeler.review.serving import labelled, review
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -87,4 +89,22 @@ def test_twenty_pairs_by_keyboard_survive_browser_and_server(tmp_path: Path) -> 
         )
         assert {f"Row {number}": state.split()[0] for number, state in kept.items() if state} == marked
         assert page.title().startswith("Review of")  # the hostile row of the dataset did nothing
+    assert complaints == []
+
+
+def test_a_ranking_by_keyboard(tmp_path: Path) -> None:
+    row = {"prompt": "question", "responses": ["first", "second", "third"]}
+    dataset, complaints = write_lines(tmp_path / "candidates.jsonl", [row]), []
+    with review(dataset) as served:
+        with browsing(served.url, complaints) as page:
+            press(page, "m")
+            page.keyboard.press("Enter")  # nothing is saved before every response has its rank
+            for key in ("1", "2", "Backspace", "3", "4", "1"):  # there is no rank 4
+                page.keyboard.press(key)
+            press(page, "Enter")
+            assert page.get_by_text("1 of 1 marked").is_visible()
+            assert page.locator(".mark").inner_text() == "A = C > B"
+        served.stop()
+    pairs = (tmp_path / "candidates-review-ranking" / "human-pairs-blind.jsonl").read_text().splitlines()
+    assert [json.loads(line)["human_p_a"] for line in pairs] == [1.0, 0.5, 0.0]  # A and B, A and C, B and C
     assert complaints == []
