@@ -84,4 +84,6 @@ document.addEventListener("change", (event) => {
 });
 for (const button of document.querySelectorAll("[data-dialog]"))
   button.addEventListener("click", () => document.getElementById(button.dataset.dialog).showModal());
+const turns = document.querySelector(".scroll");
+if (turns?.children.length > 1) turns.scrollTop = turns.lastElementChild.offsetTop - turns.offsetTop; // what is answered
 frame();
