@@ -6,6 +6,7 @@ so that a hundred thousand rows are sorted and filtered at once.
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from array import array
 from collections.abc import Iterable, Iterator
@@ -67,9 +68,8 @@ class Index:
     def __init__(self, items: Iterable[Item]) -> None:
         self._database = sqlite3.connect("", check_same_thread=False)
         self._database.execute("PRAGMA journal_mode=OFF")
-        self._database.execute(
-            "CREATE TABLE items (position INTEGER PRIMARY KEY, item TEXT, text TEXT) STRICT"
-        )
+        self._database.execute("CREATE TABLE items (position INTEGER PRIMARY KEY, item TEXT)")
+        self._database.execute("CREATE TABLE texts (position INTEGER PRIMARY KEY, text TEXT)")
         suspicion, sureness = array("f"), array("f")
         bits, subset, keys = array("H"), array("i"), array("Q")
         self.subsets: dict[str, int] = {}
@@ -84,8 +84,8 @@ class Index:
                 bits.append(flags(item.findings))
                 subset.append(self.subsets.setdefault(item.subset, len(self.subsets)))
                 keys.append(key)
-                row = (position, item.model_dump_json(), item.text.casefold())
-                self._database.execute("INSERT INTO items VALUES (?, ?, ?)", row)
+                self._database.execute("INSERT INTO items VALUES (?, ?)", (position, item.model_dump_json()))
+                self._database.execute("INSERT INTO texts VALUES (?, ?)", (position, item.text.casefold()))
             self._database.commit()
         except sqlite3.Error as err:
             raise StorageError(
@@ -158,10 +158,11 @@ class Index:
     def _containing(self, q: str) -> Mask:
         """Rows whose text has every word; the last search is remembered, since pages of it follow."""
         if self._found is None or self._found[0] != q:
-            words = q.casefold().split()
-            where = " AND ".join("instr(text, ?)" for _ in words)
+            words = [re.sub(r"([%_\\])", r"\\\1", word) for word in q.casefold().split()]
+            where = " AND ".join(r"text LIKE ? ESCAPE '\'" for _ in words)
+            patterns = [f"%{word}%" for word in words]
             mask = np.zeros(len(self), dtype=np.bool_)
-            hits = self._database.execute(f"SELECT position FROM items WHERE {where}", words)
+            hits = self._database.execute(f"SELECT position FROM texts WHERE {where}", patterns)
             mask[[position for (position,) in hits]] = True
             self._found = (q, mask)
         return self._found[1]

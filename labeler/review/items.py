@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -110,7 +111,7 @@ class Arranged(NamedTuple):
 def arrange(prompt: Sequence[Message], responses: Sequence[str]) -> Arranged:
     """Key and order of responses: functions of the texts alone, the same however the dataset orders them."""
     key = content_id(prompt, sorted(responses))
-    order = sorted(range(len(responses)), key=lambda i: content_id(key, responses[i]))
+    order = sorted(range(len(responses)), key=lambda i: sha256(f"{key}{responses[i]}".encode()).digest())
     return Arranged(key, tuple(order))
 
 

@@ -151,7 +151,7 @@ def test_rows_are_ordered_and_found(tmp_path: Path) -> None:
     assert positions()[0] == 2  # 0.85 apart, beside the low mass that all have
     assert positions(order="unsure")[0] == 1
     assert positions(q="straße FIRST") == [1]  # without regard to case
-    assert positions(q="first plain") == []
+    assert positions(q="first plain") == positions(q="f_rst") == positions(q="%") == []
     assert positions(reason="duplicate") == [3]
     assert positions(subset="Manual") == [1] and positions(subset="none") == []
     assert sorted(positions(order="random")) == [0, 1, 2, 3]
