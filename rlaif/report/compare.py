@@ -91,9 +91,9 @@ def final_figures(named: Named) -> list[Section]:
     note = SAME_REWARD if trains else ""
     title = KINDS[next(iter(named.values())).command].title
     if len({source.command for source in named.values()}) > 1:
-        title = "Training"
+        title = "training"
     return section(
-        f"Figures: {title}",
+        f"Final figures: {title}",
         table("Final figures, with 95 % intervals where there are any", ["figure", *named], rows,
               f"Missing: the run does not have this figure. {note}".rstrip()),
     )  # fmt: skip

@@ -111,7 +111,7 @@ class Table:
     def numeric(self) -> list[bool]:
         """Which columns hold numbers alone, and are aligned by their last digit."""
         columns = [[row[k] for row in self.rows] for k in range(len(self.heads))]
-        return [all(c is None or _is_number(c) for c in column) and bool(column) for column in columns]
+        return [all(c is None or _NUMBER.fullmatch(c) for c in column) and bool(column) for column in columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,5 +266,5 @@ class _Keys:
         return f"{kind}-{self._count}"
 
 
-def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit() or (cell[:1] in "+-−$" and cell[1:2].isdigit())
+_NUMBER = re.compile(r"[-+−]?\$?\d[\d,]*(\.\d+)?(e[-+]?\d+)?( ?(%|s|ms|k|M|G))?( \[.*| to .*)?")
+"""A number, perhaps with a unit and an interval."""

@@ -53,7 +53,9 @@ class Histogram:
     def bins(self) -> list[tuple[float, float, float]]:
         """(low, high, count) of each bucket."""
         edges = sorted(self.below)
-        lows = [min(0.0, edges[0]) if edges and edges[0] > 0 else -math.inf, *edges[:-1]]
+        if not edges:
+            return []
+        lows = [0.0 if edges[0] > 0 else -math.inf, *edges[:-1]]
         befores = [0.0, *(self.below[edge] for edge in edges[:-1])]
         return [
             (low, high, self.below[high] - before)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlaif.report import plots
 from rlaif.report.findings import Findings, section, table
-from rlaif.report.page import Block, Example, Figure, Figures, Section, Text, Tile
+from rlaif.report.page import Block, Example, Figure, Figures, Prose, Section, Text, Tile
 from rlaif.report.source import Row, Source, read_lines
 from rlaif.report.wording import figure, rate, rate_range, text_of, whole
 
@@ -152,7 +152,7 @@ def trained(source: Source) -> Findings:
             drawn += _rewards_before_and_after(source)
         blocks: list[Block | None] = [Figures(drawn) if drawn else None]
         if group == "What was missing, and time":
-            blocks.append(_where_time_went(source.rows))
+            blocks += [_nothing_missing(source.rows), _where_time_went(source.rows)]
         sections += section(group, *blocks)
     sections += _before_and_after(source)
     return Findings(
@@ -268,7 +268,12 @@ def _absent(source: Source) -> Iterator[str]:
         yield "Model card: the run has not written its final model."
 
 
-# ---- time ----
+# ---- what was missing, and time ----
+
+
+def _nothing_missing(rows: Sequence[Row]) -> Block | None:
+    counted = [row["reward/missing"] for row in rows if row.get("reward/missing") is not None]
+    return Prose("No reward was missing.") if counted and not any(counted) else None
 
 
 def time_shares(rows: Sequence[Row]) -> dict[str, float]:
@@ -289,7 +294,7 @@ def _where_time_went(rows: Sequence[Row]) -> Block | None:
         "Where the time went",
         ("part of a step", "seconds", "share"),
         [(name, f"{seconds:,.1f}", rate(seconds / total)) for name, seconds in shares.items()],
-        "Seconds of all steps together; what overlaps with another part is waited for in neither.",
+        "Seconds of all steps together. The reward's are those that were waited for it.",
     )
 
 
