@@ -76,9 +76,9 @@ def _policies(results: Results) -> Section:
             p.title,
             number(p.mean_gold),
             f"{number(p.gold.low)} to {number(p.gold.high)}",
-            None if p.win_rate is None else percent(p.win_rate.value),
-            None if p.win_rate is None else _percents(p.win_rate),
-            None if p.win_rate is None else percent(p.ties),
+            "–" if p.win_rate is None else percent(p.win_rate.value),
+            "–" if p.win_rate is None else _percents(p.win_rate),
+            "–" if p.win_rate is None else percent(p.ties),
             f"{p.mean_words:.1f}",
         )
         for p in (results.start, *results.policies)

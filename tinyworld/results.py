@@ -328,7 +328,8 @@ def _parts(post: str, summary: str) -> list[Part]:
 
 
 def _one_judgment(rows: Sequence[Mapping[str, Any]]) -> str:
-    row = max(rows, key=lambda r: r["chosen_prob"])
+    asked = [r for r in rows if r["rationale_ab"] is not None]  # a guard's ruling has no rationale
+    row = max(asked, key=lambda r: r["chosen_prob"])
     return "\n".join(
         [
             f"post      {_post(row['prompt'])}",

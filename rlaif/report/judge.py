@@ -74,9 +74,20 @@ def judge(source: Source) -> Findings:
         lead=[lead, f"Judge: {report['judge']}. Data: {report.get('dataset') or report.get('labels')}."],
         tiles=tiles,
         sections=parts,
-        absent=[] if "canaries" in report else ["Resistance to attacks: it was not asked for (--canaries)."],
+        absent=_absent(report, found),
         warnings=report.get("lineage") or (),
     )
+
+
+def _absent(report: Facts, found: Facts) -> list[str]:
+    sentences = []
+    if not found["position"]["pairs"]:
+        sentences.append("Position bias: no pair was asked in both orders.")
+    if found["label_mass"]["mean"] is None:
+        sentences.append("Label mass: no label was read from token probabilities.")
+    if "canaries" not in report:
+        sentences.append("Resistance to attacks: it was not asked for (--canaries).")
+    return sentences
 
 
 def _agreement(report: Facts) -> list[Section]:

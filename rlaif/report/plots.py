@@ -134,16 +134,29 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def path(lines: Sequence[Curve], xlabel: str, ylabel: str) -> Panel:
-    """Lines of points in the order of time, from a hollow first one to a filled last one."""
+    """Points in the order of time, joined, from a hollow first one to a filled last one; intervals are upright bars.
+
+    A line of one point is that point, filled.
+    """
 
     def draw(ax: Axes) -> None:
         for number, line in enumerate(lines):
             style = line.style(number)
+            marker = MARKERS[(number if line.number is None else line.number) % len(MARKERS)]
+            if line.low:
+                ax.vlines(line.x, line.low, line.high, color=style["color"], linewidth=1.2)  # type: ignore[arg-type]
             x, y = stretches(line.x), stretches(line.y)
-            ax.plot(x, y, **style, label=line.name, linewidth=1, alpha=0.75)
+            ax.plot(x, y, **style, linewidth=1, alpha=0.75)
             known = [(a, b) for a, b in zip(x, y, strict=True) if not math.isnan(a) and not math.isnan(b)]
-            for (a, b), fill in zip(known[:: max(1, len(known) - 1)], ("none", style["color"]), strict=False):
-                ax.plot([a], [b], marker="o", markersize=6, color=style["color"], markerfacecolor=fill)
+            for end, fill in ((known[:1], "none"), (known[-1:], style["color"])):
+                if fill == "none" and len(known) == 1:
+                    continue
+                at = [a for a, _ in end], [b for _, b in end]
+                label = line.name if fill != "none" else None
+                ax.plot(
+                    *at, marker=marker, color=style["color"], markerfacecolor=fill, markersize=6,
+                    linestyle="none", label=label,
+                )  # fmt: skip
         ax.set(xlabel=xlabel, ylabel=ylabel)
         if len(lines) > 1:
             legend(ax, len(lines))

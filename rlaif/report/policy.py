@@ -121,24 +121,28 @@ def _frontier(found: Facts) -> list[Section]:
     figures = []
     for index, rater in enumerate(found["raters"]):
         what = "win_rate" if rater["compares"] else "score"
-        lines: dict[str, list[tuple[float, float]]] = {}
+        lines: dict[str, list[tuple[float, Facts]]] = {}
         for policy in found["policies"]:
             rating = policy["ratings"][index]
-            y = None if rating is None else (rating.get(what) or {}).get("value")
-            if policy["kl"]["value"] is not None and y is not None:
-                lines.setdefault(policy["run"] or policy["name"], []).append((policy["kl"]["value"], y))
+            gained = (rating or {}).get(what)
+            if policy["kl"]["value"] is not None and gained is not None and gained["value"] is not None:
+                lines.setdefault(policy["run"] or policy["name"], []).append((policy["kl"]["value"], gained))
         if sum(map(len, lines.values())) < 2:
             continue
         curves = [
-            plots.Curve(plots.short_name(name), [x for x, _ in line], [y for _, y in line])
+            plots.Curve(
+                plots.short_name(name),
+                [kl for kl, _ in line],
+                *([gained[end] for _, gained in line] for end in ("value", "low", "high")),
+            )
             for name, line in lines.items()
         ]
         label = f"win rate over {plots.short_name(found['baseline'])}" if rater["compares"] else "score"
         figures.append(
             Figure(
                 f"Frontier by {rater['name']}",
-                "What was gained, against how far the policy moved to gain it. A line for each run with several "
-                "checkpoints, from hollow (first) to filled (last).",
+                "What was gained, with 95 % intervals, against how far the policy moved to gain it. Checkpoints of a "
+                "run are joined, from hollow (first) to filled (last).",
                 plots.path(curves, "KL to the reference (nats per response)", label),
             )
         )
@@ -155,7 +159,7 @@ def _frontier(found: Facts) -> list[Section]:
     rows: list[Sequence[str | None]] = [
         (
             p["name"],
-            whole(p["step"]),
+            "–" if p["step"] is None else whole(p["step"]),
             estimate(p["kl"]),
             *(None if p["ratings"][i] is None else estimate(p["ratings"][i]["score"]) for i in scoring),
             figure(p["tokens"]),

@@ -249,7 +249,10 @@ def _buckets(found: Histogram, unit: str) -> Panel:
     bins = found.bins()
     held = [k for k, (_, _, count) in enumerate(bins) if count]
     shown = bins[held[0] : held[-1] + 1]
-    names: Mapping[str, float] = {_bucket(low, high): count for low, high, count in shown}
+    names: Mapping[str, float] = {
+        _bucket(-math.inf if held[0] == 0 and k == 0 else low, high): count
+        for k, (low, high, count) in enumerate(shown)
+    }
 
     def draw(ax: Axes) -> None:
         plots.bars(names, "count")(ax)
@@ -261,7 +264,7 @@ def _buckets(found: Histogram, unit: str) -> Panel:
 def _bucket(low: float, high: float) -> str:
     if math.isinf(high):
         return f"> {low:g}"
-    return f"≤ {high:g}" if math.isinf(low) or low == 0 else f"{low:g} to {high:g}"
+    return f"≤ {high:g}" if math.isinf(low) else f"{low:g} to {high:g}"
 
 
 def _seconds(value: float | None) -> str | None:
