@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from rlaif.report import plots
 from rlaif.report.findings import Findings, section, table, unfinished
 from rlaif.report.labels import gaps, position_tile
-from rlaif.report.page import Figure, Figures, Section, Tile
+from rlaif.report.page import Block, Figure, Figures, Section, Tile
+from rlaif.report.public import own_scores
 from rlaif.report.source import Facts, Source
 from rlaif.report.wording import (
     decimal,
@@ -104,7 +105,12 @@ def _agreement(report: Facts) -> list[Section]:
         Figure(
             "Agreement with people",
             "95 % bootstrap intervals over prompts, beside preferring the longer one. People tie "
-            f"{report['human_ties']:,} pairs, which are left out.",
+            f"{report['human_ties']:,} pairs, which are left out."
+            + (
+                f" They have no majority on {report['no_majority']:,} more."
+                if report.get("no_majority")
+                else ""
+            ),
             plots.estimates(
                 names,
                 [
@@ -146,6 +152,9 @@ def _agreement(report: Facts) -> list[Section]:
         "Agreement and calibration",
         Figures(figures),
         table("Agreement by subset", ("subset", "pairs", "agreement, %", "κ", "longer wins"), rows),
+        *own_scores(report),
+        _annotators(report.get("annotators") or ()),
+        _orders(report.get("orders")),
         table("Biases", ("", "pairs", "judge", "people", "excess, points", "of its errors"), leans,
               "Excess: judge less people, on the pairs that people decided; 0 is unbiased."),
     )  # fmt: skip
@@ -168,6 +177,46 @@ def _agreement(report: Facts) -> list[Section]:
             ),
         )
     return parts
+
+
+def _annotators(lines: Sequence[Facts]) -> Block | None:
+    """Agreement with single annotators, and of these among themselves."""
+    heads = (
+        "votes of", "votes", "with ties, %", "decided", "without ties, %", "people with ties, %",
+        "people without ties, %",
+    )  # fmt: skip
+    rows = [
+        (
+            line["name"],
+            whole(line["votes"]),
+            rate_estimate(line["judge"]["with_ties"]),
+            whole(line["judge"]["without_ties"]["over"]),
+            rate_estimate(line["judge"]["without_ties"]),
+            *(rate_estimate(line["people"][setup]) for setup in ("with_ties", "without_ties")),
+        )
+        for line in lines
+    ]
+    note = (
+        "With ties, a tie must be met by a tie, and two orders that contradict each other are one; chance is 33 %. "
+        "Without ties, only what both decided counts; chance is 50 %. People: pairs of annotators of the same pair."
+    )
+    return table("Agreement with single annotators", heads, rows, note)
+
+
+def _orders(found: Facts | None) -> Block | None:
+    """What averaging both orders changes."""
+    if not found or not found["pairs"]:
+        return None
+    rows = [
+        (what, rate_estimate(found[name]))
+        for what, name in (
+            ("both orders averaged", "both"),
+            ("a single order", "one"),
+            ("the order that shows the preferred response first", "preferred_first"),
+            ("the order that shows it second", "preferred_second"),
+        )
+    ]
+    return table(f"Agreement by order, on {found['pairs']:,} pairs", ("label of", "agreement, %"), rows)
 
 
 def _variants(variants: Sequence[Facts]) -> list[Section]:

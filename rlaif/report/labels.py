@@ -13,8 +13,10 @@ from rlaif.report.source import Facts, Row, Source, read_lines
 from rlaif.report.wording import (
     count_rows,
     decimal,
+    estimate,
     figure,
     rate,
+    rate_estimate,
     rate_range,
     text_of,
     tokens,
@@ -22,6 +24,7 @@ from rlaif.report.wording import (
     whole,
 )
 
+NO_PRICE = "Cost: no price was told (--price_per_million)."
 SUSPECTS, EXAMPLES, OPEN_ROWS = 10, 4, 5
 PREFERENCES, SCORES, CANDIDATES, REVISIONS, RANKINGS = (
     f"{name}.parquet" for name in ("preferences", "scores", "candidates", "revisions", "rankings")
@@ -50,7 +53,7 @@ def preferences(source: Source) -> Findings:
             "Agreement with people: the input had no labels of people. `rlaif eval judge` measures it."
         )
     if report.get("cost_usd") is None:
-        absent.append("Cost: no price was told (--price_per_million).")
+        absent.append(NO_PRICE)
     if validation is None:
         absent.append("Suspicious rows: the run has no validation.json.")
     if columns is None:
@@ -434,13 +437,42 @@ def scores(source: Source) -> Findings:
         tiles=tiles,
         sections=[
             *section("What the scores look like", Figures(figures) if figures else None),
+            *section("By who answered, and what was asked", *_tallies(report.get("tables") or ())),
             *gaps(source, report, report.get("responses")),
             *section("From the highest to the lowest", *examples),
         ],
-        absent=[]
-        if report.get("cost_usd") is not None
-        else ["Cost: no price was told (--price_per_million)."],
+        absent=[] if report.get("cost_usd") is not None else [NO_PRICE],
     )
+
+
+def _tallies(entries: Sequence[Facts]) -> list[Block | None]:
+    """Means, and shares of the classes that a rubric names, a table for each column of the questions."""
+    blocks = []
+    for column in dict.fromkeys(entry["column"] for entry in entries):
+        rows = [entry for entry in entries if entry["column"] == column]
+        names = list(rows[0]["shares"])
+        heads = (
+            "model",
+            column or "of",
+            "answers",
+            "without a score",
+            *(f"{n}, %" for n in names),
+            "mean score",
+        )
+        cells = [
+            (
+                entry["model"] or "all",
+                entry["name"] or "all questions",
+                whole(entry["answers"]),
+                whole(entry["unscored"]),
+                *(rate_estimate(entry["shares"][name]) for name in names),
+                estimate(entry["score"]),
+            )
+            for entry in rows
+        ]
+        title = f"By {column}" if column else "All answers"
+        blocks.append(table(title, heads, cells, "95 % intervals over questions."))
+    return blocks
 
 
 def _bands(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float | None]]:
@@ -518,9 +550,14 @@ def candidates(source: Source) -> Findings:
             ),
             *section("Responses", *examples),
         ],
-        absent=[]
-        if report.get("cost_usd") is not None
-        else ["Cost: no price was told (--price_per_million)."],
+        absent=[
+            *(
+                []
+                if columns is not None
+                else [f"Responses: there is no {CANDIDATES}; answers to all turns are in answers.jsonl."]
+            ),
+            *([] if report.get("cost_usd") is not None else [NO_PRICE]),
+        ],
     )
 
 
@@ -568,7 +605,5 @@ def revisions(source: Source) -> Findings:
             *gaps(source, report, report.get("responses")),
             *section("Revisions", *examples),
         ],
-        absent=[]
-        if report.get("cost_usd") is not None
-        else ["Cost: no price was told (--price_per_million)."],
+        absent=[] if report.get("cost_usd") is not None else [NO_PRICE],
     )

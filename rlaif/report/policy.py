@@ -109,6 +109,17 @@ def _win_rates(found: Facts, index: int) -> list[Section]:
             ]
         ),
         table("Win rates", heads, rows),
+        table(
+            "Win rates by subset",
+            ("policy", "subset", *heads[1:6]),
+            [
+                (name, subset["name"] or "–", rate_estimate(subset["win_rate"]),
+                 rate_estimate(subset["length_controlled"]), rate(subset["ties"]), rate(subset["longer_wins"]),
+                 whole(subset["comparisons"]))
+                for name, r in rated
+                for subset in r.get("subsets", ())
+            ],
+        ),
         *(
             table(f"Comparisons of {name} that are missing", ("reason", "comparisons", "share"),
                   count_rows(r["missing"], found["prompts"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlaif.report import plots
 from rlaif.report.findings import Findings, section, table, unfinished
 from rlaif.report.page import Block, Code, Figure, Figures, Section, Tile
+from rlaif.report.public import own_scores
 from rlaif.report.source import Facts, Source
 from rlaif.report.wording import (
     count_rows,
@@ -186,6 +187,7 @@ def worth(found: Facts) -> list[Section]:
     blocks: list[Block | None] = [
         Figures(figures) if found["pairs"] else None,
         table("Accuracy by subset", heads, rows) if found["pairs"] else None,
+        *own_scores(found),
         table("Scores and length", ("correlation of", "Pearson", "Spearman"), correlations),
         table("Preferred response", ("", "pairs", "accuracy"),
               [(what, whole(side["pairs"]), rate(side["accuracy"])) for what, side in sides]),
