@@ -146,7 +146,7 @@ def path(lines: Sequence[Curve], xlabel: str, ylabel: str) -> Panel:
             if line.low:
                 ax.vlines(line.x, line.low, line.high, color=style["color"], linewidth=1.2)  # type: ignore[arg-type]
             x, y = stretches(line.x), stretches(line.y)
-            ax.plot(x, y, **style, linewidth=1, alpha=0.75)
+            ax.plot(x, y, **style, linewidth=1.2)
             known = [(a, b) for a, b in zip(x, y, strict=True) if not math.isnan(a) and not math.isnan(b)]
             for end, fill in ((known[:1], "none"), (known[-1:], style["color"])):
                 if fill == "none" and len(known) == 1:
