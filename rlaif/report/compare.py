@@ -15,7 +15,7 @@ from rlaif.report.findings import (
     section,
     table,
 )
-from rlaif.report.kinds import KINDS
+from rlaif.report.kinds import KINDS, findings_of
 from rlaif.report.page import Code, Figure, Figures, Folded, Page, Prose, Section
 from rlaif.report.source import Row, Source
 
@@ -71,9 +71,7 @@ def groups(named: Named) -> list[Named]:
 
 def final_figures(named: Named) -> list[Section]:
     """The figures that are first on each run's own page, side by side, and as pictures where they have intervals."""
-    tiles = {
-        name: {t.name: t for t in KINDS[source.command].read(source).tiles} for name, source in named.items()
-    }
+    tiles = {name: {t.name: t for t in findings_of(source).tiles} for name, source in named.items()}
     order = dict.fromkeys(figure for of in tiles.values() for figure in of)
     rows: list[list[str | None]] = []
     for figure in order:

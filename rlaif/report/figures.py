@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +50,11 @@ def draw_figure(*panels: Panel, size: tuple[float, float] = SIZE) -> Markup:
     settings: Any = {
         "svg.fonttype": "none", "svg.hashsalt": "rlaif", "font.family": "sans-serif", "font.size": 10,
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "text.parse_math": False,
     }  # fmt: skip
-    with plt.rc_context(settings):
+    with plt.rc_context(settings), warnings.catch_warnings():
+        # Text is drawn by the reader's fonts: what the font lacks that measures it here is no loss.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         n = len(panels)
         figure, axes = plt.subplots(1, n, figsize=(size[0] * n, size[1]), layout="constrained", squeeze=False)
         for draw, ax in zip(panels, axes[0], strict=True):

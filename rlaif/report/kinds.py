@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlaif.errors import DataError
-from rlaif.report import judge, labels, policy, reward_model, server, training
+from rlaif.report import judge, labels, policy, responses, reward_model, server, training
 from rlaif.report.findings import Findings, absent, moment, origin, warned
 from rlaif.report.page import Page, Section
 from rlaif.report.source import Source
@@ -21,11 +21,11 @@ class Kind(NamedTuple):
 
 
 KINDS: Mapping[str, Kind] = {
-    "sample": Kind("Responses", labels.candidates),
+    "sample": Kind("Responses", responses.candidates),
     "label pairs": Kind("Preference labels", labels.preferences),
     "label rank": Kind("Rankings", labels.preferences),
-    "label scores": Kind("Score labels", labels.scores),
-    "label revise": Kind("Revisions", labels.revisions),
+    "label scores": Kind("Score labels", responses.scores),
+    "label revise": Kind("Revisions", responses.revisions),
     "eval judge": Kind("What a judge is worth", judge.judge),
     "train rm": Kind("Reward model", reward_model.trained),
     "eval rm": Kind("What a reward model is worth", reward_model.evaluated),
@@ -54,23 +54,31 @@ def open_source(path: Path) -> Source:
     return source
 
 
-def page_of(source: Source) -> Page:
-    """The page of one run.
+def findings_of(source: Source) -> Findings:
+    """What there is to say of one run.
 
     Raises:
-        DataError: its files are broken.
+        DataError: its files are broken, or lack what the command writes today.
     """
-    kind = KINDS[source.command]
     try:
-        found = kind.read(source)
+        return KINDS[source.command].read(source)
     except (KeyError, TypeError, AttributeError, IndexError) as err:
         raise DataError(
             f"{source.folder} lacks something that `rlaif {source.command}` writes today "
             f"({type(err).__name__}: {err}); run its command again"
         ) from err
+
+
+def page_of(source: Source) -> Page:
+    """The page of one run.
+
+    Raises:
+        DataError: its files are broken, or lack what the command writes today.
+    """
+    found = findings_of(source)
     notes = [Section("Before you believe it", warned(found.warnings))] if found.warnings else []
     return Page(
-        title=f"{kind.title}: {source.name}",
+        title=f"{KINDS[source.command].title}: {source.name}",
         origin=" · ".join(part for part in (str(source.folder), _when(source)) if part),
         lead=found.lead,
         tiles=found.tiles,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlaif.report.figures import COLOURS, INK, MARKERS, SIZE, Panel, series
+from rlaif.report.page import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +88,7 @@ def curves(lines: Sequence[Curve], xlabel: str, ylabel: str, *, reference: float
             style = line.style(number)
             x, y = stretches(line.x), stretches(line.y)
             marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(x) <= _FEW_POINTS else {}
-            ax.plot(x, y, **style, **marker, label=line.name, linewidth=1.7)
+            ax.plot(x, y, **style, **marker, label=short_name(line.name), linewidth=1.7)
             if line.low:
                 band = (stretches(line.low), stretches(line.high))
                 ax.fill_between(x, *band, color=style["color"], alpha=0.18, linewidth=0)
@@ -152,7 +153,7 @@ def path(lines: Sequence[Curve], xlabel: str, ylabel: str) -> Panel:
                 if fill == "none" and len(known) == 1:
                     continue
                 at = [a for a, _ in end], [b for _, b in end]
-                label = line.name if fill != "none" else None
+                label = short_name(line.name) if fill != "none" else None
                 ax.plot(
                     *at, marker=marker, color=style["color"], markerfacecolor=fill, markersize=6,
                     linestyle="none", label=label,
@@ -180,7 +181,7 @@ def estimates(
     def draw(ax: Axes) -> None:
         for number, group in enumerate(groups):
             colour = COLOURS[number % len(COLOURS)]
-            label = group.name
+            label = short_name(group.name)
             for row, found in enumerate(group.found):
                 if found is None or found.get("value") is None:
                     continue
@@ -214,7 +215,9 @@ def rows_size(rows: int) -> tuple[float, float]:
 
 def short_name(name: str, most: int = 26) -> str:
     """A name that leaves room for the figure: its end, which tells paths apart."""
-    return name if len(name) <= most else f"…{name[1 - most :]}"
+    plain = " ".join(shown(name).split())
+    plain = plain if len(plain) <= most else f"…{plain[1 - most :]}"
+    return f" {plain}" if plain.startswith("_") else plain  # matplotlib leaves such names out of legends
 
 
 def histogram(
@@ -239,7 +242,7 @@ def histogram(
                     edges,
                     color=style["color"],
                     linestyle=style["linestyle"],
-                    label=one.name,
+                    label=short_name(one.name),
                     linewidth=1.7,
                 )
             else:

@@ -144,7 +144,9 @@ def _frontier(found: Facts) -> list[Section]:
             plots.Curve(
                 plots.short_name(name),
                 [kl for kl, _ in line],
-                *([gained[end] for _, gained in line] for end in ("value", "low", "high")),
+                [gained["value"] for _, gained in line],
+                [gained["low"] for _, gained in line],
+                [gained["high"] for _, gained in line],
             )
             for name, line in lines.items()
         ]

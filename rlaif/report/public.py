@@ -11,7 +11,7 @@ from rlaif.report.wording import rate_estimate, whole
 def own_scores(found: Facts) -> list[Block | None]:
     """RewardBench's sections and RewardBench 2's best of several, where the data was theirs."""
     sections, best = found.get("rewardbench") or (), found.get("best_of") or ()
-    left_out = next((f["missing"] for f in sections if f["name"] == "score"), [])
+    left_out: list[str] = next((f["missing"] for f in sections if f["name"] == "score"), [])
     return [
         table(
             "RewardBench",

@@ -11,6 +11,8 @@ from typing import Any
 from rlaif.errors import DataError
 from rlaif.watch import Watched
 
+BATCH = 4096
+"""Rows of a data file that are held at a time."""
 Facts = Mapping[str, Any]
 Row = Mapping[str, Any]
 
@@ -111,19 +113,32 @@ class Source:
             for column in wanted
         }
 
+    def scan(self, name: str, wanted: Sequence[str]) -> Iterator[Row]:
+        """Rows of a Parquet file of the run, with these columns alone, a few at a time; none where there is no file."""
+        import pyarrow.parquet as pq
+
+        path = self.folder / name
+        if path.is_file():
+            for batch in pq.ParquetFile(path).iter_batches(batch_size=BATCH, columns=list(wanted)):
+                yield from batch.to_pylist()
+
     def picked(self, name: str, numbers: Sequence[int]) -> list[Row]:
-        """Whole rows of a Parquet file by their number from 0, read a group at a time; none where there is no file."""
+        """Whole rows of a Parquet file by their number from 0; none where there is no file."""
         import pyarrow.parquet as pq
 
         path = self.folder / name
         if not path.is_file() or not numbers:
             return []
         found: dict[int, Row] = {}
-        start = 0
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=4096):
-            inside = [n for n in numbers if start <= n < start + batch.num_rows]
-            found.update({n: batch.slice(n - start, 1).to_pylist()[0] for n in inside})
-            start += batch.num_rows
+        file, start = pq.ParquetFile(path), 0
+        for group in range(file.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            if any(start <= n < end for n in numbers):
+                for batch in file.iter_batches(batch_size=BATCH, row_groups=[group]):
+                    inside = {n for n in numbers if start <= n < start + batch.num_rows}
+                    found.update({n: batch.slice(n - start, 1).to_pylist()[0] for n in inside})
+                    start += batch.num_rows
+            start = end
         return [found[n] for n in numbers if n in found]
 
     def samples(self) -> dict[int, Path]:
@@ -138,11 +153,18 @@ class Source:
 
 
 def read_lines(path: Path) -> Iterator[Row]:
-    """Rows of a JSON lines file, without a torn last one."""
+    """Rows of a JSON lines file, without a torn last one.
+
+    Raises:
+        DataError: a line is no JSON.
+    """
     with path.open(encoding="utf-8") as file:
         for line in file:
             if line.endswith("\n"):
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except ValueError as err:
+                    raise DataError(f"{path} cannot be read: {err}") from err
 
 
 def _inside(folder: Path) -> str:

@@ -66,6 +66,11 @@ class Read(HTMLParser):
         ]
 
     @property
+    def text(self) -> str:
+        """All of its text."""
+        return self.elements[0].text
+
+    @property
     def titles(self) -> list[str]:
         """What the figures show."""
         names = {e.attributes["id"]: e.text for e in self.all("title") if "id" in e.attributes}

@@ -70,6 +70,29 @@ def scores(folder: Path) -> Path:
     return folder / "run"
 
 
+def revisions(folder: Path) -> Path:
+    """Three responses, one of which the endpoint fails, and whose critique is hostile."""
+    folder.mkdir()
+    rules = [
+        {"user": "lost", "fail": "the endpoint answered 500"},
+        {"text": HOSTILE, "prefix": "Critique:$"},
+        {"text": "Better.", "prefix": "Revised response:$"},
+    ]
+    rows = [{"prompt": "q", "response": text} for text in ("First.", "Better.", "lost")]
+    data = write_lines(folder / "r.jsonl", rows)
+    command = [
+        "label",
+        "revise",
+        "--model_name_or_path",
+        scripted(folder, rules),
+        "--rubric",
+        "revision",
+    ]
+    flags = ["--dataset", str(data), "--output_dir", str(folder / "run"), "--max_unlabelled", "0.5"]
+    assert main([*command, *flags]) == 0
+    return folder / "run"
+
+
 def rankings(folder: Path) -> Path:
     """Two models, whose responses to three prompts are compared."""
     folder.mkdir()
@@ -108,6 +131,53 @@ def reward_model(folder: Path) -> Path:
     command = ["eval", "rm", "--model", str(folder / "run"), "--dataset", str(data), "--resamples", "20"]
     assert main([*command, "--output_dir", str(folder / "eval")]) == 0
     return folder / "run"
+
+
+def ensemble(folder: Path) -> Path:
+    """Two reward models."""
+    folder.mkdir()
+    backbone = rm_tiny.save_language_model(folder / "backbone")
+    data = write(folder / "pairs.jsonl", polite_rows(24))
+    train_reward_model(rm_config(backbone, data, folder / "run", num_train_epochs=1, num_ensemble=2))
+    return folder / "run"
+
+
+def public(folder: Path) -> list[Path]:
+    """A judge on PandaLM's and on RewardBench's shape, and classes of answers by model."""
+    folder.mkdir()
+    panda = [
+        {
+            "instruction": f"q{i}", "input": "", "response1": "a" * (i + 1), "response2": "b" * 4,
+            "annotator1": 1 + i % 2, "annotator2": i % 3, "annotator3": 2,
+        }
+        for i in range(9)
+    ]  # fmt: skip
+    (folder / "panda.json").write_text(json.dumps(panda))
+    bench = [
+        {"prompt": f"q{i}", "chosen": "a" * (i + 1), "rejected": "b" * 4, "subset": subset}
+        for i in range(4)
+        for subset in ("alpacaeval-easy", "mt-bench-hard")
+    ]
+    write_lines(folder / "bench.jsonl", bench)
+    for name in ("panda.json", "bench.jsonl"):
+        command = [
+            "eval",
+            "judge",
+            "--baseline",
+            "longer",
+            "--dataset",
+            str(folder / name),
+            "--resamples",
+            "20",
+        ]
+        assert main([*command, "--output_dir", str(folder / name.partition(".")[0])]) == 0
+    answers = [
+        {"prompt": f"q{i}", "response": "sorry" if i % 2 else "sure", "model": "ab"[i // 2]} for i in range(4)
+    ]
+    rules = [{"user": "sorry", "probs": [0.8, 0.1, 0.1]}, {"probs": [0.1, 0.1, 0.8]}]
+    data = write_lines(folder / "answers.jsonl", answers)
+    assert label(scripted(folder, rules), data, folder / "classes", "--rubric", "refusal", kind="scores") == 0
+    return [folder / "panda", folder / "bench", folder / "classes"]
 
 
 def share_or_nothing(prompts: Sequence[Conversation], responses: Sequence[str]) -> list[float | None]:

@@ -34,7 +34,8 @@ HOSTILE = """</dd></style><script>alert(1)</script>&amp;{{ 1 }}" onload="x"""
 
 def lines(ax: Axes) -> None:
     for number in range(3):
-        ax.plot([0, 1, 2], [number, 2, 4], **series(number), marker="o", label=f"s{number}")
+        ax.plot([0, 1, 2], [number, 2, 4], **series(number), marker="o", label=f"{number} $a_b$ $x {HOSTILE}")
+    ax.set_xlabel("比")  # which the font lacks that measures it
     ax.legend()
 
 
@@ -66,8 +67,10 @@ def whole_page(text: str) -> Page:
     )
 
 
-def test_hostile_text_stays_text_wherever_it_stands() -> None:
+def test_hostile_text_stays_text_wherever_it_stands(recwarn: pytest.WarningsRecorder) -> None:
     page = read(render(whole_page(HOSTILE)))
+    assert not any("Glyph" in str(w.message) for w in recwarn)
+    assert f"2 $a_b$ $x {HOSTILE}" in [e.text.strip() for e in page.all("text")]
     assert [e.text for e in page.all("dd")] == [HOSTILE] * 2
     assert page.all("h1")[0].text == HOSTILE
     assert page.titles == [f"{HOSTILE} 0", f"{HOSTILE} 1"]

@@ -127,6 +127,14 @@ def test_responses_are_counted_and_shown(made: Callable[..., Path]) -> None:
     assert shown.tiles()["distinct"] == percent(sum(distinct) / 6)
 
 
+def test_revisions_stand_beside_what_they_began_as(made: Callable[..., Path]) -> None:
+    run = made("revisions", runs.revisions)
+    shown = page(run)
+    tiles = shown.tiles()
+    assert (tiles["responses revised"], tiles["unchanged"]) == ("2", "1")
+    assert {"First.", runs.HOSTILE, "Better."} <= set(text_of(shown))
+
+
 # ---- what judges and reward models are worth ----
 
 
@@ -166,6 +174,31 @@ def test_a_reward_model_shows_training_accuracy_and_calibration(made: Callable[.
     rows = evaluated.table("Accuracy by subset")[1:]
     assert [(row[0], row[1]) for row in rows] == [("even", "20"), ("odd", "20"), ("all", "40")]
     assert rows[2][5] == f"{found['log_loss']:.3f}"
+
+
+def test_an_ensemble_shows_its_members_and_what_is_served(made: Callable[..., Path]) -> None:
+    run = made("ensemble", runs.ensemble)
+    shown = page(run)
+    rows = shown.table("Members")[1:]
+    cards = [report_of(run / f"member-{k}", "reward_model.json")["metrics"] for k in range(2)]
+    assert [(row[0], row[2]) for row in rows] == [
+        (f"member-{k}", f"{cards[k]['log_loss']:.3f}") for k in range(2)
+    ]
+    assert (run / "report.md").read_text().strip() in shown.text
+
+
+def test_public_sets_have_their_own_tables(tmp_path: Path) -> None:
+    panda, bench, classes = runs.public(tmp_path / "public")
+    shown, found = page(panda), report_of(panda)["annotators"]
+    rows = shown.table("Agreement with single annotators")[1:]
+    assert [(row[0], row[1]) for row in rows] == [(line["name"], str(line["votes"])) for line in found]
+    assert rows[0][2].startswith(f"{100 * found[0]['judge']['with_ties']['value']:.1f} [")
+    sections = report_of(bench)["rewardbench"]
+    assert [row[0] for row in page(bench).table("RewardBench")[1:]] == [s["name"] for s in sections]
+    table = page(classes).table("All answers")
+    assert table[0][4:7] == ["full refusal, %", "partial refusal, %", "full compliance, %"]
+    assert [row[0] for row in table[1:]] == ["a", "b"]
+    assert all(row[4].startswith("50.0 [") for row in table[1:])
 
 
 def test_policies_are_compared_by_win_rate_and_kl(made: Callable[..., Path]) -> None:
