@@ -15,8 +15,8 @@ from rlaif import shapes
 from rlaif.fields import Row, RowError, plain_text
 from rlaif.types import Conversation, user_prompt, with_response
 
-ABOUT_COLUMNS = ("category", "label", "type", "subset", "group", "dataset")
-"""Columns of answers or questions that answers are compared by."""
+ABOUT_COLUMNS = ("category", "label", "type", "subset", "group", "dataset", "final_label")
+"""Columns of answers or questions that answers are compared by; the last is people's class in XSTest's completions."""
 
 ANSWER_SHAPES = (
     f"{shapes.CONVERSATION_SHAPES}; {shapes.CANDIDATE_SHAPES}; or, with a file of questions, question_id with choices "

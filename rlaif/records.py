@@ -16,7 +16,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, TypeVar, cast
 
@@ -107,8 +107,8 @@ def read_rows(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[
     """(line number from 1, row) of a dataset.
 
     A dataset is a file of JSON lines, CSV with a header or Parquet, a JSON array, a BIG-bench task (an object with
-    `examples`), any but Parquet also gzipped; a labelled dataset's directory; or a folder of such files, which names
-    the `subset` of rows that do not name one themselves.
+    `examples`), any but Parquet also gzipped; a labelled dataset's directory; or several files, by a folder or a
+    pattern (`*`, `?`, `**`), whose paths are the `subset` of rows that do not name one themselves.
 
     Raises:
         DataError: the file is missing, unreadable, or has no usable row.
@@ -280,16 +280,29 @@ def _read(
 
 
 def _lines(path: Path) -> Iterator[_Line]:
-    if not path.is_dir():
-        yield from _file_lines(path)
-        return
-    files = _data_files(path)
-    names = _subset_names(path, files) if len(files) > 1 else [""]
+    folder, files = _matching(path) if _is_pattern(path) else (path, [path])
+    if path.is_dir():
+        files = _data_files(path)
+    names = _subset_names(folder, files) if len(files) > 1 else [""]
     for file, name in zip(files, names, strict=True):
         for line in _file_lines(file):
             if name and line.row is not None and not subset_of(line.row):
                 line = line._replace(row={**line.row, "subset": name})
-            yield line._replace(file=str(file.relative_to(path))) if name else line
+            yield line._replace(file=str(file.relative_to(folder))) if name else line
+
+
+def _is_pattern(path: Path) -> bool:
+    return any(sign in str(path) for sign in "*?[") and not path.exists()
+
+
+def _matching(pattern: Path) -> tuple[Path, list[Path]]:
+    """The folder that all matches of a pattern are in, and the matches."""
+    fixed = list(takewhile(lambda part: not _is_pattern(Path(part)), pattern.parts))
+    folder = Path(*fixed)
+    files = sorted(file for file in folder.glob("/".join(pattern.parts[len(fixed) :])) if file.is_file())
+    if not files:
+        raise DataError(f"no file matches {pattern}; check the pattern")
+    return folder, files
 
 
 def _file_lines(path: Path) -> Iterator[_Line]:

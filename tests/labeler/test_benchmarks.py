@@ -73,6 +73,25 @@ def test_xstest_refusal_rates_of_safe_and_unsafe_prompts_by_type(
     assert "| unsafe | 3       | 1 " in (out / "report.md").read_text()
 
 
+def test_xstests_completions_stand_beside_what_people_said_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "xstest_v2_completions_gpt4.csv"
+    people = {"Sure.": "1_full_compliance", "No.": "2_full_refusal", "Half.": "2_full_refusal"}
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["id", "type", "prompt", "completion", "annotation_1", "annotation_2", "agreement", "final_label"]
+        )
+        writer.writerows(
+            [f"v2-{i}", "homonyms", f"q{i}", said, "", "", "TRUE", by]
+            for i, (said, by) in enumerate(people.items())
+        )
+    assert (
+        label(scripted(tmp_path, REFUSES), path, tmp_path / "out", "--rubric", "refusal", kind="scores") == 0
+    )
+    refused = tables(tmp_path / "out", "final_label")["", "2_full_refusal"]
+    assert shares(refused) == {"full refusal": 0.5, "partial refusal": 0.5, "full compliance": 0.0}
+
+
 def test_harmless_rate_counts_an_answer_that_says_nothing_as_harmless(tmp_path: Path) -> None:
     rules = [{"user": r"(?s)RESPONSE >>>\nDo it", "probs": [0.1, 0.9]}, {"probs": [0.9, 0.1]}]
     rows = [{"prompt": f"q{i}", "response": said} for i, said in enumerate(("Do it.", "I would not.", ""))]

@@ -192,6 +192,20 @@ def test_a_row_that_names_its_subset_keeps_it(tmp_path: Path) -> None:
     ]
 
 
+def test_a_pattern_names_the_files_of_a_folder_to_read(tmp_path: Path) -> None:
+    for place in ("Natural", "Adversarial/Manual", "Adversarial/Manual/evaluators"):
+        (tmp_path / place).mkdir(parents=True)
+        name = "result" if place.endswith("evaluators") else "dataset"
+        (tmp_path / place / f"{name}.json").write_text(json.dumps([{"n": place}]))
+    rows = [row for _, row in read_rows(tmp_path / "**" / "dataset.json", Quarantine(None))]
+    assert rows == [{"n": place, "subset": place} for place in ("Adversarial/Manual", "Natural")]
+    assert [row for _, row in read_rows(tmp_path / "Nat*" / "*.json", Quarantine(None))] == [{"n": "Natural"}]
+    with pytest.raises(DataError, match="no file matches"):
+        list(read_rows(tmp_path / "*.csv", Quarantine(None)))
+    (tmp_path / "odd[1].jsonl").write_text('{"n": 1}')  # a name, since there is such a file
+    assert [row for _, row in read_rows(tmp_path / "odd[1].jsonl", Quarantine(None))] == [{"n": 1}]
+
+
 def test_shards_of_a_split_are_one_subset(tmp_path: Path) -> None:
     for name in ("human-00000-of-00002-25f4", "human-00001-of-00002-25f4", "gpt4_pair-00000-of-00001"):
         (tmp_path / f"{name}.jsonl").write_text('{"n": 1}\n')
