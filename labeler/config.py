@@ -274,6 +274,8 @@ class ScoresConfig(JudgeConfig):
     questions: str | None = None
     """The benchmark's questions that the answers belong to: their turns (MT-bench), reference answers, and the
     categories, types or labels that tables are made by."""
+    references: str | None = None
+    """Right answers to these questions for the judge to see, in FastChat's shape: reference_answer/gpt-4.jsonl."""
     cot: bool = False
     """Ask for a rationale before the score; direct RLAIF asks for the score at once."""
 
@@ -284,6 +286,8 @@ class ScoresConfig(JudgeConfig):
         super().__post_init__()
         if not self.rubric:
             raise ConfigError("--rubric needs a name: a preset such as helpfulness-score, or a YAML file")
+        if self.references and not self.questions:
+            raise ConfigError("--references answers questions: give their file as --questions")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,7 +106,8 @@ def run(config: ScoresConfig) -> None:
                 await judge.prepare()
 
         def answers(quarantine: Quarantine) -> Iterator[Answer]:
-            return islice(read_answers(config.dataset, quarantine, config.questions), config.limit)
+            read = read_answers(config.dataset, quarantine, config.questions, config.references)
+            return islice(read, config.limit)
 
         def together(quarantine: Quarantine) -> Iterator[Answer]:
             return side_by_side(answers(quarantine), lambda answer: answer.prompt)

@@ -71,6 +71,23 @@ def parse_question(row: Row) -> Question:
     )
 
 
+def parse_references(row: Row) -> tuple[str, tuple[str, ...]]:
+    """The number of a question, and right answers to its turns, of FastChat's `reference_answer` files.
+
+    Raises:
+        RowError: another shape, or a turn that is no text.
+    """
+    choices = row.get("choices")
+    turns = (
+        choices[0].get("turns")
+        if isinstance(choices, list) and choices and isinstance(choices[0], dict)
+        else None
+    )
+    if row.get("question_id") is None or not isinstance(turns, list):
+        raise RowError("a reference answer needs question_id and choices [{turns}]")
+    return str(row["question_id"]), tuple(plain_text(turn, "a reference turn") for turn in turns)
+
+
 class Questions:
     """The questions of a benchmark, found by their number or by their prompt."""
 

@@ -233,7 +233,10 @@ def read_questions(path: str | os.PathLike[str], quarantine: Quarantine) -> Iter
 
 
 def read_answers(
-    path: str | os.PathLike[str], quarantine: Quarantine, questions: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    quarantine: Quarantine,
+    questions: str | os.PathLike[str] | None = None,
+    references: str | os.PathLike[str] | None = None,
 ) -> Iterator[answers.Answer]:
     """Every response of a file in any of `answers.ANSWER_SHAPES`, with its prompt.
 
@@ -241,11 +244,17 @@ def read_answers(
         path: of the answers.
         quarantine: takes the rows that cannot be read.
         questions: of the file of questions, for answers that name them by number, or to say more of them.
+        references: of right answers to them, as FastChat's `reference_answer` files have them.
 
     Raises:
         DataError: a file is missing, unreadable, or has no usable row.
     """
-    known = answers.Questions(() if questions is None else read_questions(questions, Quarantine(None)))
+    asked = () if questions is None else read_questions(questions, Quarantine(None))
+    if references is not None:
+        shape = "question_id with choices [{turns}] (FastChat)"
+        right = dict(_read(references, Quarantine(None), lambda _, row: answers.parse_references(row), shape))
+        asked = (q._replace(references=right.get(q.id, q.references)) for q in asked)
+    known = answers.Questions(asked)
     rows = _read(path, quarantine, lambda _, row: answers.parse_answers(row, known), answers.ANSWER_SHAPES)
     return chain.from_iterable(rows)
 

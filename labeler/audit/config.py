@@ -20,7 +20,7 @@ class EvaluateConfig(JudgeConfig):
     judge: tuple[str, ...] = ()
     """The judge: openai:NAME@BASE_URL, vllm:NAME_OR_PATH, hf:NAME_OR_PATH, tinyworld:judge. Several form a jury."""
     dataset: str = ""
-    """Pairs with human labels, JSONL or Parquet: chosen and rejected, or two responses and a label."""
+    """Pairs with human labels, a file, folder or quoted pattern: chosen and rejected, or two responses and a label."""
     labels: str | None = None
     """Labels to measure instead of asking: a directory of `rlaif label pairs`, or a file with chosen_prob. Human
     labels are read from it, or from --dataset where that is given too."""

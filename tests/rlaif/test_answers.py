@@ -90,6 +90,19 @@ def test_answers_by_number_need_their_questions(tmp_path: Path) -> None:
         list(read_answers(path, Quarantine(None)))
 
 
+def test_references_in_a_file_of_their_own_take_the_place_of_the_questions(tmp_path: Path) -> None:
+    for name, row in {
+        "question": MATH, "answers": CHOICES,
+        "gpt-4": {**CHOICES, "model_id": "gpt-4", "choices": [{"index": 0, "turns": ["It is 4.", "It is 5."]}]},
+    }.items():  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    files = [tmp_path / f"{name}.jsonl" for name in ("question", "gpt-4")]
+    read = list(read_answers(tmp_path / "answers.jsonl", Quarantine(None), *files))
+    assert [(a.response, a.reference) for a in read] == [("four", "It is 4."), ("five", "It is 5.")]
+    with pytest.raises(DataError, match="a reference answer needs question_id"):
+        list(read_answers(tmp_path / "answers.jsonl", Quarantine(None), files[0], files[0]))
+
+
 def test_what_is_written_reads_back_also_without_numbers(tmp_path: Path) -> None:
     question = parse_question({"turns": ["a?", "b?"]})
     row = answers_row(question, 1, "m", [["x", "y"]], "id")
