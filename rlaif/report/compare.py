@@ -16,7 +16,7 @@ from rlaif.report.findings import (
     table,
 )
 from rlaif.report.kinds import KINDS, findings_of
-from rlaif.report.page import Code, Figure, Figures, Folded, Page, Prose, Section
+from rlaif.report.page import Code, Figure, Figures, Folded, Page, Prose, Section, Tiles
 from rlaif.report.source import Row, Source
 
 SAME_REWARD = "Rewards compare only between runs that one reward model rewarded."
@@ -40,7 +40,7 @@ def compare(sources: Sequence[Source]) -> Page:
             *curves(named),
             *(part for group in groups(named) for part in final_figures(group)),
             *labels(named),
-            *settings(named),
+            *(part for group in groups(named) for part in settings(group)),
             *commands(named),
         ],
     )
@@ -69,8 +69,25 @@ def groups(named: Named) -> list[Named]:
     return list(found.values())
 
 
+def title_of(group: Named) -> str:
+    """What the runs of a group are called."""
+    commands = {source.command for source in group.values()}
+    return KINDS[commands.pop()].title if len(commands) == 1 else "training"
+
+
+def alone(name: str, source: Source) -> list[Section]:
+    """The figures and pictures of a run that is the only one of its kind."""
+    found = findings_of(source)
+    pictures = [block for part in found.sections for block in part.blocks if isinstance(block, Figures)]
+    return section(
+        f"{KINDS[source.command].title}: {name}", Tiles(found.tiles) if found.tiles else None, *pictures
+    )
+
+
 def final_figures(named: Named) -> list[Section]:
-    """The figures that are first on each run's own page, side by side, and as pictures where they have intervals."""
+    """The figures that are first on each run's own page, side by side."""
+    if len(named) == 1:
+        return alone(*next(iter(named.items())))
     tiles = {name: {t.name: t for t in findings_of(source).tiles} for name, source in named.items()}
     order = dict.fromkeys(figure for of in tiles.values() for figure in of)
     rows: list[list[str | None]] = []
@@ -87,11 +104,8 @@ def final_figures(named: Named) -> list[Section]:
         rows.append([figure, *cells])
     trains = all(source.command in training.METHODS for source in named.values())
     note = SAME_REWARD if trains else ""
-    title = KINDS[next(iter(named.values())).command].title
-    if len({source.command for source in named.values()}) > 1:
-        title = "training"
     return section(
-        f"Final figures: {title}",
+        f"Final figures: {title_of(named)}",
         table("Final figures, with 95 % intervals where there are any", ["figure", *named], rows,
               f"Missing: the run does not have this figure. {note}".rstrip()),
     )  # fmt: skip
@@ -210,7 +224,7 @@ def settings(named: Named) -> list[Section]:
         )
         else None,
     ]
-    return section("What differs", *blocks)
+    return section(f"What differs: {title_of(named)}", *blocks)
 
 
 def _cell(value: Any) -> str:

@@ -44,7 +44,7 @@ def evaluated(source: Source) -> Findings:
                 tiles.append(
                     Tile(
                         rate(rating["win_rate"]["value"]),
-                        policy["name"],
+                        policy["name"] + (f", by {rater['name']}" if len(found["raters"]) > 1 else ""),
                         f"win rate by {rater['name']}"
                         + ("" if lc["value"] is None else f"; {rate(lc['value'])} length-controlled"),
                         rate_range(rating["win_rate"]),

@@ -305,7 +305,8 @@ def test_runs_of_different_kinds_stand_in_tables_of_their_own(
 ) -> None:
     labelled = made("preferences", runs.preferences)
     shown = page(ppo, labelled, output=tmp_path / "page.html")
-    assert [e.text for e in shown.all("h2")][:2] == ["Final figures: PPO", "Final figures: Preference labels"]
+    assert [e.text for e in shown.all("h2")][:2] == ["PPO: ppo/run", "Preference labels: preferences/run"]
+    assert {"KL to the reference", "Agreement of both orders"} <= set(shown.titles)
 
 
 # ---- a server ----
