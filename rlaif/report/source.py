@@ -6,10 +6,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlaif.errors import DataError
 from rlaif.watch import Watched
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 BATCH = 4096
 """Rows of a data file that are held at a time."""
@@ -97,40 +100,39 @@ class Source:
         Raises:
             DataError: it cannot be read.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         path = self.folder / name
         if not path.is_file():
             return None
-        try:
-            there = set(pq.read_schema(path).names)
-            table = pq.read_table(path, columns=[column for column in wanted if column in there])
-        except (OSError, pa.ArrowException) as err:
-            raise DataError(f"{path} cannot be read: {err}") from err
+        file = open_parquet(path)
+        there = set(file.schema_arrow.names)
+        table = file.read(columns=[column for column in wanted if column in there])
         return {
             column: table.column(column).to_pylist() if column in there else [None] * table.num_rows
             for column in wanted
         }
 
     def scan(self, name: str, wanted: Sequence[str]) -> Iterator[Row]:
-        """Rows of a Parquet file of the run, with these columns alone, a few at a time; none where there is no file."""
-        import pyarrow.parquet as pq
+        """Rows of a Parquet file of the run, with these columns alone, a few at a time; none where there is no file.
 
+        Raises:
+            DataError: it cannot be read.
+        """
         path = self.folder / name
         if path.is_file():
-            for batch in pq.ParquetFile(path).iter_batches(batch_size=BATCH, columns=list(wanted)):
+            for batch in open_parquet(path).iter_batches(batch_size=BATCH, columns=list(wanted)):
                 yield from batch.to_pylist()
 
     def picked(self, name: str, numbers: Sequence[int]) -> list[Row]:
-        """Whole rows of a Parquet file by their number from 0; none where there is no file."""
-        import pyarrow.parquet as pq
+        """Whole rows of a Parquet file by their number from 0; none where there is no file.
 
+        Raises:
+            DataError: it cannot be read.
+        """
         path = self.folder / name
         if not path.is_file() or not numbers:
             return []
         found: dict[int, Row] = {}
-        file, start = pq.ParquetFile(path), 0
+        file, start = open_parquet(path), 0
         for group in range(file.num_row_groups):
             end = start + file.metadata.row_group(group).num_rows
             if any(start <= n < end for n in numbers):
@@ -150,6 +152,21 @@ class Source:
         """By step, the table with all of its responses, in order."""
         files = sorted((self.folder / "completions").glob("completions_*.parquet"))
         return {int(path.stem.removeprefix("completions_")): path for path in files}
+
+
+def open_parquet(path: Path) -> ParquetFile:
+    """A Parquet file.
+
+    Raises:
+        DataError: it is another file, or a part of one.
+    """
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        return ParquetFile(path)
+    except (OSError, pa.ArrowException) as err:
+        raise DataError(f"{path} cannot be read: {err}") from err
 
 
 def read_lines(path: Path) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from typing import Any
 from rlaif.report import plots
 from rlaif.report.findings import Findings, section, table
 from rlaif.report.page import Block, Example, Figure, Figures, Prose, Section, Text, Tile
-from rlaif.report.source import Row, Source, read_lines
+from rlaif.report.source import Row, Source, open_parquet, read_lines
 from rlaif.report.wording import figure, rate, rate_range, text_of, whole
 
 EXAMPLES = 4
@@ -304,9 +304,7 @@ def _where_time_went(rows: Sequence[Row]) -> Block | None:
 def responses(source: Source, step: int) -> list[Row]:
     """All responses of a step if the run kept them, else its transcripts."""
     if (path := source.completions().get(step)) is not None:
-        import pyarrow.parquet as pq
-
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+        rows: list[dict[str, Any]] = open_parquet(path).read().to_pylist()
         return [{**row, "response": row["completion"]} for row in rows]
     path = source.samples().get(step)
     return [] if path is None else list(read_lines(path))

@@ -374,6 +374,17 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.parametrize("name", ["candidates.parquet", "report.json"])
+def test_a_broken_file_is_named(
+    made: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    shutil.copytree(made("candidates", runs.candidates), tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(b"{broken")
+    capsys.readouterr()
+    code, line = refused(capsys, "--runs", tmp_path / "run")
+    assert code == 3 and name in line
+
+
 def test_flags_that_cannot_work_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, "--runs", tmp_path, tmp_path / ".", "--output", "x.html") == (
         2,
@@ -398,5 +409,6 @@ def test_a_run_that_lacks_what_is_written_today_is_refused_in_one_line(
     report = report_of(tmp_path / "run")
     del report["position"]
     (tmp_path / "run" / "report.json").write_text(json.dumps(report))
+    capsys.readouterr()
     code, line = refused(capsys, "--runs", tmp_path / "run")
     assert code == 3 and "position" in line
