@@ -12,11 +12,11 @@ import numpy as np
 
 from rlaif.report.figures import Panel, series
 from rlaif.report.page import Figure, Figures, Prose, Section, Table
-from rlaif.tables import Found, interval, percent, percent_interval
+from rlaif.tables import Found, percent, percent_interval
 from tinyworld.lab.arms import Arm, Labels, RewardModel
 from tinyworld.lab.findings import evaluated, report_policies
 from tinyworld.lab.policies import PolicyStudy
-from tinyworld.lab.study import over_seeds
+from tinyworld.lab.study import mean_over_seeds, over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,8 +85,7 @@ def _table(found: Mapping[tuple[float, str], Measures]) -> Table:
         (
             f"{100 * wrong:.0f} %, {kind}",
             percent_interval(over_seeds(of["accuracy"])),
-            interval(over_seeds(of["log_loss"])),
-            interval(over_seeds(of["ece"])),
+            *(mean_over_seeds([one["value"] for one in of[name]]) for name in ("log_loss", "ece")),
             percent_interval(over_seeds(of["win_rate"])),
             percent(over_seeds(of["length_controlled"])["value"]),
         )

@@ -19,14 +19,14 @@ from rlaif.errors import DataError
 from rlaif.report.figures import INK, MARKERS, Panel, series
 from rlaif.report.page import Block, Figure, Figures, Prose, Section, Table
 from rlaif.storage import write_atomic
-from rlaif.tables import Found, interval, number
+from rlaif.tables import number
 from tinyworld.gold import gold_utility
 from tinyworld.lab.arms import JUDGED, RM, Arm, RewardModel
 from tinyworld.lab.findings import START, Outcome, Outcomes, outcomes, report_policies, smoothed
 from tinyworld.lab.policies import PolicyStudy
 from tinyworld.lab.rewards import POORER
 from tinyworld.lab.scaling import Curve, Floats, Shape, best_of_n, fit, kl_best_of_n
-from tinyworld.lab.study import Sizes, over_seeds
+from tinyworld.lab.study import Sizes, mean_over_seeds
 from tinyworld.stages import POLICY, Phase, Stage
 
 if TYPE_CHECKING:
@@ -174,11 +174,7 @@ def _best_of_n(bon: Mapping[str, Sequence[BestOfN]], pairs: Mapping[str, str]) -
     rows = []
     for model, of in bon.items():
         gold, reward = (
-            [
-                number(over_seeds([_estimate(getattr(one, name)[i]) for one in of])["value"])
-                for i in range(len(NS))
-            ]
-            for name in ("gold", "reward")
+            map(number, np.mean([getattr(one, name) for one in of], axis=0)) for name in ("gold", "reward")
         )
         rows.append((f"{pairs[model]}: gold utility", *gold))
         rows.append((f"{pairs[model]}: reward", *reward))
@@ -281,7 +277,7 @@ def _fits(bon: Mapping[str, Sequence[BestOfN]], found: Outcomes, pairs: Mapping[
 def _fit_row(name: str, shape: Shape, points: Sequence[tuple[Floats, Floats]]) -> tuple[str, ...]:
     curves = [fit(shape, d, gold) for d, gold in points]
     coefficients = (
-        interval(over_seeds([_estimate(getattr(curve, coefficient)) for curve in curves]))
+        mean_over_seeds([getattr(curve, coefficient) for curve in curves])
         for coefficient in ("alpha", "beta", "r2")
     )
     peaks = (_peak(curve, float(d.max())) for curve, (d, _) in zip(curves, points, strict=True))
@@ -292,11 +288,6 @@ def _peak(curve: Curve, furthest: float) -> str:
     if curve.peak is None:
         return "does not fall"
     return "beyond" if curve.peak > furthest else f"{curve.peak**2:.1f}"
-
-
-def _estimate(value: float) -> Found:
-    """Of one seed, which has no interval of its own."""
-    return {"value": float(value), "low": None, "high": None}
 
 
 STUDY = OverOptimisationStudy(

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from rlaif.agreement import estimate_mean
 from rlaif.report.page import Section, Table
 from rlaif.storage import write_atomic
-from rlaif.tables import Found
+from rlaif.tables import Found, interval, number
 from tinyworld.gold import gold_prefers
 from tinyworld.pairs import WRITERS, Writer, decided
 from tinyworld.stages import Phase
@@ -80,6 +80,13 @@ def over_seeds(found: Sequence[Found]) -> dict[str, Any]:
     if None in values:
         return {"value": None, "low": None, "high": None}
     return dict(estimate_mean(values))
+
+
+def mean_over_seeds(values: Sequence[float]) -> str:
+    """The mean of a number that each seed has, with a 95 % bootstrap interval over seeds; of one seed, the number."""
+    if len(values) == 1:
+        return number(values[0])
+    return interval(estimate_mean(values))
 
 
 def gold_pairs(writer: Writer, n: int, seed: int) -> Iterator[dict[str, object]]:

@@ -15,7 +15,7 @@ from tinyworld.lab.config import LabConfig, StudyName
 from tinyworld.lab.methods import RLOO
 from tinyworld.lab.page import BEGIN, END, insert_report, write_report
 from tinyworld.lab.policies import PolicyStudy
-from tinyworld.lab.study import Sizes, beside, gold_pairs, over_seeds
+from tinyworld.lab.study import Sizes, beside, gold_pairs, mean_over_seeds, over_seeds
 from tinyworld.pairs import WRITERS
 
 
@@ -66,6 +66,7 @@ def test_the_interval_over_seeds_is_that_of_the_seeds_and_of_one_seed_its_own():
     assert (apart["value"], apart["low"], apart["high"]) == (0.5, 0.0, 1.0)
     assert over_seeds([estimate(0.7, 0.6, 0.8)]) == estimate(0.7, 0.6, 0.8)
     assert over_seeds([estimate(0.7), estimate(None, None, None)])["value"] is None
+    assert (mean_over_seeds([0.5]), mean_over_seeds([0.0, 1.0])) == ("0.500", "0.500 [0.000, 1.000]")
 
 
 def draw(ax):
