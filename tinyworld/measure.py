@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WORLD_DIR / "weights", help="Folder with the models.")
     parser.add_argument("--n", type=int, default=400, help="Pairs, summaries and posts per measurement.")
     args = parser.parse_args()
-    for judge_name in ("judge", "judge-fewshot", "judge-small", "judge-tiny"):
+    for judge_name in ("judge", "judge-fewshot", "judge-medium", "judge-small", "judge-tiny"):
         if not (args.weights / judge_name).is_dir():
             continue
         model, tokenizer = load(args.weights / judge_name)

@@ -5,8 +5,8 @@ On two cores, `torchrun --nproc_per_node 2 -m tinyworld.pretrain all` takes litt
 The judge learns to write rationales and labels; the policy starts from the judge and learns to summarise so-so, as
 policies, judges and reward models in practice descend from one pretrained model. The judge learned the bare question
 alone, and a preamble or an exemplar throws it off; `judge-fewshot` starts from it and learns to read them, and to see
-through hostile text. `judge-small` and `judge-tiny` learn the same in less width. Batches are pure functions of (task,
-seed, step), so a run that was killed goes on as if nothing had happened.
+through hostile text. `judge-medium`, `judge-small` and `judge-tiny` learn the same in less width. Batches are pure
+functions of (task, seed, step), so a run that was killed goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ RECIPES = {
         decay=800,
         init="judge",
     ),
-    "judge-small": _small_judge(Size(width=24, heads=2), lr=7e-3, steps=2300, decay=1000),
+    "judge-medium": _small_judge(Size(width=32, heads=2), lr=6e-3, steps=4000, decay=1200),
+    "judge-small": _small_judge(Size(width=24, heads=2), lr=6e-3, steps=3800, decay=1000),
     "judge-tiny": _small_judge(Size(width=16, heads=2), lr=8e-3, steps=3400, decay=1000),
 }
 SAVE_EVERY_S = 60.0

@@ -41,9 +41,10 @@ def test_the_loss_does_not_depend_on_how_examples_are_batched():
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("judge", 0.67e6), ("judge-small", 0.026e6), ("judge-tiny", 0.0125e6)]
+    ("name", "parameters"),
+    [("judge", 0.67e6), ("judge-medium", 0.045e6), ("judge-small", 0.026e6), ("judge-tiny", 0.0125e6)],
 )
-def test_judges_are_of_three_sizes(name, parameters):
+def test_judges_are_of_four_sizes(name, parameters):
     size = RECIPES[name].size
     model = new_model(build_tokenizer(), 0, size)
     assert model.num_parameters() == pytest.approx(parameters, rel=0.1)

@@ -10,7 +10,7 @@ from tinyworld.pairs import mixed_pair, so_so_pair
 from tinyworld.tokenizer import build_tokenizer
 
 WEIGHTS = WORLD_DIR / "weights"
-MODELS = ("judge", "judge-fewshot", "judge-small", "judge-tiny", "policy")
+MODELS = ("judge", "judge-fewshot", "judge-medium", "judge-small", "judge-tiny", "policy")
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +18,10 @@ def judge():
     return load(WEIGHTS / "judge")
 
 
-def test_all_weights_together_are_at_most_eight_mebibytes():
+def test_all_weights_together_are_at_most_nine_mebibytes():
     files = list(WEIGHTS.glob("*/*.safetensors"))
     assert {f.parent.name for f in files} == set(MODELS)
-    assert sum(f.stat().st_size for f in files) <= 8 * 2**20
+    assert sum(f.stat().st_size for f in files) <= 9 * 2**20
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -57,10 +57,10 @@ def test_preambles_and_exemplars_do_not_throw_the_fewshot_judge_off(asked):
 def test_a_smaller_judge_agrees_less():
     agreement = {
         name: measure_pairs(*load(WEIGHTS / name), so_so_pair, 80, cot=True)["both_orders"]
-        for name in ("judge-fewshot", "judge-small", "judge-tiny")
+        for name in ("judge-fewshot", "judge-medium", "judge-small", "judge-tiny")
     }
-    assert agreement["judge-fewshot"] > agreement["judge-small"] + 0.03
-    assert agreement["judge-small"] > agreement["judge-tiny"] + 0.05
+    assert min(agreement["judge-fewshot"], agreement["judge-medium"]) >= 0.95
+    assert 0.95 > agreement["judge-small"] > agreement["judge-tiny"] + 0.03
     assert agreement["judge-tiny"] > 0.5
 
 
