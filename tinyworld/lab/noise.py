@@ -58,7 +58,7 @@ class NoiseStudy(PolicyStudy):
 NOTE = (
     f"Reward models learn from {PAIRS} pairs, a tenth of them held out, and are measured on pairs that gold has "
     "labelled: accuracy, log loss and expected calibration error (ECE) of the probability that they give. Policies "
-    "take 20 steps of RLOO. Intervals are over seeds."
+    "take 20 steps of RLOO. Intervals are over seeds; of one seed, over its pairs and posts."
 )
 
 
