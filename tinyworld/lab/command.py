@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyworld.lab import methods, noise, overoptimisation, prompts, rewards, soft
+from tinyworld.lab import labelers, methods, noise, overoptimisation, rewards, soft
 from tinyworld.lab.config import LabConfig
 from tinyworld.lab.page import insert_report, write_report
 from tinyworld.lab.study import Sizes, Study
@@ -25,7 +25,7 @@ from tinyworld.stages import marker, remember, run_phase
 STUDIES: Mapping[str, Study] = {
     study.name: study
     for study in (
-        prompts.STUDY,
+        labelers.STUDY,
         rewards.STUDY,
         noise.STUDY,
         soft.STUDY,

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from rlaif.errors import ConfigError
 
-StudyName = Literal["prompts", "rewards", "noise", "soft", "overoptimisation", "methods"]
+StudyName = Literal["labelers", "rewards", "noise", "soft", "overoptimisation", "methods"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +19,9 @@ class LabConfig:
     """
 
     study: tuple[StudyName, ...]
-    """Which: prompts (how to ask a judge), rewards (distilled, direct, people's), noise (soft and hard labels by share
-    of wrong ones), soft (the same at one share, all labels), overoptimisation (reward and gold against KL), methods
-    (PPO, RLOO, GRPO, DPO, best of n on equal budgets)."""
+    """Which: labelers (size of the judge, and how it is asked), rewards (distilled, direct, people's), noise (soft and
+    hard labels by share of wrong ones), soft (the same at one share, all labels), overoptimisation (reward and gold
+    against KL), methods (PPO, RLOO, GRPO, DPO, best of n on equal budgets)."""
     output_dir: Path = Path("runs/lab")
     """Everything goes here; the same command again goes on where it stopped, and takes up seeds and studies."""
     seeds: tuple[int, ...] = (0, 1, 2)
