@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import re
@@ -86,6 +87,7 @@ def main() -> int:
     process = subprocess.Popen(
         rlaif("review", work / "labels", "--port", 0), stdout=subprocess.PIPE, text=True, env=environment()
     )
+    atexit.register(process.kill)  # also where a request fails
     assert process.stdout is not None
     url = next(m[0] for line in process.stdout if (m := re.search(r"http://\S+", line)))
     start_s = time.monotonic() - began
