@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HOSTILE = """</dd></style><script>alert(1)</script>&amp;{{ 1 }}" onload="x"""
+NAME = "$a_b$ $x </text><script>"
+"""What matplotlib would take for mathematics, and a browser for markup."""
 
 
 def lines(ax: Axes) -> None:
     for number in range(3):
-        ax.plot([0, 1, 2], [number, 2, 4], **series(number), marker="o", label=f"{number} $a_b$ $x {HOSTILE}")
+        ax.plot([0, 1, 2], [number, 2, 4], **series(number), marker="o", label=f"{number} {NAME}")
     ax.set_xlabel("比")  # which the font lacks that measures it
     ax.legend()
 
@@ -69,8 +71,8 @@ def whole_page(text: str) -> Page:
 
 def test_hostile_text_stays_text_wherever_it_stands(recwarn: pytest.WarningsRecorder) -> None:
     page = read(render(whole_page(HOSTILE)))
-    assert not any("Glyph" in str(w.message) for w in recwarn)
-    assert f"2 $a_b$ $x {HOSTILE}" in [e.text.strip() for e in page.all("text")]
+    assert [str(w.message) for w in recwarn] == []
+    assert f"2 {NAME}" in [e.text.strip() for e in page.all("text")]
     assert [e.text for e in page.all("dd")] == [HOSTILE] * 2
     assert page.all("h1")[0].text == HOSTILE
     assert page.titles == [f"{HOSTILE} 0", f"{HOSTILE} 1"]
