@@ -15,7 +15,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, TypeVar, cast
@@ -249,7 +249,9 @@ def read_answers(
     Raises:
         DataError: a file is missing, unreadable, or has no usable row.
     """
-    asked = () if questions is None else read_questions(questions, Quarantine(None))
+    asked: Iterable[answers.Question] = (
+        () if questions is None else read_questions(questions, Quarantine(None))
+    )
     if references is not None:
         shape = "question_id with choices [{turns}] (FastChat)"
         right = dict(_read(references, Quarantine(None), lambda _, row: answers.parse_references(row), shape))
