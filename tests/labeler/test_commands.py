@@ -232,7 +232,7 @@ def test_a_missing_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_an_unknown_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_lines(tmp_path / "p.jsonl", [pair(0)])
-    refused(capsys, label(f"hf:{tmp_path / 'none'}", data, tmp_path / "out"), 4, "cannot be loaded")
+    refused(capsys, label(f"hf:{tmp_path / 'none'}", data, tmp_path / "out"), 4, "there is no folder")
 
 
 def test_an_endpoint_that_dies_keeps_what_was_bought(

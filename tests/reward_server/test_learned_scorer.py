@@ -167,7 +167,7 @@ def test_what_is_no_reward_model_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no trained scalar head .*rlaif train rm"):
         load_reward_model(str(language_model))
     with pytest.raises(ModelError, match="cannot load"):
-        load_reward_model(str(tmp_path / "nothing"))
+        load_reward_model(str(tmp_path))  # no model in it
     damaged = tiny.save_classifier(tmp_path / "damaged")
     for card in ('{"mean": 0.0, "std": 0.0, "source": ""}', '{"mean": 0.0, "std": 1.0}'):
         (damaged / "reward_model.json").write_text(card)
