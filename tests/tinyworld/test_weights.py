@@ -54,14 +54,14 @@ def test_preambles_and_exemplars_do_not_throw_the_fewshot_judge_off(asked):
 
 
 @pytest.mark.slow
-def test_a_smaller_judge_agrees_less():
-    agreement = {
-        name: measure_pairs(*load(WEIGHTS / name), so_so_pair, 80, cot=True)["both_orders"]
-        for name in ("judge-fewshot", "judge-medium", "judge-small", "judge-tiny")
-    }
-    assert min(agreement["judge-fewshot"], agreement["judge-medium"]) >= 0.95
-    assert 0.95 > agreement["judge-small"] > agreement["judge-tiny"] + 0.03
-    assert agreement["judge-tiny"] > 0.5
+def test_a_smaller_judge_agrees_less_and_prefers_positions_more():
+    medium, small, tiny = (
+        measure_pairs(*load(WEIGHTS / name), mixed_pair, 100, cot=True)
+        for name in ("judge-medium", "judge-small", "judge-tiny")
+    )
+    assert medium["both_orders"] >= 0.93  # as much as is asked of the large one
+    assert 0.85 > small["both_orders"] > tiny["both_orders"] + 0.05
+    assert medium["same_position"] + 0.1 < small["same_position"] < tiny["same_position"] - 0.1
 
 
 @pytest.mark.slow
