@@ -78,8 +78,9 @@ HOW = {True: "rationale first", False: "at once"}
 
 @dataclass(frozen=True, slots=True)
 class LabelerStudy:
-    """The study of all judges; see `tinyworld.lab.study.Study`."""
+    """The study of some judges, by size; see `tinyworld.lab.study.Study`."""
 
+    judges: Mapping[str, str]
     name: str = "labelers"
     title: str = "Which labeler, and asked how?"
 
@@ -98,13 +99,13 @@ class LabelerStudy:
             where = ("--output_dir", str(own / part))
             return Stage(f"{judge}-{part}", ("eval", "judge", *who, *what, *PARTS[part], *reused, *where))
 
-        tracks = tuple(tuple(ask(judge, part) for part in PARTS) for judge in JUDGES.values())
-        return [Phase(f"Seed {seed}: ask judges of {len(JUDGES)} sizes in every way", tracks, {})]
+        tracks = tuple(tuple(ask(judge, part) for part in PARTS) for judge in self.judges.values())
+        return [Phase(f"Seed {seed}: ask judges of {len(self.judges)} sizes in every way", tracks, {})]
 
     def report(self, folders: Mapping[int, Path]) -> list[Section]:
         """Agreement with gold by prompt, size and number of rationales, and position bias by size."""
-        found = {size: read_labeler(judge, folders) for size, judge in JUDGES.items()}
-        seeds = found["L"].prompts[LIKE_THE_PAPER[True]]
+        found = {size: read_labeler(judge, folders) for size, judge in self.judges.items()}
+        seeds = next(iter(found.values())).prompts[LIKE_THE_PAPER[True]]
         longer = float(np.mean([seed["longer_wins_agreement"] for seed in seeds]))
         pairs = Prose(
             f"{sum(seed['human_pairs'] for seed in seeds)} pairs that gold does not tie, over all seeds. "
@@ -188,7 +189,7 @@ def prompt_table(found: Labelers) -> Table:
             *(percent_interval(_over(labeler.prompts[prompt], "agreement")) for labeler in found.values()),
             percent(PAPER_PROMPTS.get(prompt)),
         )
-        for prompt in found["L"].prompts
+        for prompt in _ways()
     ]
     return Table("Agreement with gold, %", ("", *found, PAPER_L), rows)
 
@@ -432,4 +433,4 @@ def size_figures(found: Labelers) -> Figures:
     return Figures([Figure(title, note, panel(title, ylabel, lines)) for title, ylabel, lines in panels])
 
 
-STUDY = LabelerStudy()
+STUDY = LabelerStudy(JUDGES)

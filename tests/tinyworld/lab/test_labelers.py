@@ -127,13 +127,14 @@ def test_parameters_are_counted_in_the_weights(judge: str) -> None:
 
 @pytest.mark.slow
 def test_a_study_of_shipped_judges_from_end_to_end(tmp_path: Path) -> None:
+    study = LabelerStudy({"S": "judge-small", "XS": "judge-tiny"})
     sizes = Sizes(num_prompts=1, num_eval_prompts=1, num_pairs=2)
-    STUDY.prepare(tmp_path, 0, sizes)
-    for arguments in commands(STUDY, tmp_path, sizes):
+    study.prepare(tmp_path, 0, sizes)
+    for arguments in commands(study, tmp_path, sizes):
         assert main(list(arguments)) == 0
-    found = STUDY.report({0: tmp_path})
-    write_report(tmp_path, STUDY, found, "origin")
+    found = study.report({0: tmp_path})
+    write_report(tmp_path, study, found, "origin")
     assert (tmp_path / "labelers.html").read_text(encoding="utf-8").count("<svg") == 3
     by_size = cells(found[:1], "Agreement")
-    parameters = [int(by_size[size][0].replace(",", "")) for size in JUDGES]
-    assert parameters == sorted(parameters, reverse=True)
+    assert [by_size[size][0] for size in study.judges] == ["26,376", "12,464"]
+    assert all(0 <= float(by_size[size][k]) <= 100 for size in study.judges for k in (1, 2))
