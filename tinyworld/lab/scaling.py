@@ -83,9 +83,11 @@ class Curve:
     @property
     def peak(self) -> float | None:
         """Where it is highest, in square roots of nats; None for a curve that does not fall."""
-        if self.beta <= 0 or self.alpha <= 0:
+        if self.beta <= 0:
             return None
-        return self.alpha / (2 * self.beta) if self.shape == "bon" else math.exp(self.alpha / self.beta - 1)
+        if self.shape == "rl":
+            return math.exp(self.alpha / self.beta - 1)
+        return max(0.0, self.alpha / (2 * self.beta))
 
 
 def fit(shape: Shape, d: Floats, reward: Floats) -> Curve:

@@ -128,7 +128,7 @@ def test_a_study_that_was_killed_goes_on_and_then_has_nothing_to_do(tmp_path, ca
     killed = subprocess.Popen([*command, "--output_dir", str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert killed.stdout is not None
     for line in killed.stdout:
-        if "label $ rlaif" in line:  # sampling is done
+        if " label | " in line:  # sampling is done, labelling at work
             break
     killed.kill()
     killed.communicate()  # until what ends its stages and servers, which holds its output too, is done

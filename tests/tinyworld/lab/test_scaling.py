@@ -47,6 +47,8 @@ def test_the_fits_find_the_curves_that_the_points_are_on():
     assert (rl.alpha, rl.beta, rl.r2) == pytest.approx((2.0, 1.0, 1.0))
     assert rl.peak == pytest.approx(math.e)  # 2 - log d - 1 = 0
     assert fit("bon", d, d * (2.0 + 0.5 * d)).peak is None
+    assert fit("bon", d, d * (-2.0 - 0.5 * d)).peak == 0.0  # it falls from the start
+    assert fit("rl", d, d * (-1.0 - np.log(d))).peak == pytest.approx(math.exp(-2))
 
 
 def test_a_fit_is_the_least_squares_one():
