@@ -217,7 +217,7 @@ def _best_of_n(bon: Mapping[str, Sequence[BestOfN]], pairs: Mapping[str, str]) -
 
 def _learning(arms: Sequence[Arm], found: Outcomes, seeds: Sequence[int]) -> list[Block]:
     start = float(np.mean([outcome.gold["score"]["value"] for outcome in found[START]]))
-    rows = [(arm.title, *(_rise_and_fall(outcome) for outcome in found[arm.name])) for arm in arms]
+    rows = [row for arm in arms for row in _rise_and_fall(arm, found[arm.name])]
 
     def panel(name: str, ylabel: str) -> Panel:
         def draw(ax: Axes) -> None:
@@ -234,7 +234,7 @@ def _learning(arms: Sequence[Arm], found: Outcomes, seeds: Sequence[int]) -> lis
         return draw
 
     note = "A line for each seed, from the start of training to its end."
-    heads = ("gold utility: highest → last", *(f"seed {seed}" for seed in seeds))
+    heads = ("where gold is highest → at the end", *(f"seed {seed}" for seed in seeds))
     return [
         Table("Rise and fall of gold in training", heads, rows),
         Figures(
@@ -246,12 +246,17 @@ def _learning(arms: Sequence[Arm], found: Outcomes, seeds: Sequence[int]) -> lis
     ]
 
 
-def _rise_and_fall(outcome: Outcome) -> str:
-    """From where gold is highest to the end of training."""
-    kl, gold, reward = (smoothed(outcome.curves[name]) for name in ("kl", "gold", "reward"))
-    top = int(gold.argmax())
-    rest = f"reward {reward[top]:.2f} → {reward[-1]:.2f}, KL {kl[top]:.1f} → {kl[-1]:.1f}"
-    return f"{gold[top]:.2f} → {gold[-1]:.2f} ({rest})"
+def _rise_and_fall(arm: Arm, of: Sequence[Outcome]) -> list[tuple[str, ...]]:
+    """Gold, reward and KL of an arm where its gold is highest, and at the end of training; a column for each seed."""
+    rows = []
+    for name, title in (("gold", f"{arm.title}: gold"), ("reward", "reward"), ("kl", "KL")):
+        cells = []
+        for outcome in of:
+            top = int(smoothed(outcome.curves["gold"]).argmax())
+            curve = smoothed(outcome.curves[name])
+            cells.append(f"{curve[top]:.2f} → {curve[-1]:.2f}")
+        rows.append((title, *cells))
+    return rows
 
 
 def _fits(bon: Mapping[str, Sequence[BestOfN]], found: Outcomes, pairs: Mapping[str, str]) -> Table:
