@@ -37,4 +37,4 @@ def test_the_walk_through_runs_as_it_is_written(repository: Path, tmp_path: Path
     answered = set(re.findall(r"^\d+ calls answered by (\w+)$", output, re.MULTILINE))
     assert len(answered) == 2 and old in answered
     (new,) = answered - {old}
-    assert output.rstrip().endswith(f"unloaded  {old}\nactive    {new}  rm-2")
+    assert f"\nunloaded  {old}\nactive    {new}  rm-2\n@ line" in output  # the last list has no other model
