@@ -5,7 +5,6 @@ Replies are found by key, so a million of them take no memory, and other process
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from labeler.database import Database
-from rlaif.errors import StorageError
-from rlaif.storage import storing
+from rlaif.storage import lock_file
 from rlaif.types import content_id
 
 JOURNAL_FILE = "journal.sqlite"
@@ -83,7 +81,7 @@ class ReplyJournal:
         self._lock: int | None = None
         self._files: list[Database] = []
         if not read_only:
-            self._lock = _lock(folder / ".journal.lock")
+            self._lock = lock_file(folder / ".journal.lock")
         try:
             self._file = Database(self.path, _TABLES, read_only=read_only)
             self._files.append(self._file)
@@ -176,17 +174,3 @@ class ReplyJournal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _lock(path: Path) -> int:
-    with storing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as err:
-        os.close(descriptor)
-        raise StorageError(
-            f"{path.parent} is being written by another process; wait for it or choose another --output_dir"
-        ) from err
-    return descriptor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,10 @@ from rlaif.storage import replacing, storing, write_atomic
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 """A conversation in the form that chat templates and TRL read."""
+
+
+LOW_MASS = 0.5
+"""Mean label mass below which labels say little: most of the judge's probability lies elsewhere."""
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
@@ -63,6 +68,21 @@ def print_summary(title: str, report: Mapping[str, Any]) -> None:
     width = max(map(len, report))
     for name, value in report.items():
         print(f"  {name:<{width}}  {_cell(value)}")
+
+
+def warn_of_low_mass(mass: float | None, read: Path) -> None:
+    """Say on stderr that a judge wanted to say something else than the labels.
+
+    Args:
+        mass: mean label mass, in [0, 1]; None where no label was read.
+        read: where the rows can be seen.
+    """
+    if mass is not None and mass < LOW_MASS:
+        print(
+            f"warning: the labels hold {mass:.2g} of the judge's probability on average: it wanted to say something "
+            f"else; read {read} before using them",
+            file=sys.stderr,
+        )
 
 
 def refuse_if_too_many_open(

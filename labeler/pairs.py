@@ -17,7 +17,13 @@ from labeler.config import JudgeConfig, PairsConfig
 from labeler.judge import Judge
 from labeler.jury import Jury
 from labeler.loop import replay, side_by_side
-from labeler.outputs import print_summary, refuse_if_too_many_open, write_report, write_unlabelled
+from labeler.outputs import (
+    print_summary,
+    refuse_if_too_many_open,
+    warn_of_low_mass,
+    write_report,
+    write_unlabelled,
+)
 from labeler.preferences import SCHEMA, PreferenceReport, dataset_row, is_tie, open_row
 from labeler.rubric import Rubric, load_rubric
 from labeler.session import Session, open_session
@@ -25,9 +31,6 @@ from labeler.validation import Validation, write_validation
 from rlaif.errors import ConfigError
 from rlaif.records import PREFERENCES_FILE, Quarantine, read_candidates, read_pairs, read_rows, write_parquet
 from rlaif.types import CandidateSet, Pair, Preference, content_id
-
-_LOW_MASS = 0.5
-"""Mean label mass below which labels say little: most of the judge's probability lies elsewhere."""
 
 INCONSISTENT = "both orders prefer the same position"
 
@@ -66,13 +69,7 @@ class Labels:
         print_summary(
             f"{total} pairs judged by {self.judge.name} -> {self.folder / PREFERENCES_FILE}", self.facts
         )
-        mass = self.facts["label_mass_mean"]
-        if mass is not None and mass < _LOW_MASS:
-            print(
-                f"warning: the labels hold {mass:.2g} of the judge's probability on average: it wanted to say "
-                f"something else; read {self.folder / 'validation.md'} before using them",
-                file=sys.stderr,
-            )
+        warn_of_low_mass(self.facts["label_mass_mean"], self.folder / "validation.md")
         refuse_if_too_many_open(
             self.facts["unlabelled"], total, config.max_unlabelled, self.folder, "pairs are unlabelled"
         )

@@ -27,7 +27,7 @@ from labeler.outputs import (
 )
 from labeler.session import open_session
 from rlaif.answers import Question, answers_row
-from rlaif.records import Quarantine, read_prompts, read_questions, write_parquet
+from rlaif.records import ANSWERS_FILE, Quarantine, read_prompts, read_questions, write_parquet
 from rlaif.storage import replacing, storing
 from rlaif.types import content_id, to_dicts, user_prompt, with_response
 
@@ -41,8 +41,6 @@ COMPLETION = pa.struct(
 )
 SCHEMA = pa.schema([("prompt", MESSAGES), ("completions", pa.list_(COMPLETION))])
 """Columns of `candidates.parquet`."""
-
-ANSWERS_FILE = "answers.jsonl"
 
 
 class Draw(NamedTuple):

@@ -23,6 +23,7 @@ from labeler.outputs import (
     MESSAGES,
     print_summary,
     refuse_if_too_many_open,
+    warn_of_low_mass,
     write_report,
     write_unlabelled,
 )
@@ -151,6 +152,7 @@ def run(config: ScoresConfig) -> None:
             write_atomic(session.folder / "report.md", text)
             print(text)
     print_summary(f"{total} responses scored by {name} -> {data_file}", facts)
+    warn_of_low_mass(facts["label_mass_mean"], data_file)
     refuse_if_too_many_open(
         facts["unlabelled"], total, config.max_unlabelled, session.folder, "responses have no score"
     )

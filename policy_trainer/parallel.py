@@ -152,8 +152,6 @@ def joined() -> Iterator[World]:
 def run_directory(world: World, config: TrainingConfig, *, command: str) -> Iterator[Run | None]:
     """The run directory, in the main process; None in the others, which write nothing.
 
-    A run that fails before it has any result lets its directory go, so that the mended command may use it.
-
     Raises:
         StorageError: it cannot be written, or holds another run.
     """
@@ -161,13 +159,7 @@ def run_directory(world: World, config: TrainingConfig, *, command: str) -> Iter
         yield None
         return
     with Run.open(config.output_dir, config, command=command) as run:
-        try:
-            yield run
-        except RlaifError:
-            results = ("metrics.jsonl", "checkpoint-*", "rounds")
-            if not any(any(config.output_dir.glob(name)) for name in results):
-                run.disown()
-            raise
+        yield run
 
 
 class SharedReward:

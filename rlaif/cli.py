@@ -47,7 +47,7 @@ COMMANDS = (
     ),
     Command(
         "lab", "studies in the embedded world: what labels and rewards are worth",
-        "tinyworld.lab.config:LabConfig", "tinyworld.lab.command:run",
+        "tinyworld.lab.config:LabConfig", "tinyworld.lab.command:run", takes="study",
     ),
     Command(
         "sample", "candidates from a policy",
@@ -115,11 +115,11 @@ COMMANDS = (
     ),
     Command(
         "watch", "training runs side by side, while they run or after",
-        "rlaif.watch:WatchConfig", "rlaif.watch:run",
+        "rlaif.watch:WatchConfig", "rlaif.watch:run", takes="runs",
     ),
     Command(
         "report", "one HTML page about a run, or about several side by side",
-        "rlaif.report.config:ReportConfig", "rlaif.report.command:run",
+        "rlaif.report.config:ReportConfig", "rlaif.report.command:run", takes="runs",
     ),
     Command(
         "serve", "reward server (gRPC): a learned RM or a direct judge",

@@ -49,6 +49,9 @@ T = TypeVar("T")
 PREFERENCES_FILE = "preferences.parquet"
 """The data file of a labelled dataset's directory."""
 
+ANSWERS_FILE = "answers.jsonl"
+"""The data file of a directory of answers to all turns."""
+
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
 """Files of a folder that are read as data."""
 
@@ -340,9 +343,10 @@ def _plainly(err: Exception) -> str:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """The preferences of a labelled dataset, the only Parquet file, or all data files in the folder and below."""
-    if (folder / PREFERENCES_FILE).is_file():
-        return [folder / PREFERENCES_FILE]
+    """The preferences of a labelled dataset, answers to all turns, the only Parquet file, or all data files below."""
+    for name in (PREFERENCES_FILE, ANSWERS_FILE):
+        if (folder / name).is_file():
+            return [folder / name]
     parquet = sorted(folder.glob("*.parquet"))
     if len(parquet) == 1:
         return parquet

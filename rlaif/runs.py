@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlaif import __version__
-from rlaif.errors import ConfigError, QualityError, StorageError
+from rlaif.errors import ConfigError, QualityError, RlaifError, StorageError
 from rlaif.storage import cut_torn_line, storing, write_atomic, write_parquet
 from rlaif.trackers import Tracker, TrackerName, check_trackers, open_trackers
 
@@ -220,6 +220,13 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if isinstance(error, RlaifError) and not self.resumed and not self._has_results():
+            self.disown()  # nothing to protect, so the mended command may use the same directory
+
+    def _has_results(self) -> bool:
+        """Whether the directory holds more than what every run writes at its start."""
+        files = (path for path in self.directory.rglob("*") if path.is_file())
+        return any(p.name != "run.json" and not p.name.endswith("quarantine.jsonl") for p in files)
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -154,6 +154,39 @@ def cut_torn_line(path: Path) -> None:
             file.truncate(at)
 
 
+def lock_file(path: Path) -> int:
+    """Open a file as the mark of its folder's only writer; closing the descriptor, or the end of the process, ends it.
+
+    Raises:
+        StorageError: another process has the folder, or it cannot be written.
+    """
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as err:
+        os.close(descriptor)
+        raise StorageError(
+            f"{path.parent} is being written by another process; wait for it or choose another --output_dir"
+        ) from err
+    return descriptor
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes that would write it.
+
+    Raises:
+        StorageError: as `lock_file`.
+    """
+    descriptor = lock_file(folder / ".lock")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class Journal:
     """A file of JSON lines that only grows; a line counts once `append` has returned.
 

@@ -56,7 +56,16 @@ def label_reads(spellings: Sequence[Sequence[Tokens]]) -> dict[Tokens, Tokens]:
     Returns:
         For each continuation of the context, the ids whose next-token log-probabilities are needed there, both in
         a fixed order. One entry, the empty continuation, where every spelling is one token.
+
+    Raises:
+        ModelError: two labels have a spelling in common, such as the token for all that the tokenizer does not know.
     """
+    of_all = [spelling for group in spellings for spelling in set(group)]
+    if len(set(of_all)) < len(of_all):
+        raise ModelError(
+            "two labels of the rubric are the same tokens to this model, so it cannot tell them apart: choose another "
+            "judge, or a rubric with labels that its tokenizer knows"
+        )
     reads: dict[Tokens, set[int]] = {(): set()}
     for tokens in itertools.chain.from_iterable(spellings):
         for i, token in enumerate(tokens):

@@ -194,13 +194,17 @@ class Desk:
         if not self._has_seen(key):
             self.book.add(Revealed(at=now(), by=self.by, key=key))
 
+    def last_mark(self) -> Mark | None:
+        """What `undo` would take back; None if there is nothing."""
+        return self.book.marks.last(self.by)
+
     def undo(self) -> int | None:
         """Take back the annotator's last mark, and give the position of its row in this dataset; None if there is none.
 
         Raises:
             StorageError: the disk is full.
         """
-        mark = self.book.marks.last(self.by)
+        mark = self.last_mark()
         if mark is None:
             return None
         self.book.add(Withdrawn(at=now(), by=self.by, key=mark.key, label_seen=self._has_seen(mark.key)))

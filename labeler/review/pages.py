@@ -81,6 +81,7 @@ class Pages:
             later=desk.neighbour(query, position, 1),
             saved=before,
             saved_mark=None if before is None else desk.mark_on(before),
+            last_mark=desk.last_mark(),
         )
 
     def refusal(self, message: str) -> str:

@@ -156,7 +156,7 @@ class Server:
             raise Refused(400, "That is no mark: a value is missing or out of range.") from err
         self._stale.set()
         if form.get("stay"):
-            return _see_other(f"/rows/{position + 1}", query)
+            return _see_other(f"/rows/{position + 1}", query, saved=str(position + 1))
         after = await self._beside(self._desk.after, query, position)
         if after is None:
             return _see_other("/", query, done="1")

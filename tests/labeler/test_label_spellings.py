@@ -58,6 +58,14 @@ def test_a_scale_of_ten_on_split_digits_by_hand() -> None:
     assert not read.censored
 
 
+def test_labels_that_are_the_same_token_are_refused() -> None:
+    """A, B and C are all the unknown word to a small tokenizer; a label of two spellings of one token is none."""
+    unknown = 3
+    with pytest.raises(ModelError, match="cannot tell them apart"):
+        label_reads([[(unknown,)], [(unknown,)], [(7,)]])
+    assert label_reads([[(5,), (5,)], [(7,)]]) == {(): (5, 7)}
+
+
 def test_a_label_that_the_model_rules_out_stays_finite() -> None:
     read = label_distribution([[(1,)], [(1, 0)], [(2,)]], {(): {1: -0.5, 2: -math.inf}, (1,): {0: 0.0}})
     assert read.logprobs == (FLOOR, -0.5, FLOOR)

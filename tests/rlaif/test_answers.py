@@ -113,6 +113,16 @@ def test_what_is_written_reads_back_also_without_numbers(tmp_path: Path) -> None
     assert answers_row(parse_question(MATH), 9, "m", [], "id")["question_id"] == 111
 
 
+def test_a_runs_folder_of_answers_is_read_as_its_file(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "unlabelled.jsonl").write_text("")
+    (tmp_path / "answers.jsonl").write_text(json.dumps(CHOICES) + "\n")
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps(MATH) + "\n")
+    found = read_answers(tmp_path, Quarantine(None), questions)
+    assert [answer.response for answer in found] == ["four", "five"]
+
+
 def test_mt_benchs_questions_have_two_turns_and_references_in_three_categories(shared_data: Path) -> None:
     read = list(read_questions(shared_data / "mt_bench_questions.jsonl", Quarantine(None)))
     assert len(read) == 80 and all(len(q.later_turns) == 1 for q in read)

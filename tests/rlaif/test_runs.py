@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from rlaif.errors import ConfigError, QualityError, StorageError
+from rlaif.errors import ConfigError, DataError, QualityError, StorageError
 from rlaif.runs import Run, library_versions, progress
 
 
@@ -59,6 +59,25 @@ def test_the_same_configuration_continues_the_run(tmp_path: Path) -> None:
     assert open_run(tmp_path).resumed
     record = json.loads((tmp_path / "run.json").read_text())
     assert (record["started"], len(record["resumed"])) == (started, 1)
+
+
+def test_a_run_that_failed_before_it_had_a_result_leaves_its_folder_to_the_mended_command(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(DataError), open_run(tmp_path, dataset=Path("nosuch")):
+        (tmp_path / "quarantine.jsonl").write_text("")
+        raise DataError("cannot read nosuch")
+    with pytest.raises(QualityError), open_run(tmp_path, dataset=Path("x")) as run:
+        run.log(1, {"loss": 1.0})
+        raise QualityError("the loss is not finite")
+    with pytest.raises(StorageError, match="dataset"):  # there is a metric to protect
+        open_run(tmp_path, dataset=Path("y"))
+
+
+def test_a_run_that_was_interrupted_keeps_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path):
+        raise KeyboardInterrupt
+    assert open_run(tmp_path).resumed
 
 
 def test_a_volatile_field_or_another_path_to_the_folder_may_differ(tmp_path: Path) -> None:

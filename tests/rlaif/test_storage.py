@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from rlaif.errors import DataError, StorageError
-from rlaif.storage import Journal, storing, write_atomic, write_parquet
+from rlaif.storage import Journal, only_writer, storing, write_atomic, write_parquet
 from tests.disks import small_disk
 
 
@@ -100,6 +100,17 @@ def test_two_writers_of_one_journal_are_refused(tmp_path: Path) -> None:
     with Journal(tmp_path / "j") as second:
         second.append({"key": 2})
         assert [r["key"] for r in second.records()] == [1, 2]
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
+    with (
+        only_writer(tmp_path / "seed-0"),
+        pytest.raises(StorageError, match="seed-0 is being written by another process"),
+        only_writer(tmp_path / "seed-0"),
+    ):
+        pass
+    with only_writer(tmp_path / "seed-0"):
+        pass
 
 
 def test_nan_never_reaches_a_journal(tmp_path: Path) -> None:

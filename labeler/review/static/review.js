@@ -4,6 +4,8 @@
 const shortcuts = document.getElementById("shortcuts");
 const form = document.getElementById("mark");
 const parts = form?.dataset.scale ? [...form.querySelectorAll("fieldset")] : [];
+const note = form?.querySelector("[name=note]");
+let marking = false; // the note goes with the mark
 let sent = false; // one mark a page: a second press while the next row loads must not mark twice
 
 const targets = new Map();
@@ -56,6 +58,10 @@ document.addEventListener("keydown", (event) => {
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   if (typing(event.target)) {
     if (key === "Escape") event.target.blur();
+    if (key === "Enter" && event.target === note && !event.shiftKey) {
+      note.blur(); // the next key is a mark, which takes the note along
+      event.preventDefault();
+    }
     return;
   }
   if (shortcuts && !shortcuts.checked && key !== "?") return;
@@ -76,8 +82,13 @@ document.addEventListener("submit", (event) => {
   if (event.target.method !== "post") return;
   if (sent) event.preventDefault();
   sent = true;
+  marking = event.target === form;
 });
-addEventListener("pageshow", () => (sent = false));
+addEventListener("pageshow", () => (sent = marking = false));
+// A note is kept with a mark alone: whoever leaves without one is asked.
+addEventListener("beforeunload", (event) => {
+  if (note && !marking && note.value !== note.defaultValue) event.preventDefault();
+});
 document.addEventListener("change", (event) => {
   if (event.target.matches(".filters select")) event.target.form.requestSubmit();
   if (event.target.matches(".scale input")) frame();

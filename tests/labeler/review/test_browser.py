@@ -64,18 +64,22 @@ def test_twenty_pairs_by_keyboard_survive_browser_and_server(tmp_path: Path) -> 
                 press(page, "a" if good_is_a == is_right else "b")
                 marked[heading] = "A" if good_is_a == is_right else "B"
                 assert heading != page.locator("h1").inner_text()
-            press(page, "u")  # the last one back, and again
+            press(page, "j")
+            press(page, "u")  # the last one back, from wherever one is, and again
             assert page.locator("h1").inner_text() == heading
             assert page.get_by_text("hidden until you have marked").is_visible()
-            press(page, marked[heading].lower())
             page.keyboard.press("w")
             page.keyboard.type("a note: x and b are no keys here")
-            page.keyboard.press("Escape")
+            page.keyboard.press("Enter")
+            press(page, marked[heading].lower())
             page.keyboard.press("?")
             assert page.get_by_role("dialog").is_visible()
             page.keyboard.press("Escape")
             press(page, "l")
         served.stop()
+    records = [json.loads(line) for line in (dataset / "review" / "marks.jsonl").read_text().splitlines()]
+    notes = [record["note"] for record in records if record["event"] == "mark"]
+    assert notes[-1] == "a note: x and b are no keys here" and not any(notes[:-1])
     with review(dataset) as served, browsing(served.url, complaints) as page:
         assert page.get_by_text("20 of 22 marked").is_visible()
         assert page.get_by_text("80.0 %").first.is_visible()
