@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rlaif.storage import only_writer
 from tinyworld.lab import labelers, methods, noise, overoptimisation, rewards, soft
 from tinyworld.lab.config import LabConfig
 from tinyworld.lab.page import insert_report, write_report
@@ -56,11 +57,11 @@ def run_study(study: Study, config: LabConfig) -> None:
     for seed in config.seeds:
         began = time.monotonic()
         folder = config.output_dir / f"seed-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        remember({"seed": seed, **asdict(sizes)}, folder / "lab.json")
-        study.prepare(folder, seed, sizes)
-        for phase in study.plan(folder, seed, sizes):
-            run_phase(phase, folder, processes=config.processes)
+        with only_writer(folder):
+            remember({"seed": seed, **asdict(sizes)}, folder / "lab.json")
+            study.prepare(folder, seed, sizes)
+            for phase in study.plan(folder, seed, sizes):
+                run_phase(phase, folder, processes=config.processes)
         finished[seed] = folder
         print(f"\n{study.name}, seed {seed}: {time.monotonic() - began:.0f} s\n", flush=True)
         found = study.report(finished), _origin(study, finished, sizes)
