@@ -351,6 +351,8 @@ def _data_files(folder: Path) -> list[Path]:
     if len(parquet) == 1:
         return parquet
     if not (folder / "run.json").exists():  # what a run leaves besides its dataset is no data
+        if runs := sorted(path.parent.name for path in folder.glob("*/run.json")):
+            raise DataError(f"{folder} holds runs, name one of those: {', '.join(runs)}")
         files = sorted(
             file
             for file in folder.rglob("*")

@@ -361,6 +361,7 @@ def progress(total: int | None, description: str) -> Iterator[Progress]:
 def _bar() -> RichProgress:
     from rich import progress as rich_progress
     from rich.console import Console
+    from rich.table import Column
     from rich.text import Text
 
     class Rate(rich_progress.ProgressColumn):
@@ -368,13 +369,21 @@ def _bar() -> RichProgress:
             speed = task.finished_speed or task.speed
             return Text("" if speed is None else f"{speed:.2f}/s")
 
+    class Stats(rich_progress.ProgressColumn):
+        def render(self, task: rich_progress.Task) -> Text:
+            return Text(task.fields["stats"], no_wrap=True, overflow="ellipsis")
+
+    def whole() -> Column:
+        """On a narrow terminal the bar and the statistics give way first."""
+        return Column(no_wrap=True)
+
     return rich_progress.Progress(
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),
-        rich_progress.MofNCompleteColumn(),
-        Rate(),
-        rich_progress.TimeRemainingColumn(),
-        rich_progress.TextColumn("{task.fields[stats]}"),
+        rich_progress.MofNCompleteColumn(table_column=whole()),
+        Rate(table_column=whole()),
+        rich_progress.TimeRemainingColumn(table_column=whole()),
+        Stats(),
         console=Console(stderr=True),
     )
 

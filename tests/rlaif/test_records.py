@@ -144,6 +144,15 @@ def test_parquet_in_conversational_form_reads_back_as_it_was(tmp_path: Path) -> 
     ]
 
 
+def test_a_folder_of_runs_says_which_it_holds(tmp_path: Path) -> None:
+    for name in ("labels", "candidates"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+        (tmp_path / name / "journal.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match="holds runs, name one of those: candidates, labels"):
+        list(read_pairs(tmp_path, Quarantine(None)))
+
+
 def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no Parquet file"):
         list(read_preferences(tmp_path, Quarantine(None)))

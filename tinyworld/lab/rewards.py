@@ -91,7 +91,8 @@ def beside_the_paper(study: PolicyStudy, folders: Mapping[int, Path]) -> Table:
             ("reward model of people's labels agrees with people", "79.3", right("rm-human")),
             ("reward model of the best labels does", "74.2", right("rm")),
             ("reward model of the poorest labels does", "66.4", right("rm-no-cot")),
-        ]
+        ],
+        "Win rates, % / the same corrected for length; of reward models the agreement, %.",
     )
 
 

@@ -67,9 +67,9 @@ class Study(Protocol):
         """
 
 
-def beside(rows: Sequence[tuple[str, str, str]]) -> Table:
-    """A table of (what, what the paper published, what was found here)."""
-    return Table("Beside the paper", ("", "paper", "here"), rows)
+def beside(rows: Sequence[tuple[str, str, str]], note: str = "") -> Table:
+    """A table of (what, what the paper published, what was found here); `note` says what the numbers are."""
+    return Table("Beside the paper", ("", "paper", "here"), rows, note)
 
 
 def over_seeds(found: Sequence[Found]) -> dict[str, Any]:
