@@ -1,6 +1,6 @@
 """Which labeler, and asked how? Tables 2 and 3 and appendix B of the RLAIF paper (arXiv 2309.00267).
 
-Judges of three sizes label pairs that gold has labelled: under every preamble, with every number of exemplars, with a
+Judges of four sizes label pairs that gold has labelled: under every preamble, with every number of exemplars, with a
 rationale and without; and with several rationales each (self-consistency). Every part is one `rlaif eval judge
 --variants` command; the second reuses the replies of the first.
 """
