@@ -81,7 +81,7 @@ class ReplyJournal:
         self._lock: int | None = None
         self._files: list[Database] = []
         if not read_only:
-            self._lock = lock_file(folder / ".journal.lock")
+            self._lock = lock_file(folder / ".journal.lock", held=folder)
         try:
             self._file = Database(self.path, _TABLES, read_only=read_only)
             self._files.append(self._file)

@@ -154,21 +154,25 @@ def cut_torn_line(path: Path) -> None:
             file.truncate(at)
 
 
-def lock_file(path: Path) -> int:
-    """Open a file as the mark of its folder's only writer; closing the descriptor, or the end of the process, ends it.
+def lock_file(path: Path, *, held: Path | None = None) -> int:
+    """Open a file for appending as its only writer; closing the descriptor, or the end of the process, ends that.
+
+    Args:
+        path: of the file; made if it is not there, with its folder.
+        held: what is held by it, for the message; the file itself by default.
 
     Raises:
-        StorageError: another process has the folder, or it cannot be written.
+        StorageError: another process has it, or it cannot be written.
     """
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as err:
         os.close(descriptor)
         raise StorageError(
-            f"{path.parent} is being written by another process; wait for it or choose another --output_dir"
+            f"{held or path} is being written by another process; wait for it or choose another --output_dir"
         ) from err
     return descriptor
 
@@ -180,7 +184,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         StorageError: as `lock_file`.
     """
-    descriptor = lock_file(folder / ".lock")
+    descriptor = lock_file(folder / ".lock", held=folder)
     try:
         yield
     finally:
@@ -220,16 +224,7 @@ class Journal:
                 raise
 
     def _open(self) -> int:
-        with storing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            os.close(descriptor)
-            raise StorageError(
-                f"{self.path} is being written by another process; wait for it or choose another --output_dir"
-            ) from err
+        descriptor = lock_file(self.path)
         cut_torn_line(self.path)
         self._descriptor = descriptor
         return descriptor
