@@ -189,6 +189,21 @@ def test_scores_are_written_with_their_distribution(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["pairs", "scores"])
+def test_labels_that_hold_little_of_the_probability_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    labels = 2 if kind == "pairs" else 10
+    row = pair(0) if kind == "pairs" else {"prompt": "p", "response": "good"}
+    rubric = "helpfulness-pair" if kind == "pairs" else "helpfulness-score"
+    data = write_lines(tmp_path / "d.jsonl", [row])
+    for share, warned in ((0.1, True), (0.9, False)):
+        probs = [share] + [0.0] * (labels - 1)
+        judge = scripted(tmp_path, [{"probs": probs, "text": "a rationale"}])
+        assert label(judge, data, tmp_path / str(share), "--rubric", rubric, kind=kind) == 0
+        assert ("wanted to say something else" in capsys.readouterr().err) == warned
+
+
 def test_sampling_writes_candidates_that_labeling_reads(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "tiny")
     prompts = write_lines(

@@ -7,8 +7,9 @@ from typing import get_args
 
 import pytest
 
-from rlaif.errors import ConfigError, DataError
+from rlaif.errors import ConfigError, DataError, StorageError
 from rlaif.report.page import Figure, Figures, Prose, Section
+from rlaif.storage import only_writer
 from tinyworld.gold import gold_utility
 from tinyworld.lab.command import STUDIES, run_study
 from tinyworld.lab.config import LabConfig, StudyName
@@ -55,6 +56,12 @@ def test_stages_of_one_name_are_one_stage_in_all_studies(tmp_path):
         assert len(stages) == len({stage.name for stage in stages})
         for stage in stages:
             assert seen.setdefault(stage.name, stage) == stage
+
+
+def test_a_seed_that_another_process_works_on_is_left_alone(tmp_path):
+    config = LabConfig(study=("methods",), seeds=(0,), output_dir=tmp_path)
+    with only_writer(tmp_path / "seed-0"), pytest.raises(StorageError, match="seed-0 is being written"):
+        run_study(STUDIES["methods"], config)
 
 
 def estimate(value, low=0.0, high=1.0):
