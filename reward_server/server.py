@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -29,6 +28,7 @@ from reward_server.security import MetadataInterceptor, Role, TokenInterceptor, 
 from reward_server.service import ADMIN_SERVICE, SERVICE, RewardService
 from rlaif.errors import ConfigError
 from rlaif.models import ModelRef
+from rlaif.signals import termination
 from rlaif.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -241,10 +241,7 @@ async def serve(config: ServeConfig, load: Callable[[], Awaitable[Scorer]]) -> N
         config: the flags.
         load: makes the scorer; awaited after the port is bound, so that health answers meanwhile.
     """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop = termination()
     server = RewardServer(config, _traces(config))
     address = await server.start()
     stopping: asyncio.Future[bool] = asyncio.ensure_future(stop.wait())

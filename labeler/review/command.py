@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import getpass
-import signal
 from collections.abc import Iterable, Iterator
 
 from labeler.outputs import write_report
@@ -18,6 +17,7 @@ from labeler.review.summary import in_words
 from rlaif.errors import ConfigError
 from rlaif.records import Quarantine
 from rlaif.runs import progress
+from rlaif.signals import termination
 from rlaif.tables import interval, percent_interval
 
 
@@ -63,10 +63,7 @@ def _user() -> str:
 
 
 async def _serve(server: Server, rows: int) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    stop = termination()
     url = await server.start()
     print(f"{rows:,} rows to review; open this address, and end with Ctrl-C:\n\n  {url}\n", flush=True)
     await stop.wait()

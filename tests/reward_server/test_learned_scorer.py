@@ -231,9 +231,12 @@ def test_an_unloaded_model_is_freed_without_a_garbage_collection(checkpoint: Pat
         os.kill(os.getpid(), signal.SIGTERM)
         await serving
 
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     gc.disable()
     try:
         asyncio.run(swap())
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         gc.unfreeze()
         gc.enable()

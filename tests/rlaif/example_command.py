@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import errno
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from rlaif.errors import ConfigError, DataError
+from rlaif.signals import termination
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class ExampleConfig:
     """Held-out data."""
     seed: int = 0
     """Seed; must not be negative."""
-    do: Literal["nothing", "fail", "disk_full", "wait", "crash"] = "nothing"
+    do: Literal["nothing", "fail", "disk_full", "wait", "serve", "crash"] = "nothing"
     """What to do."""
     VOLATILE: ClassVar[frozenset[str]] = frozenset()
 
@@ -51,3 +55,17 @@ def run(config: ExampleConfig) -> None:
         raise ZeroDivisionError("a bug")
     if config.do == "wait":
         time.sleep(60)
+    if config.do == "serve":
+        asyncio.run(_serve())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            atexit.register(os.kill, os.getpid(), number)
+
+
+async def _serve() -> None:
+    asked = termination()
+    print("serving", flush=True)
+    await asked.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(0)
+    print("drained", flush=True)

@@ -202,6 +202,24 @@ def test_a_signal_ends_a_command_with_one_line(repository: Path, number: int, co
         assert process.stderr.read() == "rlaif: interrupted; run the same command again to go on\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_after_the_first_do_not_fail_a_command_that_serves(repository: Path, number: int) -> None:
+    """One comes while it drains, the others when its event loop is gone; a supervisor reads the exit code."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "train", "example", "--output_dir", "x", "--do", "serve"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=repository,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while process.stdout.readline() != "serving\n":
+            assert process.poll() is None, process.stderr.read()
+        process.send_signal(number)
+        assert process.wait(30) == 0, process.stderr.read()
+        assert process.stdout.read() == "drained\n"
+
+
 def test_exit_codes_reach_the_shell(repository: Path) -> None:
     done = rlaif(repository, "train", "example", "--output_dir", "x", "--do", "fail")
     assert (done.returncode, done.stderr) == (3, "rlaif: in.jsonl has no usable row\n")
