@@ -70,6 +70,26 @@ ROUND_ROBIN = {
 }
 """Calls go to all replicas in turn, and to none that says NOT_SERVING (gRPC's client-side health checking)."""
 
+_grpc_process: int | None = None
+"""The process that has opened a channel. Its forks inherit gRPC's state without the threads that it needs, and a call
+would wait for ever."""
+
+
+def check_not_forked() -> None:
+    """Refuse to go on in a fork of a process that has opened a channel.
+
+    Raises:
+        RewardServerError: it is one.
+    """
+    global _grpc_process
+    if _grpc_process is None:
+        _grpc_process = os.getpid()
+    if _grpc_process != os.getpid():
+        raise RewardServerError(
+            "gRPC does not survive a fork, and the process that this one was forked from had a reward client; "
+            'start workers with multiprocessing\'s "spawn" or "forkserver", or open the first client in the worker'
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Access:
@@ -158,6 +178,7 @@ class AsyncRewardClient:
 
         Raises:
             ConfigError: the address is not `HOST:PORT`, or a number is out of range.
+            RewardServerError: this process was forked from one that has opened a client.
         """
         self.address = parse_address(address)
         if timeout_s <= 0 or give_up_after_s < 0 or max_in_flight < 1:
@@ -421,7 +442,7 @@ class AsyncRewardClient:
 
 
 class RewardClient:
-    """`AsyncRewardClient` for code that does not await; its calls may come from any thread.
+    """`AsyncRewardClient` for code that does not await; its calls may come from any thread, and not from a fork.
 
     Takes the same arguments.
     """
@@ -435,7 +456,9 @@ class RewardClient:
 
         Raises:
             ConfigError: see `AsyncRewardClient`.
+            RewardServerError: see `AsyncRewardClient`.
         """
+        self._process = os.getpid()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="reward-client", daemon=True)
         self._thread.start()
@@ -445,7 +468,7 @@ class RewardClient:
 
         try:
             self._client = self._wait(opened())
-        except ConfigError:
+        except (ConfigError, RewardServerError):
             self._stop()
             raise
 
@@ -468,15 +491,15 @@ class RewardClient:
 
     def submit(self, conversations: Sequence[Conversation]) -> Future[list[Reward]]:
         """`score` in the background."""
-        return asyncio.run_coroutine_threadsafe(self._client.score(list(conversations)), self._loop)
+        return self._start(self._client.score(list(conversations)))
 
     def submit_pairs(self, pairs: Sequence[Pair]) -> Future[list[Comparison]]:
         """`AsyncRewardClient.compare` in the background."""
-        return asyncio.run_coroutine_threadsafe(self._client.compare(list(pairs)), self._loop)
+        return self._start(self._client.compare(list(pairs)))
 
     def close(self) -> None:
-        """Abandon calls under way, close the channel and end the thread."""
-        if self._loop.is_closed():
+        """Abandon calls under way, close the channel and end the thread; in a fork there is nothing to close."""
+        if self._loop.is_closed() or self._process != os.getpid():
             return
         self._wait(self._close())
         self._stop()
@@ -495,7 +518,13 @@ class RewardClient:
         await asyncio.gather(*others, return_exceptions=True)
 
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return self._start(work).result()
+
+    def _start(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
+        if self._process != os.getpid():
+            work.close()
+            check_not_forked()
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -508,7 +537,9 @@ def open_channel(address: str, access: Access) -> grpc.aio.Channel:
 
     Raises:
         ConfigError: one of several hosts has no address.
+        RewardServerError: this process was forked from one that has opened a channel.
     """
+    check_not_forked()
     hosts = address.split(",")
     options: list[tuple[str, Any]] = list(CHANNEL_OPTIONS)
     target = address

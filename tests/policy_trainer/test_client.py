@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -274,6 +276,40 @@ def test_closing_ends_a_call_that_waits_for_a_dead_server() -> None:
     client.close()
     with pytest.raises(RewardServerError, match="closed"):
         future.result(10)
+
+
+FORK = """
+import os, signal, sys
+from policy_trainer.client import RewardClient
+from rlaif.errors import RewardServerError
+from tests.policy_trainer.reward_servers import conversation
+
+client = RewardClient(sys.argv[1])
+assert client.score([conversation("5")])[0].raw == 5.0
+child = os.fork()
+if child == 0:
+    signal.alarm(30)  # a call that hangs is killed
+    for use in (lambda: client.score([conversation("6")]), lambda: RewardClient(sys.argv[1])):
+        try:
+            use()
+        except RewardServerError as err:
+            print(err, flush=True)
+    client.close()
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+print(client.score([conversation("7")])[0].raw)
+client.close()
+"""
+
+
+def test_a_fork_of_a_process_with_a_client_is_told_so_and_does_not_hang(address: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, address], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    old, opened, after = done.stdout.splitlines()
+    assert old == opened and "fork" in old and '"spawn"' in old
+    assert after == "7.0", "the parent's client goes on"
 
 
 @pytest.mark.parametrize(

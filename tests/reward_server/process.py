@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -26,7 +27,10 @@ def free_port() -> int:
 class ServerProcess:
     """`tests.reward_server.length_server` with the flags of `rlaif serve`; keeps its ports over restarts."""
 
-    def __init__(self, folder: Path, **flags: Any) -> None:
+    def __init__(
+        self, folder: Path, environment: Mapping[str, str] = MappingProxyType({}), **flags: Any
+    ) -> None:
+        self._environment = {**os.environ, **environment}
         self.port = free_port()
         self._metrics_port = free_port()
         self.ready = folder / f"ready-{self.port}"
@@ -54,7 +58,7 @@ class ServerProcess:
         self.ready.unlink(missing_ok=True)
         command = [sys.executable, "-m", "tests.reward_server.length_server", *self._arguments]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=self._environment)
         until = time.monotonic() + 60
         while not self.ready.exists():
             assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
@@ -85,9 +89,11 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(folder: Path, **flags: Any) -> Iterator[ServerProcess]:
+def server_process(
+    folder: Path, environment: Mapping[str, str] = MappingProxyType({}), **flags: Any
+) -> Iterator[ServerProcess]:
     """A running server that is killed at the end."""
-    server = ServerProcess(folder, **flags)
+    server = ServerProcess(folder, environment, **flags)
     server.start()
     try:
         yield server
