@@ -34,6 +34,10 @@ def conversations(n: int) -> list[Conversation]:
     return [with_response(user_prompt("q"), "x" * (i % 30 + 1)) for i in range(n)]
 
 
+def answered(server: ServerProcess) -> float:
+    return server.metric("rlaif_calls_total", method="Score", code="OK")
+
+
 class Load:
     """Scores without pause in the background; every answer is checked."""
 
@@ -116,7 +120,12 @@ def test_replicas_are_used_in_turn_and_one_that_joins_gets_its_share(
         client.score(conversations(5))
         second.start()
         with Load(client) as load:
-            load.more(200)  # the channel finds the second one again within a second
+            while not answered(second):  # the channel finds it again within a second
+                load.more(20)
+            before = [answered(one) for one in replicas]
+            load.more(200)
+            done = [answered(one) - earlier for one, earlier in zip(replicas, before, strict=True)]
+            assert 0.4 <= done[1] / sum(done) <= 0.6
             first.end(signal.SIGKILL)  # so the rest can only come from it
             load.more(20)
         assert load.wrong == []
