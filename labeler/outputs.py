@@ -13,13 +13,10 @@ import pyarrow as pa
 
 from rlaif.errors import QualityError
 from rlaif.storage import replacing, storing, write_atomic
+from rlaif.types import LOW_LABEL_MASS
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 """A conversation in the form that chat templates and TRL read."""
-
-
-LOW_MASS = 0.5
-"""Mean label mass below which labels say little: most of the judge's probability lies elsewhere."""
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
@@ -77,7 +74,7 @@ def warn_of_low_mass(mass: float | None, read: Path) -> None:
         mass: mean label mass, in [0, 1]; None where no label was read.
         read: where the rows can be seen.
     """
-    if mass is not None and mass < LOW_MASS:
+    if mass is not None and mass < LOW_LABEL_MASS:
         print(
             f"warning: the labels hold {mass:.2g} of the judge's probability on average: it wanted to say something "
             f"else; read {read} before using them",

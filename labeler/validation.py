@@ -24,7 +24,7 @@ import numpy as np
 from labeler.rationales import named_better
 from rlaif.errors import StorageError
 from rlaif.storage import write_atomic
-from rlaif.types import content_id
+from rlaif.types import LOW_LABEL_MASS, content_id
 
 Row = Mapping[str, Any]
 
@@ -34,7 +34,6 @@ SHOWN = 20
 """Rows shown in validation.md."""
 
 _GAP = 0.4
-_LOW_MASS = 0.5
 _SURE = 0.9
 _LENGTH_RATIO = 2.0
 _LENGTH_EXCESS = 200
@@ -96,7 +95,7 @@ def orders_disagree(row: Row) -> Finding | None:
 def low_label_mass(row: Row) -> Finding | None:
     """The judge wanted to say something other than a label."""
     masses = [m for m in (row.get("label_mass_ab"), row.get("label_mass_ba")) if m is not None]
-    if not masses or min(masses) >= _LOW_MASS:
+    if not masses or min(masses) >= LOW_LABEL_MASS:
         return None
     return Finding(
         "low_label_mass", 1.0 - min(masses), f"all labels together had probability {min(masses):.2g}"

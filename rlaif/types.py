@@ -115,6 +115,10 @@ class Pair:
         return (self.a, self.b) if order == "ab" else (self.b, self.a)
 
 
+LOW_LABEL_MASS = 0.5
+"""Probability of all labels together below which they say little: most of the judge's probability lies elsewhere."""
+
+
 @dataclass(frozen=True, slots=True)
 class LabelDistribution:
     """What a judge said over a closed set of labels, read from next-token probabilities.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rlaif.report import plots
 from rlaif.report.findings import Findings, section, table, unfinished
-from rlaif.report.labels import gaps, position_tile
+from rlaif.report.labels import gaps, mass_warnings, position_tile
 from rlaif.report.page import Block, Figure, Figures, Section, Tile
 from rlaif.report.public import own_scores
 from rlaif.report.source import Facts, Source
@@ -76,8 +76,15 @@ def judge(source: Source) -> Findings:
         tiles=tiles,
         sections=parts,
         absent=_absent(report, found),
-        warnings=report.get("lineage") or (),
+        warnings=[*(report.get("lineage") or ()), *_mass_warnings(report)],
     )
+
+
+def _mass_warnings(report: Facts) -> list[str]:
+    if "variants" not in report:
+        return mass_warnings(report["label_mass"]["mean"])
+    named = ((f"the labels of {v['name']}", v["label_mass"]["mean"]) for v in report["variants"])
+    return [warning for labels, mean in named for warning in mass_warnings(mean, labels)]
 
 
 def _absent(report: Facts, found: Facts) -> list[str]:

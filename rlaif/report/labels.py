@@ -21,6 +21,7 @@ from rlaif.report.wording import (
     usd,
     whole,
 )
+from rlaif.types import LOW_LABEL_MASS
 
 NO_PRICE = "Cost: no price was told (--price_per_million)."
 SUSPECTS, EXAMPLES, OPEN_ROWS = 10, 4, 5
@@ -63,7 +64,7 @@ def preferences(source: Source) -> Findings:
             *_rankings(source),
         ],
         absent=absent,
-        warnings=report.get("lineage") or (),
+        warnings=[*(report.get("lineage") or ()), *mass_warnings(report.get("label_mass_mean"))],
     )
 
 
@@ -112,6 +113,16 @@ def position_tile(same: float | None, first: float | None) -> Tile:
     """Position bias: how often both orders prefer the same position, and how often that is the first."""
     of_these = "" if first is None else f", of these the first one in {rate(first)}"
     return Tile(rate(same), "position bias", f"both orders prefer the same position{of_these}")
+
+
+def mass_warnings(mean: float | None, labels: str = "the labels") -> list[str]:
+    """What to know of labels that hold little of the judge's probability on average."""
+    if mean is None or mean >= LOW_LABEL_MASS:
+        return []
+    return [
+        f"{labels[0].upper()}{labels[1:]} hold {figure(mean)} of the judge's probability on average: it wanted to "
+        "say something else"
+    ]
 
 
 def least_mass(report: Facts) -> str:

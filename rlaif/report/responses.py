@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rlaif.report import plots
 from rlaif.report.findings import Findings, section, table, unfinished
-from rlaif.report.labels import EXAMPLES, NO_PRICE, gaps, least_mass, spread_out, tokens_used
+from rlaif.report.labels import EXAMPLES, NO_PRICE, gaps, least_mass, mass_warnings, spread_out, tokens_used
 from rlaif.report.page import Block, Example, Figure, Figures, Text, Tile
 from rlaif.report.source import Facts, Source
 from rlaif.report.wording import (
@@ -94,6 +94,7 @@ def scores(source: Source) -> Findings:
             *section("From the highest to the lowest", *examples),
         ],
         absent=[] if report.get("cost_usd") is not None else [NO_PRICE],
+        warnings=mass_warnings(report.get("label_mass_mean")),
     )
 
 

@@ -109,6 +109,23 @@ def test_scores_show_their_distribution(made: Callable[..., Path]) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["preferences", "scores", "judged"])
+def test_labels_that_hold_little_of_the_judges_probability_are_warned_of(
+    made: Callable[..., Path], kind: str, tmp_path: Path
+) -> None:
+    run = shutil.copytree(made(kind, getattr(runs, kind)), tmp_path / "run")
+    warning = "it wanted to say something else"
+    assert not any(warning in e.text for e in page(run).all("p"))
+    report = report_of(run)
+    if kind == "judged":
+        report["label_mass"]["mean"] = 0.23
+    else:
+        report["label_mass_mean"] = 0.23
+    (run / "report.json").write_text(json.dumps(report))
+    (told,) = [e.text for e in page(run).all("p") if warning in e.text]
+    assert "hold 0.23 of the judge's probability" in told
+
+
 def test_rankings_have_a_leaderboard_that_a_models_name_cannot_break(made: Callable[..., Path]) -> None:
     run = made("rankings", runs.rankings)
     shown, board = page(run), report_of(run)["leaderboard"]
