@@ -9,6 +9,7 @@ from rlaif.measures import expected_calibration_error, reliability
 from rlaif.report import plots
 from rlaif.report.findings import Findings, section, table, unfinished
 from rlaif.report.page import Block, Example, Figure, Figures, Section, Text, Tile
+from rlaif.report.reviewed import reviewed
 from rlaif.report.source import Facts, Row, Source, read_lines
 from rlaif.report.wording import (
     count_rows,
@@ -58,6 +59,7 @@ def preferences(source: Source) -> Findings:
         sections=[
             *section("What the labels look like", _preference_figures(columns, report)),
             *_leaderboard(report.get("leaderboard")),
+            *reviewed(source),
             *gaps(source, report, report.get("pairs")),
             *_suspects(source, validation),
             *_judgments(source, columns),

@@ -9,6 +9,7 @@ from rlaif.report import plots
 from rlaif.report.findings import Findings, section, table, unfinished
 from rlaif.report.labels import EXAMPLES, NO_PRICE, gaps, least_mass, mass_warnings, spread_out, tokens_used
 from rlaif.report.page import Block, Example, Figure, Figures, Text, Tile
+from rlaif.report.reviewed import reviewed
 from rlaif.report.source import Facts, Source
 from rlaif.report.wording import (
     count_rows,
@@ -90,6 +91,7 @@ def scores(source: Source) -> Findings:
         sections=[
             *section("What the scores look like", Figures(figures) if figures else None),
             *section("By who answered, and what was asked", *_tallies(report.get("tables") or ())),
+            *reviewed(source),
             *gaps(source, report, report.get("responses")),
             *section("From the highest to the lowest", *examples),
         ],

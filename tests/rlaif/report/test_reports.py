@@ -13,6 +13,7 @@ import pytest
 
 from rlaif.cli import main
 from rlaif.report import server
+from tests.labeler.review.serving import labelled, review
 from tests.rlaif.report import runs
 from tests.rlaif.report.pages import Read, read
 
@@ -107,6 +108,23 @@ def test_scores_show_their_distribution(made: Callable[..., Path]) -> None:
     assert ["labelled", "guard: the response says nothing", "1", "16.7 %"] in shown.table(
         "What became of the input"
     )
+
+
+def test_marks_of_a_review_stand_beside_the_labels(tmp_path: Path) -> None:
+    run = labelled(tmp_path, 8)
+    assert "What people said of the labels" not in text_of(page(run))
+    with review(run) as served, served.client() as client:
+        for number, verdict in ((1, "a"), (2, "a"), (3, "b"), (4, "tie"), (5, "bad")):
+            answer = client.post(f"/rows/{number}/mark?order=dataset", data={"verdict": verdict})
+            assert answer.status_code == 200
+        served.stop()
+    shown = page(run)
+    agreement = 100 * report_of(run / "review")["agreement"]["blind"]["agreement"]["value"]
+    blind, everything = shown.table("Marks: preferences")[1:]
+    assert blind[:2] == ["made without seeing the label", "3"]
+    assert blind[2].startswith(f"{agreement:.1f} [")
+    assert everything[:2] == ["all marks", "3"]
+    assert any("5 preferences of ann, 1 of them rows marked as bad." in e.text for e in shown.all("p"))
 
 
 @pytest.mark.parametrize("kind", ["preferences", "scores", "judged"])
