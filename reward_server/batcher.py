@@ -380,12 +380,24 @@ class Batcher:
                     break
                 batch.append(entry)
                 left -= added
-        while len(batch) > 1 and (cost := self.scorer.cost([e.item for e in batch])) > self._max_batch_tokens:
-            batch = batch[: max(1, min(len(batch) - 1, len(batch) * self._max_batch_tokens // cost))]
+        batch = batch[: self._fitting([e.item for e in batch])]
         taken = set(map(id, batch))
         for entry in window:
             entry.passed_over += id(entry) not in taken
         return batch
+
+    def _fitting(self, items: list[Prepared]) -> int:
+        """How many of them, from the first, the device computes within the budget, at least one."""
+        if len(items) == 1 or self.scorer.cost(items) <= self._max_batch_tokens:
+            return len(items)
+        fits, too_many = 1, len(items)
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if self.scorer.cost(items[:middle]) <= self._max_batch_tokens:
+                fits = middle
+            else:
+                too_many = middle
+        return fits
 
     def _by_fit(self, window: list[_Entry]) -> list[tuple[int, list[_Entry]]]:
         """Families of entries that share a prefix, with its length in tokens, or single ones.

@@ -67,6 +67,20 @@ def test_a_batch_takes_the_oldest_item_and_those_of_its_length() -> None:
     asyncio.run(scenario())
 
 
+def test_a_long_item_that_does_not_fit_leaves_the_batch_full_of_short_ones() -> None:
+    """Without padding all 31 have the 1,000 tokens of the budget; padded, the 30 have 600."""
+
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        queue = batcher(scorer, max_batch_tokens=1000)
+        queue.start()
+        await queue.submit([task(n) for n in (*[20] * 15, 400, *[20] * 15)])
+        await queue.stop()
+        assert [[len(r) for r in batch] for batch in scorer.batches] == [[20] * 30, [400]]
+
+    asyncio.run(scenario())
+
+
 def test_an_idle_queue_takes_a_request_larger_than_its_bounds() -> None:
     async def scenario() -> None:
         scorer = LengthScorer()
