@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 Ids = Sequence[int]
 
@@ -26,7 +26,7 @@ class Costs:
 
     Attributes:
         overhead: fixed cost of a forward pass, in tokens that could have been computed instead.
-        best_tokens: beyond so many padded tokens a forward pass is no longer cheaper per token.
+        best_tokens: beyond so many tokens, padding included, a forward pass is no longer cheaper per token.
     """
 
     overhead: int
@@ -40,24 +40,32 @@ class Group:
     Attributes:
         prefix: tokens computed once for all of them; 0 if nothing is shared.
         passes: rows of each forward pass over what follows, as indices into the batch.
+        pads: whether the rows of a pass are as long as the longest.
     """
 
     prefix: int
     passes: tuple[tuple[int, ...], ...]
+    pads: bool = True
 
     def tokens(self, sequences: Sequence[Ids]) -> int:
         """Tokens that the device computes, padding included."""
-        padded = (len(rows) * (max(len(sequences[i]) for i in rows) - self.prefix) for rows in self.passes)
-        return self.prefix + sum(padded)
+        found = self.prefix
+        for rows in self.passes:
+            lengths = [len(sequences[i]) - self.prefix for i in rows]
+            found += len(rows) * max(lengths) if self.pads else sum(lengths)
+        return found
 
 
-def plan(sequences: Sequence[Ids], costs: Costs, *, share: bool, pad_id: int | None = None) -> list[Group]:
+def plan(
+    sequences: Sequence[Ids], costs: Costs, *, share: bool, pads: bool = True, pad_id: int | None = None
+) -> list[Group]:
     """Every sequence in one pass of one group, at the least cost found.
 
     Args:
         sequences: token ids, none empty.
         costs: of the device.
         share: whether the model can compute a prefix once.
+        pads: whether the rows of a pass are as long as the longest.
         pad_id: PAD, which pooling by the last other token steps over.
     """
     alone = [(0, [i]) for i in range(len(sequences))]
@@ -67,7 +75,7 @@ def plan(sequences: Sequence[Ids], costs: Costs, *, share: bool, pad_id: int | N
     if single:
         groups.append((0, single))
     return [
-        Group(prefix, tuple(_passes(rows, [len(sequences[i]) - prefix for i in rows], costs)))
+        Group(prefix, tuple(_passes(rows, [len(sequences[i]) - prefix for i in rows], costs, pads)), pads)
         for prefix, rows in groups
     ]
 
@@ -139,20 +147,22 @@ def _best(
     return apart, [family for _, found in parts for family in found]
 
 
-def _passes(rows: Sequence[int], lengths: Sequence[int], costs: Costs) -> list[tuple[int, ...]]:
+def _passes(rows: Sequence[int], lengths: Sequence[int], costs: Costs, pads: bool) -> list[tuple[int, ...]]:
     """Cut rows, sorted by length, into forward passes: shortest path over the places where they may be cut."""
     order = sorted(range(len(rows)), key=lengths.__getitem__)
     step = math.ceil(len(rows) / _CUTS)
     cuts = [*range(0, len(rows), step), len(rows)]
+    before = [0, *accumulate(lengths[i] for i in order)]
     least = [0.0] + [math.inf] * (len(cuts) - 1)
     back = [0] * len(cuts)
     for end in range(1, len(cuts)):
         width = lengths[order[cuts[end] - 1]]
         for start in range(end - 1, -1, -1):
-            padded = (cuts[end] - cuts[start]) * width
-            if padded > costs.best_tokens and start < end - 1:
+            real = before[cuts[end]] - before[cuts[start]]
+            tokens = (cuts[end] - cuts[start]) * width if pads else real
+            if tokens > costs.best_tokens and start < end - 1:
                 break
-            cost = least[start] + padded + costs.overhead
+            cost = least[start] + tokens + costs.overhead
             if cost < least[end]:
                 least[end], back[end] = cost, start
     found = []

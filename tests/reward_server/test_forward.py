@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     LlamaForSequenceClassification,
     MistralConfig,
     MistralForSequenceClassification,
@@ -23,6 +25,8 @@ from transformers import (
 )
 
 from reward_server.forward import BatchedForward
+from reward_server.padding_free import attention_forward, bounds
+from reward_server.passes import pad
 from reward_server.plan import Costs, Group, common_prefix, families, plan
 from tests.reward_server import tiny
 
@@ -71,7 +75,21 @@ def sliding() -> PreTrainedModel:
     return spread_out(MistralForSequenceClassification(config))
 
 
-MODELS = {"llama": llama, "qwen3": qwen3, "bert": bert, "sliding": sliding}
+def gpt2() -> PreTrainedModel:
+    """Learned positions, which a row of several sequences begins anew."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=259, n_embd=32, n_layer=2, n_head=2, n_positions=128, pad_token_id=2, num_labels=1
+    )
+    return spread_out(GPT2ForSequenceClassification(config))
+
+
+def eager() -> PreTrainedModel:
+    """Without the attention of PyTorch, sequences stay in rows of their own."""
+    return llama(attn_implementation="eager")
+
+
+MODELS = {"llama": llama, "qwen3": qwen3, "gpt2": gpt2, "eager": eager, "bert": bert, "sliding": sliding}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -116,11 +134,11 @@ def test_scores_are_those_of_each_sequence_alone(
 
 
 @settings(max_examples=200, deadline=None)
-@given(batch=batches(), share=st.booleans())
+@given(batch=batches(), share=st.booleans(), pads=st.booleans())
 def test_every_sequence_is_in_one_pass_and_a_group_begins_alike(
-    batch: list[tuple[int, ...]], share: bool
+    batch: list[tuple[int, ...]], share: bool, pads: bool
 ) -> None:
-    groups = plan(batch, CHEAP, share=share, pad_id=2)
+    groups = plan(batch, CHEAP, share=share, pads=pads, pad_id=2)
     assert sorted(i for g in groups for rows in g.passes for i in rows) == list(range(len(batch)))
     for group in groups:
         prefixes = {batch[i][: group.prefix] for rows in group.passes for i in rows}
@@ -128,16 +146,64 @@ def test_every_sequence_is_in_one_pass_and_a_group_begins_alike(
         assert all(len(batch[i]) > group.prefix for rows in group.passes for i in rows)
     computed = sum(g.tokens(batch) for g in groups)
     passes = sum(len(g.passes) + bool(g.prefix) for g in groups)
-    one = Group(0, (tuple(range(len(batch))),)).tokens(batch)
+    one = Group(0, (tuple(range(len(batch))),), pads).tokens(batch)
     if one <= CHEAP.best_tokens:
         assert computed + passes * CHEAP.overhead <= one + CHEAP.overhead
 
 
 def test_only_causal_models_with_full_attention_share_prefixes() -> None:
     shares = {name: BatchedForward(make()).shares_prefixes for name, make in MODELS.items()}
-    assert shares == {"llama": True, "qwen3": True, "bert": False, "sliding": False}
+    assert shares == {
+        "llama": True, "qwen3": True, "gpt2": True, "eager": True, "bert": False, "sliding": False
+    }  # fmt: skip
     stretched = llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
     assert not BatchedForward(stretched).shares_prefixes
+
+
+def test_causal_models_with_the_attention_of_pytorch_compute_no_padding() -> None:
+    pads = {name: BatchedForward(make()).pads for name, make in MODELS.items()}
+    assert pads == {
+        "llama": False, "qwen3": False, "gpt2": False, "eager": True, "bert": True, "sliding": True
+    }  # fmt: skip
+    model = llama()
+    batch = [tuple(range(3, 3 + n)) for n in (5, 60, 11)]
+    assert BatchedForward(model).tokens(batch) == 76
+    with torch.no_grad():
+        padded, mask = pad(batch, 2)
+        logits = model(input_ids=padded, attention_mask=mask).logits
+    assert logits.squeeze(-1).tolist() == pytest.approx([alone(model, ids) for ids in batch], abs=1e-5), (
+        "the model can be used in other ways as before"
+    )
+
+
+def test_a_model_that_gives_something_else_in_one_row_keeps_its_padding() -> None:
+    class Absolute(LlamaForSequenceClassification):
+        """Knows better than its caller where tokens are."""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model.register_forward_pre_hook(self._renumber, with_kwargs=True)
+
+        @staticmethod
+        def _renumber(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            past = kwargs.get("past_key_values")
+            first = 0 if past is None else past.get_seq_length()
+            ids = args[0] if args else kwargs["input_ids"]
+            return args, {**kwargs, "position_ids": torch.arange(first, first + ids.shape[1])[None]}
+
+    torch.manual_seed(0)
+    model = spread_out(Absolute(tiny.config(num_labels=1)))
+    forward = BatchedForward(model)
+    assert forward.shares_prefixes and forward.pads
+    batch = [tuple(range(3, 3 + n)) for n in (5, 60, 11)]
+    assert forward.scores(batch)[0].tolist() == pytest.approx([alone(model, ids) for ids in batch], abs=1e-5)
+
+
+@pytest.mark.parametrize("own", ["sliding_window", "softcap", "s_aux", "position_bias"])
+def test_an_attention_of_another_kind_is_not_computed_as_if_it_were_this_one(own: str) -> None:
+    x = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(NotImplementedError, match=own):
+        attention_forward(torch.nn.Identity(), x, x, x, bounds([1, 2]), **{own: 1})
 
 
 def test_a_model_that_does_not_read_its_cache_as_it_should_computes_every_prefix() -> None:
@@ -163,7 +229,8 @@ def test_the_prefix_of_a_group_is_computed_once() -> None:
     _, cached = forward.scores(batch)
     # three of the four find the 110 - 10 + 10 tokens that all begin with
     assert sorted(cached) == [0, 109, 109, 109]
-    assert forward.tokens(batch) == 109 + 4 * 4
+    assert forward.tokens(batch) == 109 + 1 + 2 + 3 + 4
+    assert BatchedForward(eager()).tokens(batch) == 109 + 4 * 4
 
 
 def test_a_final_pad_is_stepped_over_as_transformers_does() -> None:

@@ -1,0 +1,102 @@
+"""Attention over sequences that lie one after another in a row, so that none of them is padded.
+
+A model of transformers asks for its attention by name and hands on a mask of four dimensions as it is
+(https://huggingface.co/docs/transformers/attention_interface). Here such a mask of integers says where each sequence
+begins and ends; with any other mask, the attention is that of PyTorch, as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "rlaif_padding_free"
+
+_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
+"""What some models add to the attention that is not computed here."""
+
+
+def bounds(lengths: Sequence[int]) -> Tensor:
+    """Where sequences of these lengths begin and end in their row: (1, 1, 1, N + 1) int64."""
+    return torch.tensor([0, *accumulate(lengths)]).view(1, 1, 1, -1)
+
+
+@torch.library.custom_op("rlaif::padding_free_attention", mutates_args=())
+def _attention(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, scale: float) -> Tensor:
+    kept = key.shape[2] - query.shape[2]
+    grouped = query.shape[1] != key.shape[1]
+    found = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    for start, end in pairwise(edges.flatten().tolist()):
+        keys, values = (x[:, :, kept + start : kept + end] for x in (key, value))
+        seen = None
+        if kept:
+            keys = torch.cat([key[:, :, :kept], keys], dim=2)
+            values = torch.cat([value[:, :, :kept], values], dim=2)
+            seen = torch.ones(end - start, kept + end - start, dtype=torch.bool, device=query.device).tril(
+                kept
+            )
+        found[:, start:end] = scaled_dot_product_attention(
+            query[:, :, start:end],
+            keys,
+            values,
+            attn_mask=seen,
+            is_causal=seen is None,
+            scale=scale,
+            enable_gqa=grouped,
+        ).transpose(1, 2)
+    return found
+
+
+@_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, scale: float) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each sequence of a row to what is kept before the row, and to itself up to each of its tokens.
+
+    Args:
+        module: the layer.
+        query: (1, H, T, D).
+        key: (1, G, K + T, D); the first K are of an earlier pass, and every sequence sees them.
+        value: as `key`.
+        attention_mask: of `bounds`, or any other.
+        scaling: of the logits; D ** -0.5 by default.
+        kwargs: what else transformers hands on.
+
+    Returns:
+        (1, T, H, D), and no weights.
+
+    Raises:
+        NotImplementedError: the model has an attention of another kind.
+    """
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return found
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"no padding-free attention with {name}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _attention(query, key, value, attention_mask, scale), None
+
+
+AttentionInterface.register(ATTENTION, attention_forward)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
