@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from reward_server.last_layer import reads_ends_alone
+
 ATTENTION = "rlaif_padding_free"
 
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
@@ -30,25 +32,28 @@ def bounds(lengths: Sequence[int]) -> Tensor:
 
 
 @torch.library.custom_op("rlaif::padding_free_attention", mutates_args=())
-def _attention(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, scale: float) -> Tensor:
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, edges: Tensor, scale: float, last_only: bool
+) -> Tensor:
     kept = key.shape[2] - query.shape[2]
     grouped = query.shape[1] != key.shape[1]
-    found = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    found = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
     for start, end in pairwise(edges.flatten().tolist()):
         keys, values = (x[:, :, kept + start : kept + end] for x in (key, value))
-        seen = None
         if kept:
             keys = torch.cat([key[:, :, :kept], keys], dim=2)
             values = torch.cat([value[:, :, :kept], values], dim=2)
-            seen = torch.ones(end - start, kept + end - start, dtype=torch.bool, device=query.device).tril(
-                kept
-            )
-        found[:, start:end] = scaled_dot_product_attention(
-            query[:, :, start:end],
+        first = end - 1 if last_only else start
+        seen = None
+        if kept and not last_only:
+            length = end - start
+            seen = torch.ones(length, kept + length, dtype=torch.bool, device=query.device).tril(kept)
+        found[:, first:end] = scaled_dot_product_attention(
+            query[:, :, first:end],
             keys,
             values,
             attn_mask=seen,
-            is_causal=seen is None,
+            is_causal=seen is None and not last_only,
             scale=scale,
             enable_gqa=grouped,
         ).transpose(1, 2)
@@ -56,7 +61,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, scale: 
 
 
 @_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, scale: float) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, edges: Tensor, scale: float, last_only: bool) -> Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
@@ -81,7 +86,8 @@ def attention_forward(
         kwargs: what else transformers hands on.
 
     Returns:
-        (1, T, H, D), and no weights.
+        (1, T, H, D), and no weights. In a last layer that is computed for the ends of the sequences alone, the others
+        are 0.
 
     Raises:
         NotImplementedError: the model has an attention of another kind.
@@ -95,7 +101,7 @@ def attention_forward(
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"no padding-free attention with {name}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _attention(query, key, value, attention_mask, scale), None
+    return _attention(query, key, value, attention_mask, scale, reads_ends_alone(module)), None
 
 
 AttentionInterface.register(ATTENTION, attention_forward)

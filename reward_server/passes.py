@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from reward_server.last_layer import LastLayer
 from reward_server.padding_free import ATTENTION, bounds
 from reward_server.plan import Ids, pooled
 
@@ -82,6 +83,7 @@ class PaddingFree:
     pads = False
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self.last_layer = LastLayer(model)
         self.module: nn.Module = model.base_model
         self.forward: Callable[..., Any] = model.base_model
         assert isinstance(model.score, nn.Linear)
@@ -96,22 +98,24 @@ class PaddingFree:
     def logits(self, sequences: Sequence[Ids], kept: DynamicCache | None) -> Tensor:
         """See `Pass`."""
         past = None if kept is None else _repeat(kept, 1)
-        hidden = self._row(sequences, past, use_cache=past is not None).last_hidden_state[0]
-        starts = accumulate(map(len, sequences), initial=0)
-        read = [start + pooled(ids, self._pad_id) for start, ids in zip(starts, sequences, strict=False)]
-        logits: Tensor = self._head(hidden[read])
+        read = [
+            ids[: pooled(ids, self._pad_id) + 1] for ids in sequences
+        ]  # up to the token that the head reads
+        hidden = self._row(read, past, use_cache=past is not None).last_hidden_state[0]
+        logits: Tensor = self._head(hidden[[end - 1 for end in accumulate(map(len, read))]])
         return logits
 
     def _row(self, sequences: Sequence[Ids], past: DynamicCache | None, *, use_cache: bool) -> Any:
         lengths = [len(ids) for ids in sequences]
         first = 0 if past is None else past.get_seq_length()
-        return self.forward(
-            input_ids=torch.tensor([[i for ids in sequences for i in ids]]),
-            position_ids=torch.cat([torch.arange(first, first + n) for n in lengths])[None],
-            attention_mask=bounds(lengths),
-            past_key_values=past,
-            use_cache=use_cache,
-        )
+        with self.last_layer.reading([end - 1 for end in accumulate(lengths)]):
+            return self.forward(
+                input_ids=torch.tensor([[i for ids in sequences for i in ids]]),
+                position_ids=torch.cat([torch.arange(first, first + n) for n in lengths])[None],
+                attention_mask=bounds(lengths),
+                past_key_values=past,
+                use_cache=use_cache,
+            )
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -176,6 +176,24 @@ def test_causal_models_with_the_attention_of_pytorch_compute_no_padding() -> Non
     )
 
 
+def test_the_last_layer_is_computed_for_the_tokens_that_are_read_and_left_as_it_was() -> None:
+    model = llama()
+    names = list(model.state_dict())
+    forward = BatchedForward(model)
+    seen: dict[str, list[int]] = {}
+    for name, module in model.named_modules():
+        if name.endswith((".mlp", ".q_proj", ".k_proj", ".o_proj")):
+            note = seen.setdefault(name.removeprefix("model.layers."), [])
+            module.register_forward_pre_hook(lambda _, args, note=note: note.append(args[0].shape[1]))
+    forward.scores([(*range(3, 8), 2), tuple(range(9, 69)), tuple(range(3, 14))])
+    read, every = [3], [76]  # the final PAD of the first is not computed at all
+    assert seen == {
+        "0.mlp": every, "0.self_attn.q_proj": every, "0.self_attn.k_proj": every, "0.self_attn.o_proj": every,
+        "1.mlp": read, "1.self_attn.q_proj": read, "1.self_attn.k_proj": every, "1.self_attn.o_proj": read,
+    }  # fmt: skip
+    assert list(model.state_dict()) == names
+
+
 def test_a_model_that_gives_something_else_in_one_row_keeps_its_padding() -> None:
     class Absolute(LlamaForSequenceClassification):
         """Knows better than its caller where tokens are."""
