@@ -21,7 +21,8 @@ import harness
 import reward_load as load
 import torch
 
-from reward_server.model import RewardModel, load_reward_model, pad
+from reward_server.model import RewardModel, load_reward_model
+from reward_server.passes import pad
 from reward_server.scorers.base import ScoreTask
 from reward_server.scorers.learned import LearnedScorer
 from rlaif.types import user_prompt, with_response

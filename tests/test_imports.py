@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,6 +75,23 @@ def test_only_the_judge_scorer_of_the_reward_server_knows_the_labeler(repository
         if any(within(module, "labeler") for _, module in imports(path, "reward_server"))
     }
     assert users <= {"scorers/judge.py"}
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "docs"])
+def test_what_programs_outside_the_packages_import_from_them_is_there(repository: Path, folder: str) -> None:
+    """No test runs a benchmark to its end, and one that cannot start would be noticed when it is needed."""
+    missing = []
+    for path in sorted((repository / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and any(within(node.module or "", one) for one in PACKAGES):
+                module = importlib.import_module(node.module or "")
+                missing += [
+                    f"{path.relative_to(repository)}:{node.lineno} {node.module}.{alias.name}"
+                    for alias in node.names
+                    if not hasattr(module, alias.name)
+                    and importlib.util.find_spec(f"{node.module}.{alias.name}") is None
+                ]
+    assert missing == []
 
 
 def test_a_forbidden_import_is_seen(tmp_path: Path) -> None:
