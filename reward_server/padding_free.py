@@ -24,8 +24,8 @@ from reward_server.last_layer import reads_ends_alone
 ATTENTION = "rlaif_padding_free"
 
 _BLOCK = 64
-"""Queries that are computed at a time, for each thread: those of a block are compared with all keys up to its end. On
-one core of an AMD EPYC 250 tokens take 1.0 ms so, and 1.3 ms at once; blocks of 32 and of 128 take longer."""
+"""Queries that are computed at a time: those of a block are compared with all keys up to its end. On one core of an AMD
+EPYC 250 tokens take 1.0 ms so, and 1.3 ms at once; larger blocks take longer."""
 
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 """What some models add to the attention that is not computed here."""
@@ -37,9 +37,9 @@ def bounds(lengths: Sequence[int]) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _unseen(block: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(block, 2 * reach): 0 in the first reach + i + 1 columns of row i, and minus infinity in the others."""
-    return torch.full((block, 2 * reach), -torch.inf, dtype=dtype, device=device).triu(reach + 1)
+def _unseen(reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(_BLOCK, 2 * reach): 0 in the first reach + i + 1 columns of row i, and minus infinity in the others."""
+    return torch.full((_BLOCK, 2 * reach), -torch.inf, dtype=dtype, device=device).triu(reach + 1)
 
 
 @torch.library.custom_op("rlaif::padding_free_attention", mutates_args=())
@@ -47,9 +47,8 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, edges: Tensor, scale: float, last_only: bool
 ) -> Tensor:
     kept = key.shape[2] - query.shape[2]
-    block = _BLOCK * torch.get_num_threads()
-    reach = max(block, 1 << key.shape[2].bit_length())
-    unseen = _unseen(block, reach, query.dtype, query.device)
+    reach = max(_BLOCK, 1 << key.shape[2].bit_length())
+    unseen = _unseen(reach, query.dtype, query.device)
     made = query.new_zeros if last_only else query.new_empty
     found = made(1, query.shape[2], query.shape[1], value.shape[3])
     for start, end in pairwise(edges.flatten().tolist()):
@@ -57,8 +56,8 @@ def _attention(
         if kept:
             keys = torch.cat([key[:, :, :kept], keys], dim=2)
             values = torch.cat([value[:, :, :kept], values], dim=2)
-        for first in (end - 1,) if last_only else range(start, end, block):
-            after = min(end, first + block)
+        for first in (end - 1,) if last_only else range(start, end, _BLOCK):
+            after = min(end, first + _BLOCK)
             before, sees = kept + first - start, kept + after - start
             found[:, first:after] = scaled_dot_product_attention(
                 query[:, :, first:after],
