@@ -71,7 +71,7 @@ class ServeConfig:
     max_items: int = 256
     """Most items in one request."""
     max_batch_tokens: int = 8192
-    """Most padded tokens in one forward pass."""
+    """Most tokens of a batch, padding included."""
     max_queue_tokens: int = 1_000_000
     """Tokens that may wait; a request beyond that is refused at once and told when to come back."""
     max_queue_items: int = 8192

@@ -30,9 +30,9 @@ from rlaif.models import has_length_dependent_positions
 _LOG = logging.getLogger(__name__)
 
 _CPU_TOKENS = 1024
-"""Of a pass, for each thread. Measured on one core and on two with 14 M parameters: with twice as many tokens the
-activations fall out of the caches, and a token takes 3 to 5 % longer, with four times as many 15 %. A pass of one token
-takes as long as some 45 tokens of a larger one."""
+"""Of a pass, for each thread. With 14 M parameters on one core of an AMD EPYC, compiled: with twice as many tokens the
+activations fall out of the caches, and a token takes 5 % longer, with four times as many 18 %; on two cores, with twice
+as many, 4 %. A pass of one token takes as long as some 45 tokens of a larger one."""
 
 _GPU = Costs(overhead=1024, best_tokens=1 << 30)
 """An estimate: launching the kernels of a pass takes 10 to 20 ms, in which a GPU computes 500 to 3,000 tokens of a

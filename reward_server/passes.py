@@ -77,7 +77,7 @@ class Padded:
 class PaddingFree:
     """All sequences in one row, each with its own positions and an attention that ends where it ends.
 
-    For causal decoders on a CPU, whose products of matrices a token of padding costs as much as any other.
+    For causal decoders on a CPU, where a token of padding costs as much as any other.
     """
 
     pads = False
@@ -98,9 +98,8 @@ class PaddingFree:
     def logits(self, sequences: Sequence[Ids], kept: DynamicCache | None) -> Tensor:
         """See `Pass`."""
         past = None if kept is None else _repeat(kept, 1)
-        read = [
-            ids[: pooled(ids, self._pad_id) + 1] for ids in sequences
-        ]  # up to the token that the head reads
+        # Nothing after the token that the head reads is of use to it.
+        read = [ids[: pooled(ids, self._pad_id) + 1] for ids in sequences]
         hidden = self._row(read, past, use_cache=past is not None).last_hidden_state[0]
         logits: Tensor = self._head(hidden[[end - 1 for end in accumulate(map(len, read))]])
         return logits

@@ -33,7 +33,7 @@ class EvaluateConfig:
     max_length: int | None = None
     """Longest conversation in tokens; longer ones lose the oldest tokens of their prompt. By default the model's."""
     max_batch_tokens: int = 8192
-    """Most padded tokens in one forward pass."""
+    """Most tokens of a batch, padding included."""
 
     VOLATILE: ClassVar[frozenset[str]] = frozenset(
         {"subset_column", "limit", "resamples", "device", "dtype", "max_batch_tokens"}

@@ -186,38 +186,33 @@ def test_a_bug_keeps_its_traceback() -> None:
         with_example("train", "example", "--output_dir", "x", "--do", "crash")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_command_with_one_line(repository: Path, number: int, code: int) -> None:
+def signalled(repository: Path, do: str, says: str, number: int) -> tuple[int, str, str]:
+    """What a command that does this ends with, when a signal comes after it `says` so: code, stdout, stderr."""
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "train", "example", "--output_dir", "x", "--do", "wait"],
+        [sys.executable, "-c", PROGRAM, "train", "example", "--output_dir", "x", "--do", do],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=repository,
     ) as process:
         assert process.stdout is not None and process.stderr is not None
-        process.stdout.readline()
+        while not process.stdout.readline().startswith(says):
+            assert process.poll() is None, process.stderr.read()
         process.send_signal(number)
-        assert process.wait(30) == code
-        assert process.stderr.read() == "rlaif: interrupted; run the same command again to go on\n"
+        out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_command_with_one_line(repository: Path, number: int, code: int) -> None:
+    ended = signalled(repository, "wait", "ExampleConfig", number)
+    assert ended == (code, "", "rlaif: interrupted; run the same command again to go on\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_after_the_first_do_not_fail_a_command_that_serves(repository: Path, number: int) -> None:
     """One comes while it drains, the others when its event loop is gone; a supervisor reads the exit code."""
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "train", "example", "--output_dir", "x", "--do", "serve"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=repository,
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
-        while process.stdout.readline() != "serving\n":
-            assert process.poll() is None, process.stderr.read()
-        process.send_signal(number)
-        assert process.wait(30) == 0, process.stderr.read()
-        assert process.stdout.read() == "drained\n"
+    assert signalled(repository, "serve", "serving", number) == (0, "drained\n", "")
 
 
 def test_exit_codes_reach_the_shell(repository: Path) -> None:

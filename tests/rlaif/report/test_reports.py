@@ -187,9 +187,15 @@ def test_a_judge_is_shown_by_subset_with_its_biases(made: Callable[..., Path]) -
 
 
 def test_ways_of_asking_and_attacks_are_compared(tmp_path: Path) -> None:
-    variants = page(runs.judged(tmp_path / "v", "--variants", "cot=on,off"))
+    run = runs.judged(tmp_path / "v", "--variants", "cot=on,off")
+    variants = page(run)
     assert variants.titles == ["Agreement with people by variant"]
     assert variants.table("Variants")[1][2] == "the first"
+    report = report_of(run)
+    report["variants"][1]["label_mass"]["mean"] = 0.23
+    (run / "report.json").write_text(json.dumps(report))
+    (told,) = [e.text for e in page(run).all("p") if "it wanted to say something else" in e.text]
+    assert f"The labels of {report['variants'][1]['name']} hold 0.23" in told
     run = runs.judged(tmp_path / "c", "--no_cot", "--canaries", "2")
     shown, attacks = page(run), report_of(run)["canaries"]["attacks"]
     assert len(shown.table("All attacks")) == 1 + len(attacks)
