@@ -9,13 +9,23 @@ importance sampling (Yao et al., "Your Efficient RL Framework Secretly Brings Yo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from policy_trainer.batching import collate, pad_right
 from policy_trainer.config import ImportanceSamplingMode
 from policy_trainer.kl import MAX_LOG_RATIO
+from policy_trainer.logprobs import token_logprobs
+from policy_trainer.rollout import Sampled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBED_RESPONSES = 8
+"""How many of a step's responses, at least, are read where not all are, to see how far engine and trainer are apart."""
 
 
 def importance_weights(
@@ -76,6 +86,34 @@ def difference(logprobs: Tensor, engine_logprobs: Tensor, response_mask: Tensor)
     """
     apart = (logprobs - engine_logprobs)[response_mask].abs()
     return Difference(float(apart.mean()), float(apart.max()))
+
+
+@torch.no_grad()
+def probed_difference(
+    policy: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    sampled: Sequence[Sampled],
+    temperature: float,
+) -> Difference:
+    """`difference` over a few of the responses, spread evenly over them.
+
+    Args:
+        policy: that sampled them.
+        prompt_ids: of each response's prompt.
+        sampled: N responses, with what the engine said of each token.
+        temperature: of sampling.
+    """
+    rows = range(0, len(sampled), max(1, len(sampled) // PROBED_RESPONSES))
+    batch = collate([prompt_ids[i] for i in rows], [sampled[i].response_ids for i in rows])
+    engine = pad_right([torch.tensor(sampled[i].logprobs) for i in rows], batch.response_len)
+    of_trainer = token_logprobs(
+        policy,
+        batch.input_ids.to(policy.device),
+        batch.attention_mask.to(policy.device),
+        batch.response_len,
+        temperature,
+    ).logprobs
+    return difference(of_trainer.cpu(), engine, batch.response_mask)
 
 
 def weight_metrics(weights: Tensor, response_mask: Tensor) -> dict[str, float]:

@@ -20,7 +20,7 @@ from policy_trainer.ahead import Rollout, RolloutsAhead
 from policy_trainer.batching import forward_batches
 from policy_trainer.config import PPOConfig
 from policy_trainer.episodes import Episodes, Reading, mean_raw, scatter, transcripts
-from policy_trainer.importance import difference, importance_weights, weight_metrics
+from policy_trainer.importance import difference, importance_weights, probed_difference, weight_metrics
 from policy_trainer.kl import KLController, PenaltyController, kl_estimate
 from policy_trainer.logprobs import token_logprobs
 from policy_trainer.models import ActorCritic, Evaluation, build_critic, build_value_head
@@ -44,9 +44,6 @@ from policy_trainer.sft import accumulate_gradients
 from rlaif.errors import ConfigError, QualityError, RewardServerError
 from rlaif.records import Quarantine
 from rlaif.types import with_response
-
-PROBED_RESPONSES = 8
-"""How many responses of a step are read to see whether the engine's log-probabilities can be reused."""
 
 
 def run(config: PPOConfig) -> None:
@@ -299,14 +296,7 @@ class Trainer(OnlineTrainer):
             return True, {"sample/staleness_mean": self.step - episodes.sampled[0].policy_version}
         if config.reuse_logprobs_tolerance is None:
             return False, {}
-        n = len(episodes.sampled)
-        rows = list(range(0, n, max(1, n // PROBED_RESPONSES)))
-        batch = episodes.collate(rows).to(self.device)
-        read = token_logprobs(
-            self.policy, batch.input_ids, batch.attention_mask, batch.response_len, config.temperature
-        )
-        engine = episodes.engine_logprobs[rows, : batch.response_len]
-        found = difference(read.logprobs.cpu(), engine, batch.response_mask.cpu())
+        found = probed_difference(self.policy, episodes.prompt_ids, episodes.sampled, config.temperature)
         reused = found.max <= config.reuse_logprobs_tolerance
         return reused, {**found.metrics(), "sampling/logprobs_reused": float(reused)}
 

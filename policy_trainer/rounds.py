@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from policy_trainer import optim
 from policy_trainer.branches import sequence_logprobs
 from policy_trainer.config import RoundConfig
+from policy_trainer.importance import Difference, probed_difference
 from policy_trainer.online import OnlineTrainer, Prompts, Purpose, check_missing
 from policy_trainer.reward_source import Reward
 from policy_trainer.rollout import decode_response
@@ -67,12 +68,14 @@ class Round:
         samples: grouped by prompt, `num_generations` in a row.
         seconds: how long sampling, reading with the reference and waiting for rewards took.
         reward_version: of the model that rewarded it.
+        engine: how far the engine's log-probabilities are from those of the policy that it sampled.
     """
 
     step: int
     samples: list[RoundSample]
     seconds: dict[str, float]
     reward_version: str
+    engine: Difference
 
     @property
     def rewards(self) -> list[Reward]:
@@ -197,7 +200,7 @@ def collect_round(
     )
 
     # 3. Log-probabilities under the frozen reference, and under the model of the log-ratios if that is
-    # another.
+    # another; and whether the engine's are those of the policy.
     pairs = [(ids, s.response_ids) for ids, s in zip(prompt_ids, sampled, strict=True)]
     how = (config.temperature, config.micro_batch_tokens, trainer.world)
     frozen = sequence_logprobs(trainer.reference, pairs, *how)
@@ -206,6 +209,7 @@ def collect_round(
     if read_mismatched:
         crossed = [(mismatched_prompt(prompts, rows[s.prompt_index]), s.response_ids) for s in sampled]
         of_mismatched = sequence_logprobs(log_ratios_to, crossed, *how)
+    engine = probed_difference(trainer.policy, prompt_ids, sampled, config.temperature)
     read_at = time.perf_counter()
 
     # 4. Rewards. A missing one stays missing; an unfinished response pays its penalty in both units.
@@ -234,7 +238,7 @@ def collect_round(
         "forward": read_at - sampled_at,
         "reward": time.perf_counter() - read_at,
     }
-    return Round(trainer.step, samples, seconds, info.version)
+    return Round(trainer.step, samples, seconds, info.version, engine)
 
 
 def mismatched_prompt(prompts: Prompts, row: int) -> list[int]:
@@ -268,7 +272,9 @@ def store_round(output_dir: Path, round_: Round) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    record = {name: getattr(round_, name) for name in ("step", "samples", "seconds", "reward_version")}
+    record = {
+        name: getattr(round_, name) for name in ("step", "samples", "seconds", "reward_version", "engine")
+    }
     write_atomic(_path(output_dir, round_.step), json.dumps(record))
 
 
@@ -287,7 +293,8 @@ def stored_round(output_dir: Path, step: int, reward_version: str) -> Round | No
             return None
         read = [RoundSample(*fields) for fields in record["samples"]]
         samples = [sample._replace(reward=Reward(*sample.reward)) for sample in read]
-        return Round(int(record["step"]), samples, dict(record["seconds"]), reward_version)
+        engine = Difference(*record["engine"])
+        return Round(int(record["step"]), samples, dict(record["seconds"]), reward_version, engine)
     except (ValueError, KeyError, TypeError) as err:
         raise StorageError(f"{path} cannot be read: remove it and run the same command again") from err
 
@@ -317,6 +324,7 @@ def round_metrics(round_: Round) -> dict[str, float | None]:
         "reward/missing": float(n - len(values)),
         "response/length": fmean(len(s.response_ids) for s in round_.samples),
         "val/num_eos_tokens": float(sum(s.finished for s in round_.samples)),
+        **round_.engine.metrics(),
     }
 
 

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from policy_trainer.best_of_n import Trainer, select, train
 from policy_trainer.checkpoint import list_checkpoints
 from policy_trainer.config import BestOfNConfig
+from policy_trainer.importance import Difference
 from policy_trainer.reward_source import FunctionReward, Reward
 from policy_trainer.rounds import Round, RoundSample
 from policy_trainer.sft import accumulate_gradients
@@ -90,7 +91,7 @@ def test_the_kl_to_the_reference_counts_against_a_reward(tmp_path: Path, source:
         RoundSample(0, [7, 2], "w1", True, -1.0, -4.0, 3.0, Reward(1.0, 1.0)),
         RoundSample(0, [8, 2], "w2", True, -1.0, -2.0, 1.0, Reward(0.9, 0.9)),
     ]
-    round_ = Round(0, samples, {}, "1")
+    round_ = Round(0, samples, {}, "1", Difference(0.0, 0.0))
     for kl_coef, best in ((0.0, 0), (0.1, 1)):
         trainer = Trainer.start(config_in(tmp_path, num_generations=2, kl_coef=kl_coef), source)
         assert trainer.select(round_) == [[best]]

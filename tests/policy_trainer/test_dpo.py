@@ -30,6 +30,7 @@ from policy_trainer.dpo import (
     move_average,
     train,
 )
+from policy_trainer.importance import Difference
 from policy_trainer.online import Prompts
 from policy_trainer.preference_losses import PreferenceObjective
 from policy_trainer.reward_source import FunctionReward, Reward
@@ -304,6 +305,13 @@ def test_the_reward_rises_and_kl_stays_in_range(
     assert all(-1e-4 <= row["objective/kl"] < 30 for row in rows)
 
 
+def test_engine_and_trainer_are_compared_in_every_round(tmp_path: Path, source: FunctionReward) -> None:
+    train(dpo_config(tmp_path, max_steps=3), source)
+    for row in metrics(tmp_path / "run"):
+        mean, most = (row[f"sampling/sampling_logp_difference/{of}"] for of in ("mean", "max"))
+        assert 0 < mean < most < 1e-5
+
+
 def test_every_round_samples_afresh(tmp_path: Path, source: FunctionReward) -> None:
     tiny.save_prompts(tmp_path / "prompts.jsonl", count=1)  # so that both rounds ask the same
     train(dpo_config(tmp_path, max_steps=2, learning_rate=0.0, samples_per_step=32), source)
@@ -494,7 +502,7 @@ def test_a_stored_round_is_read_back_exactly_and_only_for_its_reward_model(tmp_p
     missing = RoundSample(
         3, [8], "w2", False, -2.0, -2.0, 0.0, Reward(None, None, "out_of_range: long"), -0.7
     )
-    written = Round(4, [sample, missing], {"rollout": 0.25}, "v1")
+    written = Round(4, [sample, missing], {"rollout": 0.25}, "v1", Difference(0.1, 0.2))
     store_round(tmp_path, written)
     assert stored_round(tmp_path, 4, "v1") == written
     assert stored_round(tmp_path, 4, "v2") is None

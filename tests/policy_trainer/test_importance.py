@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from policy_trainer.config import ImportanceSamplingMode
-from policy_trainer.importance import difference, importance_weights, weight_metrics
+from policy_trainer.importance import difference, importance_weights, probed_difference, weight_metrics
 from policy_trainer.ppo_losses import policy_loss
+from policy_trainer.rollout import Sampled
+from tests.policy_trainer import tiny
 
 TRAINER = torch.tensor([[0.6, 0.3, 0.5], [0.2, 0.8, 0.9]], dtype=torch.float64).log()
 ENGINE = torch.tensor([[0.2, 0.6, 0.5], [0.1, 0.8, 0.1]], dtype=torch.float64).log()
@@ -71,3 +73,22 @@ def test_metrics_by_hand() -> None:
     weights = importance_weights(TRAINER, ENGINE, MASK, mode="token_truncate", clip_max=2.5)
     ratios: Tensor | dict[str, float] = weight_metrics(weights, MASK)
     assert list(ratios.values()) == pytest.approx([0.5, 7.0 / 5, 2.5], abs=1e-12)
+
+
+@pytest.mark.parametrize(("responses", "read"), [(3, [0, 1, 2]), (16, [0, 2, 4, 6, 8, 10, 12, 14])])
+def test_a_few_responses_spread_over_a_step_are_probed(responses: int, read: list[int]) -> None:
+    """The engine is wrong by 0.25 nats at the second token of response 1, and by 0.5 at that of response 2."""
+    policy, prompts = tiny.model(), [[1, 6, 7], [8]]
+    prompt_ids = [prompts[i % 2] for i in range(responses)]
+    sampled = []
+    for i, prompt in enumerate(prompt_ids):
+        ids = [6 + i % 3, 2]
+        with torch.no_grad():
+            logits = policy(torch.tensor([prompt + ids])).logits[0] / 0.7
+        at = len(prompt) - 1
+        first, second = (float(logits[at + k].log_softmax(-1)[ids[k]]) for k in (0, 1))
+        sampled.append(Sampled(i % 2, ids, [first, second + {1: 0.25, 2: 0.5}.get(i, 0.0)], True))
+    found = probed_difference(policy, prompt_ids, sampled, 0.7)
+    wrong = [{1: 0.25, 2: 0.5}.get(i, 0.0) for i in read]
+    assert found.mean == pytest.approx(sum(wrong) / (2 * len(read)), abs=1e-5)
+    assert found.max == pytest.approx(max(wrong), abs=1e-5)
