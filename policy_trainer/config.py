@@ -583,9 +583,9 @@ class ScoreConfig:
     reward_server: str
     """HOST:PORT of the reward server (`rlaif serve`)."""
     dataset: Path
-    """JSONL or Parquet: `messages` that end with an assistant turn, or `prompt` and `response`."""
+    """Conversations that end with an answer, or candidates: a file, or the folder of a run (`rlaif sample`)."""
     output: Path
-    """JSONL, or Parquet by its name. The rows of the input with reward, reward_raw, reward_reason, reward_tokens."""
+    """JSONL, or Parquet by its name: the input with reward, reward_raw, reward_reason, ...; a row per response."""
     truncation: Literal["reject", "left"] = "reject"
     """A conversation longer than the model's context is a missing reward, or loses its oldest tokens."""
     batch_size: int = 128

@@ -1,7 +1,8 @@
 """`rlaif score`: conversations in a file, rewards of a server out. Resumes; loses nothing; buys nothing twice.
 
-Each answer is journalled as it comes. The output is written at the end, whole, in the order of the input. A
-reward that could not be had is null with a reason, and the next run of the same command asks for it again.
+Each answer is journalled as it comes. The output is written at the end, whole, in the order of the input, a row for
+each response. A reward that could not be had is null with a reason, and the next run of the same command asks for it
+again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from policy_trainer.answers import ask_all, read_journal, same_asker
 from policy_trainer.client import RewardClient
 from policy_trainer.reward_source import Reward, missing_by_reason
 from rlaif.errors import DataError, QualityError
-from rlaif.records import Journal, Quarantine, read_conversations, write_parquet
+from rlaif.records import Journal, Quarantine, read_responses, write_parquet
 from rlaif.runs import write_atomic
 from rlaif.types import Conversation, content_id
 
@@ -76,7 +77,7 @@ def run(config: ScoreConfig) -> None:
 def _missing(dataset: Path, rewards: Mapping[str, Reward]) -> dict[str, Conversation]:
     """The conversations of `dataset` whose ids are not in `rewards`, by id."""
     todo: dict[str, Conversation] = {}
-    for _, conversation in read_conversations(dataset, Quarantine(None)):
+    for _, conversation in read_responses(dataset, Quarantine(None)):
         key = content_id(conversation)
         if key not in rewards:
             todo[key] = conversation
@@ -86,7 +87,7 @@ def _missing(dataset: Path, rewards: Mapping[str, Reward]) -> dict[str, Conversa
 def _scored_rows(
     dataset: Path, rewards: dict[str, Reward], version: str, quarantine: Quarantine
 ) -> Iterator[tuple[dict[str, Any], Reward]]:
-    for row, conversation in read_conversations(dataset, quarantine):
+    for row, conversation in read_responses(dataset, quarantine):
         reward = rewards[content_id(conversation)]
         columns = (reward.value, reward.raw, reward.reason, reward.tokens, version)
         yield {**row, **dict(zip(REWARD_COLUMNS, columns, strict=True))}, reward

@@ -40,6 +40,7 @@ __all__ = [
     "read_prompts",
     "read_questions",
     "read_rankings",
+    "read_responses",
     "read_rows",
     "read_scored",
     "write_parquet",
@@ -224,6 +225,22 @@ def read_conversations(
     return _read(
         path, quarantine, lambda _, row: (row, shapes.parse_conversation(row)), shapes.CONVERSATION_SHAPES
     )
+
+
+def read_responses(
+    path: str | os.PathLike[str], quarantine: Quarantine
+) -> Iterator[tuple[dict[str, Any], Conversation]]:
+    """As `read_conversations`; a row of candidates comes once for each response (`shapes.one_response_each`).
+
+    Raises:
+        DataError: the file is missing, unreadable, or has no usable row.
+    """
+
+    def parse(_: int, row: dict[str, Any]) -> list[tuple[dict[str, Any], Conversation]]:
+        return [(one, shapes.parse_conversation(one)) for one in shapes.one_response_each(row)]
+
+    understood = f"{shapes.CONVERSATION_SHAPES}; or {shapes.CANDIDATE_SHAPES}"
+    return chain.from_iterable(_read(path, quarantine, parse, understood))
 
 
 def read_questions(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[answers.Question]:

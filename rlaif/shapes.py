@@ -312,6 +312,22 @@ def parse_candidates(row: Row) -> CandidateSet:
     return CandidateSet(prompt, candidates, _extra(row))
 
 
+def one_response_each(row: Row) -> list[dict[str, Any]]:
+    """A row that lists several responses, as a row for each of them, with what the list says of it. Others as they are.
+
+    Raises:
+        RowError: the list has no known shape (`CANDIDATE_SHAPES`).
+    """
+    given = row.get("completions") if row.get("completions") is not None else row.get("responses")
+    if given is None:
+        return [dict(row)]
+    shared = {key: value for key, value in row.items() if key not in ("completions", "responses", "rewards")}
+    return [
+        {**shared, **(item if isinstance(item, dict) else {}), "response": candidate.response}
+        for item, candidate in zip(given, parse_candidates(row).candidates, strict=True)
+    ]
+
+
 def parse_ranking(row: Row) -> CandidateSet:
     """Responses to one prompt as `rlaif label rank` ordered them, best first; their scores are the strengths.
 

@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -63,6 +64,46 @@ def test_an_item_error_is_null_with_a_reason(tmp_path: Path, capsys: pytest.Capt
     assert [row["reward_raw"] for row in rows] == [1.0, None, 3.0]
     assert rows[1]["reward"] is None and rows[1]["reward_reason"] == "out_of_range: many is no number"
     assert "missing: 1 out_of_range" in capsys.readouterr().out
+
+
+def test_candidates_become_a_row_for_each_response(tmp_path: Path) -> None:
+    """The file of a `rlaif sample` run, found by its folder; prompt, model and seed stay beside the reward."""
+    said = [{"role": "user", "content": "say a number"}]
+    drawn = [[("3", 11), ("5", 12)], [("3", 13)]]
+    rows = [
+        {
+            "prompt": said,
+            "completions": [{"response": text, "model": "hf:policy", "seed": seed} for text, seed in group],
+        }
+        for group in drawn
+    ]
+    (tmp_path / "candidates").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "candidates" / "candidates.parquet")
+    for name in ("out.jsonl", "out.parquet"):
+        with serving(NumberServer()) as at:
+            run(config(tmp_path, at, dataset=tmp_path / "candidates", output=tmp_path / name))
+    found = read_rows(tmp_path / "out.jsonl")
+    assert [(row["response"], row["seed"], row["reward_raw"]) for row in found] == [
+        ("3", 11, 3.0),
+        ("5", 12, 5.0),
+        ("3", 13, 3.0),
+    ]
+    assert all(row["prompt"] == said and row["model"] == "hf:policy" for row in found)
+    assert not any("completions" in row for row in found)
+    assert pq.read_table(tmp_path / "out.parquet").to_pylist() == found
+
+
+def test_plain_responses_become_rows_and_a_broken_list_is_set_aside(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "responses": ["1", "2"], "rewards": [0.5, 0.7]}, {"prompt": "p", "responses": []}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving(NumberServer()) as at:
+        run(config(tmp_path, at))
+    assert [(row["response"], row["reward_raw"]) for row in read_rows(tmp_path / "out.jsonl")] == [
+        ("1", 1.0),
+        ("2", 2.0),
+    ]
+    (set_aside,) = read_rows(tmp_path / "out.quarantine.jsonl")
+    assert set_aside["line"] == 2 and "at least one response" in set_aside["reason"]
 
 
 def test_bad_rows_are_set_aside_with_their_line(tmp_path: Path) -> None:
