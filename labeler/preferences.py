@@ -14,7 +14,7 @@ from labeler.budget import Price
 from labeler.journal import Usage
 from labeler.outputs import MESSAGES
 from labeler.rubric import Rubric
-from rlaif.agreement import agreement, bootstrap_interval, preference_kappa
+from rlaif.agreement import agreement, bootstrap_interval, preference_kappa, same_position, same_response
 from rlaif.types import Judgment, Message, Pair, Preference, to_dicts
 
 VOTE = pa.struct([("judge", pa.string()), ("chosen_prob", pa.float64())])
@@ -194,7 +194,7 @@ class PreferenceReport:
         self._unlabelled: Counter[str] = Counter()
         self._guarded: Counter[str] = Counter()
         self._sources: Counter[str] = Counter()
-        self._first_ab, self._first_ba, self._masses = array("f"), array("f"), array("f")
+        self._first_ab, self._first_ba, self._masses = array("d"), array("d"), array("f")
         self._human: list[tuple[float, float]] = []
         self._tokens: Counter[str] = Counter()
 
@@ -237,12 +237,13 @@ class PreferenceReport:
     def result(self) -> dict[str, Any]:
         """The report. Rates over no pairs are None.
 
-        `same_position_rate` is the share of asked pairs in which both orders preferred one position,
-        `first_share` the share of those that preferred number 1, `longer_preferred_share` the share of asked pairs
-        of different lengths (in characters) in which the longer response was preferred, a tie counting half.
+        Of the pairs asked in both orders, `order_agreement` is the share in which both preferred the same response or
+        both tied, `same_position_rate` that in which both preferred one position, and `first_share` the share of the
+        latter that preferred number 1. `longer_preferred_share` is the share of asked pairs of different lengths (in
+        characters) in which the longer response was preferred, a tie counting half.
         """
         first_ab, first_ba = np.asarray(self._first_ab), np.asarray(self._first_ba)
-        locked = (first_ab > 0.5) == (first_ba > 0.5)
+        locked = same_position(first_ab, first_ba)
         masses = np.asarray(self._masses, dtype=np.float64)
         report: dict[str, Any] = {
             "pairs": self._count,
@@ -251,7 +252,7 @@ class PreferenceReport:
             "unlabelled": dict(self._unlabelled.most_common()),
             "guarded": dict(self._guarded.most_common()),
             "sources": dict(self._sources.most_common()),
-            "order_agreement": _mean(~locked),
+            "order_agreement": _mean(same_response(first_ab, first_ba)),
             "same_position_rate": _mean(locked),
             "first_share": _mean(first_ab[locked] > 0.5),
             "longer_preferred_share": (

@@ -163,12 +163,19 @@ def finite(value: float) -> float | None:
 
 
 def same_position(first_ab: ArrayLike, first_ba: ArrayLike) -> NDArray[np.bool_]:
-    """Per pair: whether both orders preferred the same *position*, the mark of position bias.
+    """Per pair: whether both orders preferred the same *position*, the mark of position bias. A tie prefers none.
 
     Args:
         first_ab: (N,) probability of number 1 with A shown first.
         first_ba: (N,) probability of number 1 with B shown first.
     """
     ab, ba = np.asarray(first_ab, dtype=np.float64), np.asarray(first_ba, dtype=np.float64)
-    locked: NDArray[np.bool_] = (ab > 0.5) == (ba > 0.5)
+    locked: NDArray[np.bool_] = (ab - 0.5) * (ba - 0.5) > 0
     return locked
+
+
+def same_response(first_ab: ArrayLike, first_ba: ArrayLike) -> NDArray[np.bool_]:
+    """Per pair: whether both orders preferred the same response, or both tied. Arguments as for `same_position`."""
+    ab, ba = np.asarray(first_ab, dtype=np.float64), np.asarray(first_ba, dtype=np.float64)
+    agreed: NDArray[np.bool_] = np.sign(ab - 0.5) == np.sign(0.5 - ba)
+    return agreed

@@ -199,10 +199,13 @@ class Preference:
 
     @property
     def same_position(self) -> bool | None:
-        """Whether both orders preferred the same *position* (a sign of position bias); None if either is missing."""
+        """Whether both orders preferred the same *position* (a sign of position bias); None if either is missing.
+
+        A tie prefers neither.
+        """
         if self.ab is None or self.ba is None or self.ab.p_first is None or self.ba.p_first is None:
             return None
-        return (self.ab.p_first > 0.5) == (self.ba.p_first > 0.5)
+        return (self.ab.p_first - 0.5) * (self.ba.p_first - 0.5) > 0
 
 
 @dataclass(frozen=True, slots=True)

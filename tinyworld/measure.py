@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from labeler.rubric import Question, Rubric
-from rlaif.agreement import spearman
+from rlaif.agreement import same_position, spearman
 from rlaif.types import Pair, expectation, to_dicts, user_prompt
 from tinyworld import WORLD_DIR
 from tinyworld.corpus import judge_text
@@ -139,7 +139,7 @@ def measure_pairs(
     return {
         "one_order": float(np.mean(np.concatenate([p_ab > 0.5, p_ba > 0.5]) == np.tile(gold > 0.5, 2))),
         "both_orders": float(np.mean(((p_ab + p_ba) / 2 > 0.5) == (gold > 0.5))),
-        "same_position": float(np.mean((p_ab > 0.5) != (p_ba > 0.5))),
+        "same_position": float(np.mean(same_position(probs[:n, 0].numpy(), probs[n:, 0].numpy()))),
         "rationale_tokens": fmean(len(r.split()) for r in rationales if r is not None) if cot else 0.0,
     }
 

@@ -42,6 +42,15 @@ def test_pairs_of_which_both_orders_prefer_one_position(
     assert reasons == ({"both orders prefer the same position": 1} if rule == "drop" else {})
 
 
+def test_a_tie_in_both_orders_is_agreement_and_not_inconsistent(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "p.jsonl", [pair(0)])
+    flags = ("--no-cot", "--ties", "keep", "--on_inconsistent", "drop")
+    assert label(scripted(tmp_path, [{"probs": [0.5, 0.5]}]), data, tmp_path / "out", *flags) == 0
+    assert [r["chosen_prob"] for r in preferences(tmp_path / "out")] == [0.5]
+    found = report(tmp_path / "out")
+    assert (found["order_agreement"], found["same_position_rate"], found["first_share"]) == (1.0, 0.0, None)
+
+
 def test_clamped_labels_keep_what_the_judge_said_beside_them(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "p.jsonl", [pair(0), pair(1, "bad", "good")])
     assert (

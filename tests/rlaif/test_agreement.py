@@ -13,6 +13,7 @@ from rlaif.agreement import (
     cohen_kappa,
     preference_kappa,
     same_position,
+    same_response,
     spearman,
 )
 
@@ -98,6 +99,12 @@ def test_undefined_resamples_are_left_out() -> None:
 
 def test_same_position_means_that_swapping_changed_nothing() -> None:
     assert same_position([0.9, 0.9, 0.2], [0.8, 0.1, 0.3]).tolist() == [True, False, True]
+
+
+def test_a_tie_is_no_position_and_two_ties_agree() -> None:
+    first_ab, first_ba = [0.5, 0.5, 0.25, 0.9, 0.9], [0.5, 0.25, 0.5, 0.8, 0.1]
+    assert same_position(first_ab, first_ba).tolist() == [False, False, False, True, False]
+    assert same_response(first_ab, first_ba).tolist() == [True, False, False, False, True]
 
 
 def test_spearman_of_a_hand_worked_sample_with_ties() -> None:
