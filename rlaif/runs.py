@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rlaif import __version__
 from rlaif.errors import ConfigError, QualityError, RlaifError, StorageError
-from rlaif.storage import cut_torn_line, storing, write_atomic, write_parquet
+from rlaif.storage import LOCK_FILE, cut_torn_line, lock_file, storing, write_atomic, write_parquet
 from rlaif.trackers import Tracker, TrackerName, check_trackers, open_trackers
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ _PLAIN_INTERVAL_S = 10.0
 
 
 class Run:
-    """One run directory, open for writing. Make it with `Run.open`.
+    """One run directory, open for writing and closed to other processes. Make it with `Run.open`.
 
     Attributes:
         directory: the run's folder.
@@ -64,6 +65,7 @@ class Run:
         *,
         resumed: bool,
         record: dict[str, Any],
+        lock: int,
         report_to: Sequence[TrackerName] = ("tensorboard",),
     ) -> None:
         self.directory = directory
@@ -73,6 +75,7 @@ class Run:
         self._metrics_path = directory / "metrics.jsonl"
         self._trackers: list[Tracker] | None = None
         self._purge_step: int | None = None
+        self._release = weakref.finalize(self, os.close, lock)
 
     @classmethod
     def open(cls, output_dir: str | os.PathLike[str], config: Any, *, command: str) -> Run:
@@ -86,7 +89,8 @@ class Run:
             command: the command's name, such as `train ppo`.
 
         Raises:
-            StorageError: the folder cannot be written, or holds a run of another command or configuration.
+            StorageError: the folder cannot be written, is being written by another process, or holds a run of another
+                command or configuration.
         """
         directory = Path(output_dir)
         path = directory / "run.json"
@@ -104,15 +108,20 @@ class Run:
             "started": now,
             "resumed": [],
         }
-        resumed = path.is_file()
-        if resumed:
-            earlier = _read_record(path)
-            _check_same_run(directory, earlier, command, identity, _defaults(config))
-            record["started"] = earlier.get("started", now)
-            record["resumed"] = [*earlier.get("resumed", []), now]
-        write_atomic(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        cut_torn_line(directory / "metrics.jsonl")
-        return cls(directory, resumed=resumed, record=record, report_to=report_to)
+        lock = lock_file(directory / LOCK_FILE, held=directory)
+        try:
+            resumed = path.is_file()
+            if resumed:
+                earlier = _read_record(path)
+                _check_same_run(directory, earlier, command, identity, _defaults(config))
+                record["started"] = earlier.get("started", now)
+                record["resumed"] = [*earlier.get("resumed", []), now]
+            write_atomic(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            cut_torn_line(directory / "metrics.jsonl")
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(directory, resumed=resumed, record=record, lock=lock, report_to=report_to)
 
     def end(self, step: int, reason: str) -> None:
         """Note in `run.json` after which step the run ended, and why; opening the run again takes the note back."""
@@ -208,7 +217,8 @@ class Run:
         return path
 
     def close(self) -> None:
-        """Flush the trackers."""
+        """Flush the trackers, and let other processes write the directory."""
+        self._release()
         trackers, self._trackers = self._trackers or (), None
         for tracker in trackers:
             tracker.close()
@@ -226,7 +236,9 @@ class Run:
     def _has_results(self) -> bool:
         """Whether the directory holds more than what every run writes at its start."""
         files = (path for path in self.directory.rglob("*") if path.is_file())
-        return any(p.name != "run.json" and not p.name.endswith("quarantine.jsonl") for p in files)
+        return any(
+            p.name not in ("run.json", LOCK_FILE) and not p.name.endswith("quarantine.jsonl") for p in files
+        )
 
 
 def _read_record(path: Path) -> dict[str, Any]:

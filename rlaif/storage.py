@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -28,6 +29,9 @@ _ADVICE = {
     errno.EACCES: "choose a folder you may write to",
     errno.EPERM: "choose a folder you may write to",
 }
+
+LOCK_FILE = ".lock"
+"""In a folder, for `only_writer` and the run directory; it stays, and says nothing by being there."""
 
 _ROWS_AT_A_TIME = 1024
 
@@ -174,6 +178,11 @@ def lock_file(path: Path, *, held: Path | None = None) -> int:
         raise StorageError(
             f"{held or path} is being written by another process; wait for it or choose another --output_dir"
         ) from err
+    except OSError as err:  # some file systems of clusters know no locks, and must do for a run
+        print(
+            f"warning: {held or path} cannot be locked ({err.strerror}): start one command at a time",
+            file=sys.stderr,
+        )
     return descriptor
 
 
@@ -184,7 +193,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         StorageError: as `lock_file`.
     """
-    descriptor = lock_file(folder / ".lock", held=folder)
+    descriptor = lock_file(folder / LOCK_FILE, held=folder)
     try:
         yield
     finally:

@@ -104,6 +104,15 @@ def test_another_configuration_is_refused_by_the_field_that_differs(
     assert (tmp_path / "run.json").read_bytes() == before
 
 
+def test_a_run_that_another_process_writes_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    with open_run(tmp_path):
+        before = (tmp_path / "run.json").read_bytes()
+        with pytest.raises(StorageError, match="being written by another process"):
+            open_run(tmp_path, max_in_flight=9)
+        assert (tmp_path / "run.json").read_bytes() == before
+    assert open_run(tmp_path).resumed
+
+
 def test_another_command_is_refused(tmp_path: Path) -> None:
     open_run(tmp_path)
     with pytest.raises(StorageError, match="holds a run of `rlaif train ppo`, this is `rlaif train dpo`"):

@@ -15,6 +15,7 @@ import pytest
 
 from rlaif.errors import ConfigError
 from rlaif.runs import Run
+from rlaif.storage import LOCK_FILE
 from rlaif.trackers import TrackerName
 
 
@@ -35,7 +36,7 @@ def in_two_parts(folder: Path, *trackers: TrackerName) -> None:
 
 def test_none_reports_nowhere_and_metrics_jsonl_stays(tmp_path: Path) -> None:
     in_two_parts(tmp_path / "run", "none")
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "run.json"]
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {LOCK_FILE, "metrics.jsonl", "run.json"}
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
 
