@@ -204,7 +204,9 @@ def human_label(row: Row, first: str) -> float | None:
         return None if row["human_p_a"] is None else probability(row["human_p_a"], "human_p_a")
     if first == "chosen":
         return 1.0
-    label = row.get("label", row.get("winner"))
+    label = row.get("winner") if row.get("label") is None else row["label"]
+    if isinstance(label, float) and label.is_integer():  # a column of integers with gaps
+        label = int(label)
     if label is None:
         votes = _annotators(row)
         return _majority(votes) if votes else None

@@ -37,8 +37,8 @@ from rlaif.types import (
 )
 
 PROMPT_SHAPES = (
-    "prompt (text or messages), messages, conversations (ShareGPT), instruction [+ input], question, turns, input "
-    "alone, or text with Human:/Assistant: turns"
+    "prompt (text or messages), messages, conversations (ShareGPT), instruction [+ input], question, query, turns, "
+    "input alone, or text with Human:/Assistant: turns; with system beside it or not"
 )
 CONVERSATION_SHAPES = (
     "messages or conversations ending with an assistant turn, a prompt with response, completion or output, "
@@ -53,7 +53,18 @@ PAIR_SHAPES = (
 SCORED_SHAPES = "a score beside one of: " + CONVERSATION_SHAPES
 CANDIDATE_SHAPES = "a prompt with completions [{response, model, ...}] or responses [text, ...]"
 
-_PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction", "question", "turns", "text", "input")
+_PROMPT_KEYS = (
+    "prompt",
+    "messages",
+    "conversations",
+    "instruction",
+    "question",
+    "query",
+    "turns",
+    "text",
+    "input",
+)
+_SYSTEM_KEYS = ("system", "system_prompt")
 _PAIR_KEYS = (
     ("chosen", "rejected"), ("response_a", "response_b"), ("output_1", "output_2"), ("response1", "response2"),
 )  # fmt: skip
@@ -73,7 +84,19 @@ def _prompt_key(row: Row) -> str | None:
 
 
 def _turns(row: Row, key: str) -> Conversation:
-    """What `key` holds, as messages, whoever speaks last."""
+    """What `key` holds, as messages, whoever speaks last; after the row's system prompt."""
+    return _after_system(row, _said(row, key))
+
+
+def _after_system(row: Row, turns: Conversation) -> Conversation:
+    """The turns after the system prompt that has a column of its own, unless they begin with one."""
+    name = next((key for key in _SYSTEM_KEYS if row.get(key)), None)
+    if name is None or (turns[:1] and turns[0].role == "system"):
+        return turns
+    return (Message("system", plain_text(row[name], name)), *turns)
+
+
+def _said(row: Row, key: str) -> Conversation:
     value = row[key]
     if key in ("messages", "conversations") or (key == "prompt" and not isinstance(value, str)):
         return messages(value, key)
@@ -140,7 +163,10 @@ def _response(value: object, name: str, prompt: Conversation) -> str:
     turns = messages([value] if isinstance(value, dict) else value, name)
     if turns[-1].role != "assistant":
         raise RowError(f"{name} does not end with an assistant turn")
-    if len(turns) > 1 and turns[:-1] != prompt:
+    said = (
+        prompt[1:] if prompt and prompt[0].role == "system" else prompt
+    )  # the system prompt is not always repeated
+    if len(turns) > 1 and turns[:-1] not in (prompt, said):
         raise RowError(f"{name} is more than one assistant turn and does not begin with the row's prompt")
     return turns[-1].content
 
@@ -161,7 +187,11 @@ def _implicit(row: Row, name_a: str, name_b: str) -> tuple[Conversation, str, st
                 raise RowError(
                     f"no prompt: {name_a} and {name_b} share no beginning and the row has {_keys(row)}"
                 )
-            return user_prompt(shared), first[len(shared) :].lstrip(), second[len(shared) :].lstrip()
+            return (
+                _after_system(row, user_prompt(shared)),
+                first[len(shared) :].lstrip(),
+                second[len(shared) :].lstrip(),
+            )
         turns_a, turns_b = (
             transcript(plain_text(first, name_a), name_a),
             transcript(plain_text(second, name_b), name_b),
@@ -176,7 +206,7 @@ def _implicit(row: Row, name_a: str, name_b: str) -> tuple[Conversation, str, st
             f"{name_a} and {name_b} differ before their last turn, so they do not answer one prompt"
         )
     return (
-        _checked_prompt(turns_a[:-1], f"{name_a} before its last turn"),
+        _after_system(row, _checked_prompt(turns_a[:-1], f"{name_a} before its last turn")),
         turns_a[-1].content,
         turns_b[-1].content,
     )
@@ -364,6 +394,7 @@ def _candidate(item: object, reward: object, prompt: Conversation, name: str) ->
 _CONSUMED = frozenset(
     {
         *_PROMPT_KEYS,
+        *_SYSTEM_KEYS,
         *(name for pair in _PAIR_KEYS for name in pair),
         "chosen_prob",
         "human_p_a",

@@ -50,6 +50,17 @@ HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how are you?\n\nAssistant:"
             id="system-turn-first",
         ),
         pytest.param(
+            {"system": "Be brief.", "question": "What colour is the sky?"},
+            (Message("system", "Be brief."), *PROMPT),
+            id="system-in-a-column",
+        ),
+        pytest.param(
+            {"system_prompt": "Be long.", "prompt": [{"role": "system", "content": "Be brief."}, USER]},
+            (Message("system", "Be brief."), *PROMPT),
+            id="a-system-turn-before-a-column",
+        ),
+        pytest.param({"system": "", "query": "What colour is the sky?"}, PROMPT, id="query-and-no-system"),
+        pytest.param(
             {"prompt": [{"role": "user", "content": [{"type": "text", "text": "What colour is the sky?"}]}]},
             PROMPT,
             id="openai-content-parts",
@@ -141,6 +152,21 @@ def test_chosen_and_rejected_make_a_pair_whose_a_a_human_preferred(row: dict[str
     assert (pair.prompt, pair.a, pair.b, pair.human_p_a) == (PROMPT, "It is blue.", "It is green.", 1.0)
 
 
+@pytest.mark.parametrize(
+    "responses",
+    [
+        {"question": "What colour is the sky?", "chosen": "It is blue.", "rejected": "It is green."},
+        {"chosen": [USER, BLUE], "rejected": [USER, GREEN]},
+        {"prompt": [USER], "chosen": [USER, BLUE], "rejected": [USER, GREEN]},
+    ],
+    ids=["orca", "implicit", "repeated"],
+)
+def test_a_system_prompt_in_a_column_opens_the_prompt_of_a_pair(responses: dict[str, Any]) -> None:
+    pair = shapes.parse_pair({"system": "Be brief.", **responses})
+    assert pair.prompt == (Message("system", "Be brief."), *PROMPT)
+    assert (pair.a, pair.b, pair.extra) == ("It is blue.", "It is green.", {})
+
+
 def test_an_implicit_plain_text_prompt_is_the_shared_beginning_in_whole_words() -> None:
     pair = shapes.parse_pair({"chosen": "The sky is blue today.", "rejected": "The sky is black."})
     assert (pair.prompt, pair.a, pair.b) == (user_prompt("The sky is"), "blue today.", "black.")
@@ -148,11 +174,26 @@ def test_an_implicit_plain_text_prompt_is_the_shared_beginning_in_whole_words() 
 
 @pytest.mark.parametrize(
     ("label", "p_a"),
-    [(1, 1.0), (2, 0.0), ("2", 0.0), ("A", 1.0), ("b", 0.0), ("model_b", 0.0), ("tie", 0.5), (None, None)],
+    [
+        (1, 1.0),
+        (2, 0.0),
+        ("2", 0.0),
+        ("A", 1.0),
+        ("b", 0.0),
+        ("model_b", 0.0),
+        ("tie", 0.5),
+        (None, None),
+        (2.0, 0.0),
+    ],
 )
 def test_labels_become_the_probability_that_a_is_preferred(label: object, p_a: float | None) -> None:
     row = {"instruction": "q", "output_1": "x", "output_2": "y", "label": label}
     assert shapes.parse_pair(row).human_p_a == p_a
+
+
+def test_a_winner_counts_where_the_label_is_missing() -> None:
+    row = {"prompt": "q", "response_a": "x", "response_b": "y", "label": None, "winner": "model_b"}
+    assert shapes.parse_pair(row).human_p_a == 0.0
 
 
 def test_llmbar_rows_read_as_published() -> None:
