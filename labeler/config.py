@@ -137,6 +137,11 @@ class SampleConfig(RequestConfig):
         _models(self, "model_name_or_path")
         at_least(self, 1, "num_return_sequences", "max_new_tokens")
         at_least(self, 0, "temperature")
+        if self.num_return_sequences < (policies := len(self.model_name_or_path)):
+            raise ConfigError(
+                f"--num_return_sequences {self.num_return_sequences} leaves policies unasked: give {policies} or more, "
+                f"one for each of {policies}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

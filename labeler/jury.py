@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Literal
 
 from labeler.judge import Judge
-from rlaif.types import Conversation, Judgment, Pair, Preference, Score, content_id
+from rlaif.types import Conversation, Judgment, LabelDistribution, Pair, Preference, Score, content_id
 
 Reduce = Literal["mean", "median", "logit_mean", "majority"]
 
@@ -78,7 +79,13 @@ class Jury:
         votes = tuple(await asyncio.gather(*(judge.judge_pair(pair) for judge in self.judges)))
         given = [vote.p_a for vote in votes if vote.p_a is not None]
         first = votes[0]
-        joint = replace(first, judge=self.name, ab=_joint(votes, "ab"), ba=_joint(votes, "ba"), votes=votes)
+        joint = replace(
+            first,
+            judge=self.name,
+            ab=joint_judgment(votes, "ab"),
+            ba=joint_judgment(votes, "ba"),
+            votes=votes,
+        )
         if first.reason is not None and all(
             vote.reason == first.reason and vote.ab is None for vote in votes
         ):
@@ -103,8 +110,8 @@ class Jury:
         return f"{len(votes) - len(reasons)} of {self.quorum} votes needed; missing: {reasons[0]}"
 
 
-def _joint(votes: Sequence[Preference], order: Literal["ab", "ba"]) -> Judgment | None:
-    """What the jury said in one order: its mean P(number 1 preferred), the first rationale, all tokens."""
+def joint_judgment(votes: Sequence[Preference], order: Literal["ab", "ba"]) -> Judgment | None:
+    """What the jury said in one order: its mean P(number 1 preferred) and labels, the first rationale, all tokens."""
     given = (vote.ab if order == "ab" else vote.ba for vote in votes)
     said = [judgment for judgment in given if judgment is not None]
     heard = [judgment for judgment in said if judgment.p_first is not None]
@@ -112,9 +119,28 @@ def _joint(votes: Sequence[Preference], order: Literal["ab", "ba"]) -> Judgment 
         return said[0] if said else None
     return replace(
         heard[0],
+        labels=_mean_labels([j.labels for j in heard if j.labels is not None]),
         p_first=math.fsum(j.p_first or 0.0 for j in heard) / len(heard),
         prompt_tokens=sum(j.prompt_tokens for j in said),
         completion_tokens=sum(j.completion_tokens for j in said),
         cached_tokens=sum(j.cached_tokens for j in said),
         truncated=any(j.truncated for j in said),
+    )
+
+
+def _mean_labels(given: Sequence[LabelDistribution]) -> LabelDistribution | None:
+    """The mean distribution over the labels, its mean mass, and whether any judge's was censored.
+
+    A verdict read from words has fewer labels than a grade; the mean is over those with most.
+    """
+    if not given:
+        return None
+    most = max(len(labels.logprobs) for labels in given)
+    full = [labels.probs for labels in given if len(labels.logprobs) == most]
+    mass = math.fsum(labels.mass for labels in given) / len(given)
+    probs = [mass * math.fsum(column) / len(full) for column in zip(*full, strict=True)]
+    return LabelDistribution(
+        logprobs=tuple(math.log(max(p, sys.float_info.min)) for p in probs),
+        mass=mass,
+        censored=any(labels.censored for labels in given),
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -72,25 +73,29 @@ def _rankings(config: RankConfig, labels: Labels, models: _Models) -> Iterator[d
 
     left = config.limit
     for candidates, preferences in replay(read_candidates(config.dataset, Quarantine(None)), judge_all):
+        if left == 0:
+            return
         preferences = preferences[:left]  # `limit` counts pairs
         left = None if left is None else left - len(preferences)
         labelled = [(p, label_of) for p in preferences if (label_of := labels.settle(p)[1]) is not None]
+        writers = _writers(candidates)
+        models.add(
+            [(writers[p.pair.a], writers[p.pair.b], label_of) for p, label_of in labelled], writers.values()
+        )
         if not labelled:
             continue
-        writers = {c.response: c.model for c in candidates.candidates}
         responses = list(writers)
         place = {response: i for i, response in enumerate(responses)}
         games = [(place[p.pair.a], place[p.pair.b], label_of) for p, label_of in labelled]
         strengths = bradley_terry(len(responses), games)
         order = sorted(range(len(responses)), key=lambda i: (np.isnan(strengths[i]), -strengths[i], i))
-        models.add([(writers[responses[i]], writers[responses[j]], p) for i, j, p in games])
         yield {
             "id": content_id(candidates.prompt, sorted(responses)),
             "prompt": to_dicts(candidates.prompt),
             "ranking": [
                 {
                     "response": responses[i],
-                    "model": writers[responses[i]],
+                    "model": " + ".join(writers[responses[i]]),
                     "rank": rank,
                     "strength": None if np.isnan(strengths[i]) else float(strengths[i]),
                 }
@@ -98,6 +103,16 @@ def _rankings(config: RankConfig, labels: Labels, models: _Models) -> Iterator[d
             ],
             "comparisons": len(games),
         }
+
+
+def _writers(candidates: CandidateSet) -> dict[str, list[str]]:
+    """The known models that wrote each different response."""
+    writers: dict[str, list[str]] = {}
+    for candidate in candidates.candidates:
+        wrote = writers.setdefault(candidate.response, [])
+        if candidate.model and candidate.model not in wrote:
+            wrote.append(candidate.model)
+    return writers
 
 
 class _Models:
@@ -108,15 +123,21 @@ class _Models:
         self._left, self._right, self._prompts, self._labels = array("i"), array("i"), array("i"), array("f")
         self._prompt = 0
 
-    def add(self, games: list[tuple[str, str, float]]) -> None:
-        """Count the comparisons of one prompt between responses of different, known models."""
+    def add(self, games: Iterable[tuple[list[str], list[str], float]], writers: Iterable[list[str]]) -> None:
+        """Count the comparisons of one prompt between different models. Those that wrote the same text tie.
+
+        Args:
+            games: the models that wrote A, those that wrote B, and P(A preferred).
+            writers: the models that wrote each of the responses.
+        """
         self._prompt += 1
-        for a, b, p in games:
-            if a and b and a != b:
-                for numbers, name in ((self._left, a), (self._right, b)):
-                    numbers.append(self._numbers.setdefault(name, len(self._numbers)))
-                self._labels.append(p)
-                self._prompts.append(self._prompt)
+        met = [(a, b, p) for of_a, of_b, p in games for a, b in product(of_a, of_b) if a != b]
+        met += [(a, b, 0.5) for wrote in writers for a, b in combinations(wrote, 2)]
+        for a, b, p in met:
+            for numbers, name in ((self._left, a), (self._right, b)):
+                numbers.append(self._numbers.setdefault(name, len(self._numbers)))
+            self._labels.append(p)
+            self._prompts.append(self._prompt)
 
     def standings(self, resamples: int, seed: int) -> list[dict[str, Any]]:
         """The leaderboard; prompts are resampled, since comparisons of one prompt are not independent."""

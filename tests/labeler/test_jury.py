@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from labeler.backends.scripted import Asked, ScriptedModel
 from labeler.judge import Judge
-from labeler.jury import Jury, Reduce, reduce_votes
+from labeler.jury import Jury, Reduce, joint_judgment, reduce_votes
 from labeler.llm import RequestFailed
 from labeler.rubric import load_rubric
-from rlaif.types import Pair, user_prompt
+from rlaif.types import Judgment, LabelDistribution, Pair, Preference, user_prompt
 
 PAIR = Pair(user_prompt("q"), "an answer", "some other answer")
 RULES: list[Reduce] = ["mean", "median", "logit_mean", "majority"]
@@ -60,6 +60,27 @@ def test_a_pair_and_its_swap_are_complements() -> None:
     there, back = label(jury), label(jury, PAIR.swapped())
     assert there == pytest.approx(0.6)
     assert there + back == pytest.approx(1.0, abs=1e-12)
+
+
+def test_what_a_jury_said_is_the_mean_of_its_judges_whatever_their_order() -> None:
+    """Mass and margins are of all, and one censored reading shows."""
+
+    def vote(p: float, mass: float, censored: bool) -> Preference:
+        said = tuple(
+            Judgment(
+                LabelDistribution((math.log(mass * q), math.log(mass * (1 - q))), mass, censored), p_first=q
+            )
+            for q in (p, 1 - p)
+        )
+        return Preference(PAIR, p, ab=said[0], ba=said[1])
+
+    sure, unsure = vote(0.9, 1.0, False), vote(0.5, 0.2, True)
+    for votes in ([sure, unsure], [unsure, sure]):
+        joint = joint_judgment(votes, "ab")
+        assert joint is not None and joint.labels is not None
+        assert joint.p_first == pytest.approx(0.7)
+        assert joint.labels.probs == pytest.approx((0.7, 0.3))
+        assert (joint.labels.mass, joint.labels.censored) == (pytest.approx(0.6), True)
 
 
 def test_a_missing_vote_is_withheld_and_not_a_tie() -> None:

@@ -182,6 +182,28 @@ def test_ranking_orders_the_responses_and_the_models_that_wrote_them(
     assert "1. hf:good-model" in capsys.readouterr().out
 
 
+def test_models_that_wrote_the_same_response_share_its_games_and_tie(tmp_path: Path) -> None:
+    """One prompt: A and B wrote the good one, C the poor one, which loses at 0.9; another: all wrote the same."""
+    said = {"A": "good", "B": "good", "C": "poor"}
+    rows = [
+        {"prompt": "q0", "completions": [{"response": text, "model": name} for name, text in said.items()]},
+        {"prompt": "q1", "completions": [{"response": "fair", "model": name} for name in said]},
+    ]
+    data = write_lines(tmp_path / "c.jsonl", rows)
+    assert label(ranking_judge(tmp_path), data, tmp_path / "out", "--no-cot", kind="rank") == 0
+    board = {s["name"]: s for s in report(tmp_path / "out")["leaderboard"]}
+    # A: ties with B twice and with C once, and beats C at 0.9. C: two ties and two losses at 0.1.
+    assert (
+        board["A"]["win_rate"]
+        == board["B"]["win_rate"]
+        == pytest.approx((0.5 + 0.5 + 0.5 + 0.9) / 4, abs=1e-6)
+    )
+    assert board["C"]["win_rate"] == pytest.approx((0.5 + 0.5 + 0.1 + 0.1) / 4, abs=1e-6)
+    assert {s["comparisons"] for s in board.values()} == {4}
+    (ranked,) = pq.read_table(tmp_path / "out" / "rankings.parquet").to_pylist()
+    assert [entry["model"] for entry in ranked["ranking"]] == ["A + B", "C"]
+
+
 def test_a_judge_of_the_policys_family_is_named_before_it_is_paid(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +235,16 @@ def test_policies_take_turns(tmp_path: Path) -> None:
     (row,) = pq.read_table(tmp_path / "out" / "candidates.parquet").to_pylist()
     assert [c["response"] for c in row["completions"]] == ["by a", "by b", "by a", "by b"]
     assert len({c["model"] for c in row["completions"]}) == 2
+
+
+def test_fewer_responses_than_policies_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policies = [judge(tmp_path, name, [{"text": f"by {name}"}]) for name in ("a", "b")]
+    data = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "q"}])
+    command = ["sample", "--model_name_or_path", *policies, "--dataset", str(data)]
+    assert main([*command, "--num_return_sequences", "1", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "one for each of 2" in capsys.readouterr().err
 
 
 def test_aspects_on_different_scales_have_no_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
