@@ -17,7 +17,14 @@ from labeler.export.card import export_card
 from labeler.export.config import SUFFIXES, ExportConfig
 from labeler.export.files import RowFile, open_rows
 from labeler.export.hub import check_login, push
-from labeler.export.shapes import SCHEMAS, as_columns, is_held_out, reason_to_drop, shape, with_extra_as_json
+from labeler.export.shapes import (
+    SCHEMAS,
+    as_known_columns,
+    is_held_out,
+    reason_to_drop,
+    shape,
+    with_extra_as_json,
+)
 from labeler.outputs import print_summary
 from labeler.validation import Validation, write_validation
 from rlaif.errors import DataError
@@ -119,7 +126,7 @@ def export(config: ExportConfig, target: Path) -> Exported:
             if isinstance(shaped, str):
                 done.dropped[shaped] += 1
                 continue
-            validation.add(as_columns(row))
+            validation.add(as_known_columns(row))
             file = files["test" if is_held_out(row.prompt, config.split) else "train"]
             for out in shaped:
                 file.write(with_extra_as_json(out) if to_text else out)

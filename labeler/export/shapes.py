@@ -107,6 +107,11 @@ def as_columns(row: PreferenceRow) -> dict[str, Any]:
     return {**_pair(row), **row.extra}
 
 
+def as_known_columns(row: PreferenceRow) -> dict[str, Any]:
+    """The columns whose meaning is known: all of a labelled dataset of ours, the pair's alone of any other."""
+    return as_columns(row) if "rubric_hash" in row.extra else _pair(row)
+
+
 def _everything(row: PreferenceRow) -> Rows:
     return [as_columns(row)]
 

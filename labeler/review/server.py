@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -147,7 +147,10 @@ class Server:
 
     async def _mark(self, request: web.Request) -> web.Response:
         query, position = read_query(request.query), self._position(request)
-        form = cast(Mapping[str, str], await request.post())
+        sent = await request.post()
+        form = {
+            name: value for name, value in sent.items() if isinstance(value, str)
+        }  # a file is no part of a mark
         verdict, values = read_verdict(form, len(self._desk.index.item(position).responses))
         note = form.get("note", "").strip()[:MAX_NOTE]
         try:

@@ -129,6 +129,13 @@ def test_all_columns_survive_a_round_trip(tmp_path: Path) -> None:
     assert written.to_pylist()[0]["votes"] == more
 
 
+def test_columns_of_other_tools_mean_what_they_like(tmp_path: Path) -> None:
+    foreign = dataset(tmp_path, [row(0, 0.9, votes=12, rationale_ab=["x"], source=3)])
+    assert export(foreign, tmp_path / "out.jsonl", "jsonl") == 0
+    (kept,) = read(tmp_path / "out.jsonl")
+    assert (kept["votes"], kept["rationale_ab"], kept["source"]) == (12, ["x"], 3)
+
+
 # ---- the split ----
 
 

@@ -86,7 +86,7 @@ class Curve:
         if self.beta <= 0:
             return None
         if self.shape == "rl":
-            return math.exp(self.alpha / self.beta - 1)
+            return math.exp(min(self.alpha / self.beta - 1, 700.0))  # beyond that, no float holds it
         return max(0.0, self.alpha / (2 * self.beta))
 
 

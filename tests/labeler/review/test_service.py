@@ -114,6 +114,7 @@ def test_forms_that_say_nothing_mark_nothing(served: Served, client: httpx2.Clie
     ):
         assert client.post("/rows/1/mark", data=form).status_code == 400
     assert client.post("/rows/1/mark", data={"verdict": "a", "note": "x" * 100_000}).status_code == 413
+    assert client.post("/rows/1/mark", files={"verdict": ("a.txt", b"a")}).status_code == 400
     assert client.post("/rows/61/mark", data={"verdict": "a"}).status_code == 404
     assert client.get("/").text == before
 

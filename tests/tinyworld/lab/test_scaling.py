@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from tinyworld.lab.scaling import best_of_n, best_of_n_weights, fit, kl_best_of_n
+from tinyworld.lab.scaling import Curve, best_of_n, best_of_n_weights, fit, kl_best_of_n
 
 
 def test_the_kl_of_best_of_n_by_hand():
@@ -49,6 +49,8 @@ def test_the_fits_find_the_curves_that_the_points_are_on():
     assert fit("bon", d, d * (2.0 + 0.5 * d)).peak is None
     assert fit("bon", d, d * (-2.0 - 0.5 * d)).peak == 0.0  # it falls from the start
     assert fit("rl", d, d * (-1.0 - np.log(d))).peak == pytest.approx(math.exp(-2))
+    far = Curve("rl", alpha=2.0, beta=1e-3, r2=1.0).peak  # e^1999, which no float holds
+    assert far is not None and far > 1e300
 
 
 def test_a_fit_is_the_least_squares_one():
