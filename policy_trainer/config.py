@@ -325,6 +325,13 @@ class PPOConfig(OnlineConfig):
         )
         require(self.kl_coef >= 0, "kl_coef", self.kl_coef, "at least 0")
         require(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "positive")
+        least = 0.2 * self.responses_per_step  # where a KL of 0 would take all of the weight away in one step
+        require(
+            self.target_kl is None or self.kl_horizon > least,
+            "kl_horizon",
+            self.kl_horizon,
+            f"above {least:g}, a fifth of the responses of a step",
+        )
         if self.target_kl is not None and self.kl_coef == 0:
             raise ConfigError(
                 "target_kl steers kl_coef by factors, which never leave 0: give a positive kl_coef"

@@ -95,19 +95,25 @@ def transcripts(
     Args:
         episodes: N responses.
         rewards: N of them.
-        kept: the K responses with a reward.
+        kept: the K responses that were learned from; the others have no KL and no advantage.
         kl: (K,) to the reference, in nats per response.
         advantages: (K,) mean over the response's tokens.
     """
-    return [
-        {
-            "prompt": to_dicts(episodes.conversations[i][:-1]),
-            "response": episodes.conversations[i][-1].content,
-            "reward": rewards[i].value,
-            "raw": rewards[i].raw,
-            "kl": float(kl[at]),
-            "advantage": float(advantages[at]),
-            "finished": episodes.sampled[i].finished,
-        }
-        for at, i in enumerate(kept)
-    ]
+    learned = {i: (float(kl[at]), float(advantages[at])) for at, i in enumerate(kept)}
+    rows = []
+    for i, (conversation, reward, sampled) in enumerate(
+        zip(episodes.conversations, rewards, episodes.sampled, strict=True)
+    ):
+        of_kl, advantage = learned.get(i, (None, None))
+        rows.append(
+            {
+                "prompt": to_dicts(conversation[:-1]),
+                "response": conversation[-1].content,
+                "reward": reward.value,
+                "raw": reward.raw,
+                "kl": of_kl,
+                "advantage": advantage,
+                "finished": sampled.finished,
+            }
+        )
+    return rows

@@ -266,6 +266,7 @@ def test_a_missing_file_is_said_before_the_reward_server_is_waited_for(tmp_path:
     ("changes", "said"),
     [
         ({"target_kl": 5.0, "kl_coef": 0.0}, "positive kl_coef"),
+        ({"target_kl": 5.0, "kl_horizon": 1.0}, "a fifth of the responses"),
         ({"critic_warmup_steps": 3, "max_steps": 3}, "below max_steps"),
         ({"eval_dataset": None, "early_stopping_patience": 2}, "eval_dataset"),
         ({"early_stop_kl": 0.0}, "early_stop_kl must be positive"),
@@ -273,6 +274,7 @@ def test_a_missing_file_is_said_before_the_reward_server_is_waited_for(tmp_path:
     ],
     ids=[
         "a coefficient of 0 is steered",
+        "a coefficient could become negative",
         "warm-up to the end",
         "patience without evaluations",
         "no kl",
@@ -313,6 +315,25 @@ def test_completions_hold_every_response_of_a_step_with_reward_and_advantage(tmp
         mean = sum(r["reward"] for r in group) / 4
         assert [r["advantage"] for r in group] == pytest.approx([r["reward"] - mean for r in group], abs=1e-6)
         assert [r["reward"] for r in group] == tiny.share_of_w0([], [r["completion"] for r in group])
+
+
+def test_completions_hold_the_responses_without_a_reward_too(tmp_path: Path) -> None:
+    def every_other(prompts: Sequence[Conversation], responses: Sequence[str]) -> list[float | None]:
+        return [None if i % 2 else s for i, s in enumerate(tiny.share_of_w0(prompts, responses))]
+
+    settings = config(
+        tmp_path,
+        max_steps=1,
+        log_completions=True,
+        max_missing_rewards=0.5,
+        self_check=False,
+        eval_dataset=None,
+    )
+    train(settings, source(every_other))
+    table = pq.read_table(tmp_path / "run" / "completions" / "completions_00001.parquet").to_pylist()
+    assert len(table) == settings.responses_per_step
+    for i, row in enumerate(table):
+        assert (row["reward"] is None) == (row["advantage"] is None) == (row["kl"] is None) == bool(i % 2)
 
 
 @pytest.mark.parametrize(
