@@ -7,7 +7,6 @@ with soft labels of them, and take DPO epochs over the pairs. `train` reads so f
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,17 +154,17 @@ class Trainer(RoundTrainer):
 
     Attributes:
         sums: what the updates of the round under way amounted to.
-        average: the moving average of the policies with `--reference ema`, otherwise None.
+        average: of the policies with `--reference ema`, otherwise None.
     """
 
     config: DPOConfig
     sums: PairSums = field(default_factory=PairSums)
-    average: PreTrainedModel | None = field(init=False, default=None)
+    average: optim.MovingAverage | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.config.reference == "ema":
-            self.average = copy.deepcopy(self.policy).requires_grad_(False)
+            self.average = optim.MovingAverage(self.policy, self.config.ema_decay)
 
     def collect(self) -> Round:
         """This step's round: responses of the current policy, their rewards and reference log-probabilities.
@@ -174,7 +173,7 @@ class Trainer(RoundTrainer):
             RewardServerError: the server cannot be reached or used.
         """
         if self.average is not None:
-            log_ratios_to = self.average
+            log_ratios_to = self.average.model
         else:
             log_ratios_to = self.policy if self.config.reference == "previous" else self.reference
         kto = self.config.loss_type == "kto"
@@ -225,7 +224,7 @@ class Trainer(RoundTrainer):
     def next_step(self) -> None:
         """The round is done."""
         if self.average is not None:
-            move_average(self.average, self.policy, self.config.ema_decay)
+            self.average.update(self.policy)
         super().next_step()
         self.sums = PairSums()
 
@@ -269,13 +268,6 @@ def pair_examples(round_: Round, pairs: PairSet, prompts: Prompts, num_generatio
             )
         )
     return examples
-
-
-@torch.no_grad()
-def move_average(average: PreTrainedModel, policy: PreTrainedModel, decay: float) -> None:
-    """Set each weight to decay average + (1 - decay) policy: the soft update of TR-DPO (arXiv 2404.09656)."""
-    for mean, current in zip(average.parameters(), policy.parameters(), strict=True):
-        mean.lerp_(current, 1.0 - decay)
 
 
 def accumulate_gradients(

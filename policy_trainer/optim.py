@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from policy_trainer.config import TrainingConfig
 from rlaif.errors import QualityError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def adamw(
@@ -66,6 +70,46 @@ class MasterAdamW(torch.optim.AdamW):
         for master, saved in zip(self._masters, state.pop("masters"), strict=True):
             master.copy_(saved)
         super().load_state_dict(state)
+
+
+class MovingAverage:
+    """The exponential moving average of a model's weights: the soft update of TR-DPO (arXiv 2404.09656).
+
+    It is kept in float32, for the reason that `MasterAdamW` gives; the weights of `model` are the average, rounded.
+
+    Attributes:
+        model: frozen, a copy of what is averaged.
+    """
+
+    def __init__(self, model: PreTrainedModel, decay: float) -> None:
+        """Start from the weights of `model`; `decay` in [0, 1] is the share of the average that an update keeps."""
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self._decay = decay
+        self._means = [
+            p if p.dtype == torch.float32 else nn.Parameter(p.float(), requires_grad=False)
+            for p in self.model.parameters()
+        ]
+
+    @torch.no_grad()
+    def update(self, model: PreTrainedModel) -> None:
+        """Set each weight to decay average + (1 - decay) of the model's."""
+        for mean, weight, current in zip(
+            self._means, self.model.parameters(), model.parameters(), strict=True
+        ):
+            mean.lerp_(current.float(), 1.0 - self._decay)
+            if mean is not weight:
+                weight.copy_(mean)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average, in float32."""
+        return {"means": [mean.detach() for mean in self._means]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        for mean, weight, saved in zip(self._means, self.model.parameters(), state["means"], strict=True):
+            mean.copy_(saved)
+            weight.copy_(saved)
 
 
 def lr_factor(kind: str, step: int, total_steps: int, warmup_steps: int = 0) -> float:

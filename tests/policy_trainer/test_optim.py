@@ -12,6 +12,28 @@ from policy_trainer import optim
 from tests.policy_trainer import tiny
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_moving_average_moves_by_its_share_in_any_dtype(dtype: torch.dtype) -> None:
+    """After 200 updates at decay 0.99 towards weights that stand still, 0.99^200 of the way is left."""
+    start, current = tiny.model(seed=0).to(dtype), tiny.model(seed=1).to(dtype)
+    average = optim.MovingAverage(start, 0.99)
+    for _ in range(100):
+        average.update(current)
+    resumed = optim.MovingAverage(start, 0.99)
+    resumed.load_state_dict(average.state_dict())
+    for _ in range(100):
+        average.update(current)
+        resumed.update(current)
+    first, last, found, again = (
+        torch.cat([p.detach().float().flatten() for p in m.parameters()])
+        for m in (start, current, average.model, resumed.model)
+    )
+    expected = last + 0.99**200 * (first - last)
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-8 * float(expected.abs().max())}[dtype]
+    torch.testing.assert_close(found, expected, atol=rounding, rtol=0.0)
+    assert torch.equal(found, again)
+
+
 def test_adamw_takes_pytorchs_larger_first_steps_and_not_tensorflows(tmp_path: Path) -> None:
     """Where the epsilon stands decides the first steps of gradients as small as it ("The N Implementation Details").
 
