@@ -7,7 +7,9 @@ every row and the response starts at P.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,14 @@ tokenizer's PAD may lie beyond the model's embedding."""
 PADDING_WORTH_A_PASS = {"cpu": 128, "cuda": 4096}
 """Positions that take about as long as the fixed cost of one more forward and backward pass: much on a GPU, which waits
 for its launches, little on a CPU."""
+
+
+def data_id(rows: Iterable[Sequence[int]]) -> str:
+    """An id of token ids in their order: a run that goes on must find the data that it began with."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        digest.update(array("q", [len(row), *row]).tobytes())
+    return digest.hexdigest()
 
 
 class SequenceBatch(NamedTuple):

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `checkpoint-000040/`: the policy as an ordinary Hugging Face model or as peft's adapters to
 one (anyone can load it), `trainer_state.pt` (all else that has a state) and `state.json` (counters and identities).
-It is written to a hidden folder, flushed to disk and renamed.
+It is written to a hidden folder, flushed to disk and renamed. A run that is stopped between two updates of a step has
+another beside it, `checkpoint-000040+000003/`, from which it goes on: the policy of step 40 stays what it was.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from rlaif.errors import RlaifError, StorageError
+from policy_trainer.parallel import ALONE, World
+from rlaif.errors import DataError, RlaifError, StorageError
 from rlaif.storage import storing
 
 if TYPE_CHECKING:
@@ -61,9 +63,10 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     state: Mapping[str, Any],
     info: Mapping[str, Any],
+    updates: int = 0,
     keep: int | None = None,
 ) -> Path:
-    """Write `checkpoint-STEP` atomically, then remove the oldest beyond `keep`, but never the best.
+    """Write a checkpoint atomically, then remove the oldest beyond `keep`, but never the best.
 
     Args:
         output_dir: the run directory.
@@ -73,12 +76,13 @@ def save_checkpoint(
         state: name -> state dict (of optimisers, the critic, ...) or nested containers of plain values.
             The random number generators of torch, numpy and Python are added by this function.
         info: JSON values for people and for checks on resume.
-        keep: how many checkpoints stay; None keeps all.
+        updates: optimiser steps of the step under way.
+        keep: how many checkpoints stay; None keeps all. Of those in the middle of a step, only the newest one does.
 
     Raises:
         StorageError: the folder cannot be written; earlier checkpoints are untouched.
     """
-    final = checkpoint_path(output_dir, step)
+    final = checkpoint_path(output_dir, step, updates)
     temp, replaced = _partial(final), _aside(final)
     with saving(output_dir):
         shutil.rmtree(temp, ignore_errors=True)
@@ -94,18 +98,20 @@ def save_checkpoint(
         os.rename(temp, final)
         shutil.rmtree(replaced, ignore_errors=True)
         _flush_folder(output_dir)
-        if keep is not None:
-            best = best_checkpoint(output_dir)
-            for old in list_checkpoints(output_dir)[:-keep]:
-                if old != best:
-                    os.rename(old, _partial(old))
-                    shutil.rmtree(_partial(old))
+        for old in _outdated(output_dir, final, keep):
+            os.rename(old, _partial(old))
+            shutil.rmtree(_partial(old))
     return final
 
 
-def checkpoint_path(output_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
-    return output_dir / f"{_PREFIX}{step:06d}"
+def checkpoint_path(output_dir: Path, step: int, updates: int = 0) -> Path:
+    """Where the checkpoint after a step, and so many updates of the next one, is or would be."""
+    return output_dir / (f"{_PREFIX}{step:06d}" + (f"+{updates:06d}" if updates else ""))
+
+
+def is_between_steps(path: Path) -> bool:
+    """Whether a checkpoint is of the end of a step, and not of the middle of one."""
+    return "+" not in path.name
 
 
 def best_checkpoint(output_dir: Path) -> Path | None:
@@ -117,18 +123,17 @@ def best_checkpoint(output_dir: Path) -> Path | None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders of complete checkpoints, oldest first."""
+    """Folders of complete checkpoints, oldest first, those in the middle of a step among them."""
     return sorted(p for p in output_dir.glob(f"{_PREFIX}*") if (p / _INFO_FILE).is_file())
 
 
-def load_latest(output_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run, or None. For the process that goes on with the run: it tidies up after a kill.
+def load_latest(output_dir: Path, world: World = ALONE) -> Checkpoint | None:
+    """The newest checkpoint of a run, or None. For those who go on with it: the main process tidies up after a kill.
 
     Raises:
         StorageError: it cannot be read.
     """
-    with saving(output_dir):
-        _tidy(output_dir)
+    world.from_main(lambda: _tidy(output_dir))
     checkpoints = list_checkpoints(output_dir)
     if not checkpoints:
         return None
@@ -142,6 +147,24 @@ def load_latest(output_dir: Path) -> Checkpoint | None:
             "to go on from the one before"
         ) from err
     return Checkpoint(path, int(info["step"]), state, info)
+
+
+def check_same_data(checkpoint: Checkpoint, data: str, dataset: Path) -> None:
+    """The data of a run are those that it began with.
+
+    Args:
+        checkpoint: whose `info` has the `batching.data_id` of the data as `data`, or nothing to compare with.
+        data: that of the data as they are.
+        dataset: where they come from, for the message.
+
+    Raises:
+        DataError: they are others.
+    """
+    if checkpoint.info.get("data", data) != data:
+        raise DataError(
+            f"{dataset} is not what this run began with (its rows, their order, or the tokenizer have changed): put it "
+            "back or start with a fresh --output_dir"
+        )
 
 
 def save_final(output_dir: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -231,13 +254,29 @@ def _aside(final: Path) -> Path:
 
 
 def _tidy(output_dir: Path) -> None:
-    """Put back a checkpoint whose successor a kill kept from its place; remove what is partial or outdated."""
-    for path in output_dir.glob(f".{_PREFIX}*"):
-        final = output_dir / path.stem[1:]
-        if path == _aside(final) and not final.exists():
-            os.rename(path, final)
-        else:
-            shutil.rmtree(path)
+    """Put back a checkpoint whose successor a kill kept from its place; remove what is partial or outdated.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    with saving(output_dir):
+        for path in output_dir.glob(f".{_PREFIX}*"):
+            final = output_dir / path.stem[1:]
+            if path == _aside(final) and not final.exists():
+                os.rename(path, final)
+            else:
+                shutil.rmtree(path)
+
+
+def _outdated(output_dir: Path, newest: Path, keep: int | None) -> list[Path]:
+    """What may go once the checkpoint `newest` is in its place."""
+    found = list_checkpoints(output_dir)
+    whole = [path for path in found if is_between_steps(path)]
+    gone = [path for path in found if not is_between_steps(path) and path != newest]
+    if keep is not None:
+        best = best_checkpoint(output_dir)
+        gone += [path for path in whole[:-keep] if path != best]
+    return gone
 
 
 @contextmanager

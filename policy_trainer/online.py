@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 import torch
 
 from policy_trainer import optim
+from policy_trainer.batching import data_id
 from policy_trainer.card import write_card
 from policy_trainer.checkpoint import (
     Checkpoint,
     StopRequest,
+    check_same_data,
     load_latest,
     restore_rng,
     save_checkpoint,
@@ -41,8 +43,10 @@ from policy_trainer.selfcheck import self_check
 from policy_trainer.vllm_rollout import open_vllm
 from rlaif.chat import encode_prompt
 from rlaif.errors import ConfigError, DataError, ModelError, QualityError, RewardServerError
-from rlaif.records import Quarantine, read_prompts
+from rlaif.fields import Row
+from rlaif.records import Quarantine, read_as
 from rlaif.runs import Progress, Run, progress
+from rlaif.shapes import PROMPT_SHAPES, parse_prompt
 from rlaif.types import Conversation
 
 if TYPE_CHECKING:
@@ -89,10 +93,12 @@ class OnlineTrainer:
         reference: frozen; KL is measured against it.
         reference_id: fingerprint of its weights.
         prompts: the dataset.
+        data_id: of the prompts' token ids.
         optimizer: the policy's.
         source: gives the rewards.
         world: the processes of the run.
         step: completed steps.
+        updates: optimiser steps taken in the step under way, as far as a run may be interrupted between them.
     """
 
     config: OnlineConfig
@@ -104,11 +110,14 @@ class OnlineTrainer:
     source: RewardSource
     world: World = ALONE
     step: int = 0
+    updates: int = 0
+    data_id: str = field(init=False)
     eos_ids: tuple[int, ...] = field(init=False)
     engine: RolloutEngine = field(init=False)
     engine_lock: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
+        self.data_id = data_id(self.prompts.ids)
         self.eos_ids = eos_token_ids(self.policy, self.tokenizer)
         if self.config.use_vllm and self.world.size > 1:
             raise ConfigError("use_vllm goes with one process: start the run without torchrun")
@@ -137,7 +146,7 @@ class OnlineTrainer:
             ModelError: a model cannot be loaded, or the reference is not the one that the run began with.
             RewardServerError: the server serves other weights than those that the run began with.
         """
-        checkpoint = load_latest(config.output_dir)
+        checkpoint = load_latest(config.output_dir, world)
         trained = load_trained(config, None if checkpoint is None else checkpoint.path)
         # The reference is named by the config and never by a checkpoint: a resumed run keeps its anchor.
         if trained.base is not None and config.ref_model is None:
@@ -248,7 +257,7 @@ class OnlineTrainer:
     @property
     def untrained(self) -> bool:
         """Whether no update has been made yet."""
-        return self.step == 0
+        return self.step == 0 and self.updates == 0
 
     def state(self) -> dict[str, Any]:
         """State dicts for a checkpoint, beside the policy's weights."""
@@ -258,6 +267,7 @@ class OnlineTrainer:
         """JSON values for a checkpoint: counters and identities."""
         return {
             "reference": self.reference_id,
+            "data": self.data_id,
             "reward_version": self.source.info().version,
             "episodes": self.step * self.config.responses_per_step,
         }
@@ -281,6 +291,7 @@ class OnlineTrainer:
             tokenizer=self.tokenizer,
             state=self.state(),
             info=self.info(),
+            updates=self.updates,
             keep=self.config.save_total_limit,
         )
 
@@ -292,10 +303,12 @@ class OnlineTrainer:
         """Take over a checkpoint's state; the policy's weights are loaded already.
 
         Raises:
+            DataError: the prompts have changed since the run began.
             ModelError: the reference has changed since the run began.
             RewardServerError: the reward model has changed since the run began.
         """
         info, version = checkpoint.info, self.source.info().version
+        check_same_data(checkpoint, self.data_id, self.config.dataset)
         if info["reference"] != self.reference_id:
             raise ModelError(
                 f"the reference {self.config.ref_model or self.config.model_name_or_path} is not the one that this run "
@@ -494,9 +507,13 @@ def load_prompts(
         ConfigError: the longest prompt and a full response exceed the policy's context.
     """
     unusable = Quarantine(None if quarantine is None else config.output_dir / quarantine)
-    conversations = list(read_prompts(dataset, unusable))
-    ids = [encode_prompt(policy.tokenizer, c, max_length=config.max_prompt_length) for c in conversations]
-    prompts = Prompts(conversations, ids)
+
+    def encoded(row: Row) -> tuple[Conversation, list[int]]:
+        prompt = parse_prompt(row)
+        return prompt, encode_prompt(policy.tokenizer, prompt, max_length=config.max_prompt_length)
+
+    read = list(read_as(dataset, unusable, encoded, PROMPT_SHAPES))
+    prompts = Prompts([prompt for prompt, _ in read], [ids for _, ids in read])
     check_context(config, policy.model, prompts)
     return prompts
 

@@ -89,14 +89,9 @@ class Round:
 
 @dataclass(kw_only=True)
 class RoundTrainer(OnlineTrainer):
-    """A trainer that learns from stored rounds, each in several updates, and may be interrupted between any two.
-
-    Attributes:
-        updates: optimiser steps taken in the round under way.
-    """
+    """A trainer that learns from stored rounds, each in several updates, and may be interrupted between any two."""
 
     config: RoundConfig
-    updates: int = 0
 
     def collect(self) -> Round:
         """Sample and score this step's round.
@@ -142,11 +137,6 @@ class RoundTrainer(OnlineTrainer):
     def next_step(self) -> None:
         """The round is done."""
         self.step, self.updates = self.step + 1, 0
-
-    @property
-    def untrained(self) -> bool:
-        """Whether no update has been made yet."""
-        return self.step == 0 and self.updates == 0
 
     def info(self) -> dict[str, Any]:
         """See `OnlineTrainer.info`."""

@@ -6,24 +6,34 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from policy_trainer import optim
-from policy_trainer.batching import collate, forward_batches
+from policy_trainer.batching import collate, data_id, forward_batches
 from policy_trainer.card import write_card
-from policy_trainer.checkpoint import load_latest, restore_rng, save_checkpoint, save_final, stop_on_signal
+from policy_trainer.checkpoint import (
+    check_same_data,
+    load_latest,
+    restore_rng,
+    save_checkpoint,
+    save_final,
+    stop_on_signal,
+)
 from policy_trainer.config import SFTConfig
 from policy_trainer.logprobs import token_logprobs
 from policy_trainer.models import load_trained
 from policy_trainer.parallel import ALONE, World, joined, run_directory
+from rlaif import shapes
 from rlaif.chat import EncodedPair, encode_pair
 from rlaif.errors import ConfigError, DataError
-from rlaif.records import Quarantine, read_conversations, read_preferences, read_rows
+from rlaif.fields import Row
+from rlaif.records import Quarantine, read_as, read_rows
 from rlaif.runs import progress
-from rlaif.types import Conversation, with_response
+from rlaif.types import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,10 +52,13 @@ def run(config: SFTConfig) -> None:
         run_directory(world, config, command="train sft") as out,
         stop_on_signal() as stop,
     ):
-        checkpoint = load_latest(config.output_dir)
+        checkpoint = load_latest(config.output_dir, world)
         trained = load_trained(config, None if checkpoint is None else checkpoint.path)
         model, tokenizer = trained.model, trained.tokenizer
         examples = load_examples(config, tokenizer, world)
+        data = data_id(ids for example in examples for ids in example)
+        if checkpoint is not None:
+            check_same_data(checkpoint, data, config.dataset)
         check_context(
             config, examples, getattr(model.config.get_text_config(), "max_position_embeddings", None)
         )
@@ -108,7 +121,7 @@ def run(config: SFTConfig) -> None:
                         policy=trained.saved,
                         tokenizer=tokenizer,
                         state={"optimizer": optimizer.state_dict()},
-                        info={"examples": len(examples)},
+                        info={"examples": len(examples), "data": data},
                         keep=config.save_total_limit,
                     )
                 if stopping and step < steps:
@@ -169,39 +182,39 @@ def load_examples(
         DataError: nothing usable is left.
     """
     quarantine = Quarantine(config.output_dir / "quarantine.jsonl" if world.is_main else None)
-    encoded = read_examples(config.dataset, tokenizer, config.max_length, quarantine)
-    if not encoded:
-        raise DataError(
-            f"{config.dataset} has no conversation of at most {config.max_length} tokens; raise --max_length"
-        )
-    return encoded
+    return read_examples(config.dataset, tokenizer, config.max_length, quarantine)
 
 
 def read_examples(
     dataset: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, quarantine: Quarantine
 ) -> list[EncodedPair]:
-    """Prompts and responses as token ids; what is unusable or longer than `max_length` tokens is in quarantine.
+    """Prompts and responses as token ids: of conversations, or of the chosen side of preferences.
+
+    What is unusable, refused by the chat template or longer than `max_length` tokens is in quarantine.
 
     Raises:
         DataError: the file is missing, unreadable, or has no usable row.
     """
-    encoded = []
-    for number, conversation in enumerate(_conversations(dataset, quarantine), 1):
-        example = encode_pair(tokenizer, conversation[:-1], conversation[-1].content)
+
+    def encode(prompt: Conversation, response: str) -> EncodedPair:
+        example = encode_pair(tokenizer, prompt, response)
         if len(example.prompt_ids) + len(example.response_ids) > max_length:
-            reason = f"longer than max_length {max_length} tokens"
-            quarantine.add(number, reason, conversation[-1].content)
-        else:
-            encoded.append(example)
-    return encoded
+            raise DataError(f"longer than max_length {max_length} tokens")
+        return example
 
+    def of_conversation(row: Row) -> list[EncodedPair]:
+        *prompt, response = shapes.parse_conversation(row)
+        return [encode(tuple(prompt), response.content)]
 
-def _conversations(dataset: Path, quarantine: Quarantine) -> list[Conversation]:
+    def of_preferences(row: Row) -> list[EncodedPair]:
+        return [encode(pair.prompt, pair.chosen) for pair in shapes.parse_preferences(row)]
+
     _, first = next(read_rows(dataset, Quarantine(None)))
     if "chosen" in first:
-        rows = read_preferences(dataset, quarantine)
-        return [with_response(row.prompt, row.chosen) for row in rows]
-    return [conversation for _, conversation in read_conversations(dataset, quarantine)]
+        read = read_as(dataset, quarantine, of_preferences, shapes.PAIR_SHAPES)
+    else:
+        read = read_as(dataset, quarantine, of_conversation, shapes.CONVERSATION_SHAPES)
+    return list(chain.from_iterable(read))
 
 
 def check_context(config: SFTConfig, examples: list[EncodedPair], context: int | None) -> None:

@@ -32,6 +32,7 @@ __all__ = [
     "Quarantine",
     "holds_scores",
     "read_answers",
+    "read_as",
     "read_candidates",
     "read_conversations",
     "read_labelled",
@@ -120,6 +121,26 @@ def read_rows(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[
     return _read(
         path, quarantine, lambda number, row: (number, row), "JSON objects, one per line, CSV or Parquet"
     )
+
+
+def read_as(
+    path: str | os.PathLike[str],
+    quarantine: Quarantine,
+    parse: Callable[[dict[str, Any]], T],
+    understood: str,
+) -> Iterator[T]:
+    """What `parse` makes of each row; for readers that refuse more than a row's shape.
+
+    Args:
+        path: of the file or folder.
+        quarantine: takes the rows that cannot be used.
+        parse: raises `RowError` or `DataError` for such a row.
+        understood: the shapes that `parse` knows, for the message.
+
+    Raises:
+        DataError: the file is missing, unreadable, or has no usable row.
+    """
+    return _read(path, quarantine, lambda _, row: parse(row), understood)
 
 
 def read_prompts(path: str | os.PathLike[str], quarantine: Quarantine) -> Iterator[Conversation]:
@@ -294,7 +315,7 @@ def _read(
         if line.row is not None:
             try:
                 item = parse(line.number, line.row)
-            except RowError as err:
+            except (RowError, DataError) as err:
                 reason = str(err)
             else:
                 usable += 1

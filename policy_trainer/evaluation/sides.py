@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from policy_trainer.checkpoint import list_checkpoints
+from policy_trainer.checkpoint import is_between_steps, list_checkpoints
 from policy_trainer.evaluation.config import EvaluatePolicyConfig
 from rlaif.errors import ConfigError, DataError
 from rlaif.models import ModelRef
@@ -101,7 +101,7 @@ def _named(source: str, config: EvaluatePolicyConfig, chat_template: str | None 
 def _checkpoints(run: Path, config: EvaluatePolicyConfig) -> list[Side]:
     training = _training(run)
     reference = config.ref_model or _started_from(training)
-    found = list_checkpoints(run)
+    found = [path for path in list_checkpoints(run) if is_between_steps(path)]
     if not found:
         raise ConfigError(
             f"{run} holds no checkpoint: train with --save_total_limit None to keep all of them"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from policy_trainer.branches import sequence_logprobs
-from policy_trainer.checkpoint import list_checkpoints
+from policy_trainer.checkpoint import is_between_steps, list_checkpoints
 from policy_trainer.client import RewardClient
 from policy_trainer.config import DPOConfig
 from policy_trainer.dpo import (
@@ -27,7 +27,6 @@ from policy_trainer.dpo import (
     PairSums,
     accumulate_gradients,
     kto_kl,
-    move_average,
     train,
 )
 from policy_trainer.importance import Difference
@@ -202,14 +201,6 @@ def test_the_prompt_that_kto_reads_a_response_with_is_the_next_one_that_differs(
     assert [mismatched_prompt(prompts, row) for row in range(4)] == [[2], [1], [1], [2]]
     with pytest.raises(DataError, match="all prompts are the same"):
         mismatched_prompt(Prompts([(), ()], [[1], [1]]), 0)
-
-
-def test_the_average_moves_by_its_share() -> None:
-    average, policy = tiny.model(seed=0), tiny.model(seed=1)
-    before, current = (torch.cat([p.flatten() for p in m.parameters()]).clone() for m in (average, policy))
-    move_average(average, policy, 0.75)
-    after = torch.cat([p.flatten() for p in average.parameters()])
-    torch.testing.assert_close(after, 0.75 * before + 0.25 * current)
 
 
 def test_log_probabilities_of_sequences_are_the_models() -> None:
@@ -442,6 +433,41 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, source: FunctionReward)
     train(dpo_config(tmp_path), counting)
     assert metrics(tmp_path / "run") == before
     assert counting.calls == 0
+
+
+def test_a_stop_in_the_middle_of_a_step_leaves_the_checkpoint_of_the_last_one_as_it_was(
+    tmp_path: Path, source: FunctionReward
+) -> None:
+    config = dpo_config(tmp_path, num_train_epochs=2, save_steps=1, save_total_limit=2)
+    whole = replace(config, output_dir=tmp_path / "whole", max_steps=1)
+    train(whole, source)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, Interrupting(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    kept = list_checkpoints(tmp_path / "run")
+    assert [path.name for path in kept] == ["checkpoint-000001", "checkpoint-000001+000001"]
+    assert [is_between_steps(path) for path in kept] == [True, False]
+    mine, theirs, midway = (
+        weights(kept[0]),
+        weights(tmp_path / "whole" / "checkpoint-000001"),
+        weights(kept[1]),
+    )
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert not all(torch.equal(mine[name], midway[name]) for name in mine)
+    train(config, source)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == [
+        "checkpoint-000003",
+        "checkpoint-000004",
+    ]
+
+
+def test_other_prompts_are_refused_on_resume(tmp_path: Path, source: FunctionReward) -> None:
+    config = dpo_config(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, Interrupting(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    rows = config.dataset.read_text().splitlines(keepends=True)
+    config.dataset.write_text("".join([*rows[1:], rows[0]]))
+    with pytest.raises(DataError, match="not what this run began with"):
+        train(config, source)
 
 
 def test_another_reward_model_is_refused_on_resume(tmp_path: Path, source: FunctionReward) -> None:

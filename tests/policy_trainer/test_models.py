@@ -204,11 +204,32 @@ def test_the_chosen_side_of_pairs_can_be_learned_from(tmp_path: Path) -> None:
     assert tiny.tokenizer().decode(example.response_ids) == "w2 <eos>"
 
 
+def test_a_conversation_that_the_template_refuses_is_set_aside_with_its_line(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}"
+        + tiny.TEMPLATE
+    )
+    answer = {"role": "assistant", "content": "w2"}
+    rows = [
+        {"messages": [{"role": "user", "content": "w1"}, answer]},
+        {"messages": [{"role": "system", "content": "w3"}, {"role": "user", "content": "w1"}, answer]},
+        {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 " * 20}]},
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = sft_config(tmp_path, dataset=data, max_length=12)
+    assert len(sft.load_examples(config, tokenizer)) == 1
+    aside = [json.loads(line) for line in (config.output_dir / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in aside] == [2, 3]
+    assert "no system turns here" in aside[0]["reason"] and "max_length 12" in aside[1]["reason"]
+
+
 def test_a_conversation_that_is_too_long_is_set_aside_with_its_reason(tmp_path: Path) -> None:
     config = sft_config(tmp_path, max_length=8)
     kept = sft.load_examples(config, tiny.tokenizer())
     quarantined = (config.output_dir / "quarantine.jsonl").read_text().splitlines()
     assert len(kept) + len(quarantined) == 24 and quarantined
     assert "max_length 8" in quarantined[0]
-    with pytest.raises(DataError, match="raise --max_length"):
+    with pytest.raises(DataError, match="longer than max_length 4 tokens"):
         sft.load_examples(sft_config(tmp_path, max_length=4), tiny.tokenizer())
