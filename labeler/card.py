@@ -277,6 +277,7 @@ def _content(report: Facts) -> Iterator[tuple[str, str | None]]:
     yield "rankings", _count(report.get("rankings_written"))
     yield "pairs judged", _count(report.get("pairs"), zero=True)
     yield "ties (label 1/2)", _count(report.get("ties"))
+    yield "labelled, and left out", _counts(report.get("dropped"))
     yield "pairs without a label", _counts(report.get("unlabelled"))
     yield "input rows that could not be read", _counts(report.get("quarantined"))
 

@@ -227,9 +227,9 @@ class PairsConfig(JudgeConfig):
     clamp: tuple[float, float] | None = None
     """Keep labels between two probabilities, e.g. 0.4 0.6 (Constitutional AI, with chain of thought)."""
     on_inconsistent: Literal["keep", "tie", "drop"] = "keep"
-    """What to do with pairs of which both orders prefer the same position."""
+    """What to do with pairs of which both orders prefer the same position. Dropped ones go to dropped.parquet."""
     ties: Literal["drop", "keep"] = "drop"
-    """What to do with pairs whose label is exactly 1/2."""
+    """What to do with pairs whose label is exactly 1/2. Dropped ones go to dropped.parquet."""
 
     VOLATILE: ClassVar[frozenset[str]] = RequestConfig.VOLATILE | {
         "ties", "combine", "calibration", "clamp", "on_inconsistent", "jury", "quorum"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from labeler.audit.calibration import Calibration
 from labeler.audit.lineage import relatives
 from labeler.card import keep_rubric, write_card
 from labeler.config import JudgeConfig, PairsConfig
+from labeler.export.files import open_rows
 from labeler.judge import Judge
 from labeler.jury import Jury
 from labeler.loop import replay, side_by_side
@@ -32,7 +34,12 @@ from rlaif.errors import ConfigError
 from rlaif.records import PREFERENCES_FILE, Quarantine, read_candidates, read_pairs, read_rows, write_parquet
 from rlaif.types import CandidateSet, Pair, Preference, content_id
 
+DROPPED_FILE = "dropped.parquet"
+"""Pairs that were labelled and left out of the dataset, as `--ties` and `--on_inconsistent` ask; its columns."""
+
 INCONSISTENT = "both orders prefer the same position"
+SAME_TEXT = "both responses are the same text"
+TIE = "tie"
 
 
 def run(config: PairsConfig) -> None:
@@ -103,14 +110,18 @@ def label(config: PairsConfig, session: Session) -> Labels:
     report = PreferenceReport()
 
     def rows() -> Iterator[dict[str, Any]]:
-        with write_unlabelled(session.folder) as unlabelled:
+        with write_unlabelled(session.folder) as unlabelled, _write_dropped(session.folder) as drop:
             for _, judged in replay(pairs(Quarantine(None)), judge.judge_pair):
-                preference, p_a = settle(judged)
-                report.add(preference, p_a)
-                if p_a is None:
-                    unlabelled(open_row(preference))
-                elif _kept(preference.pair, p_a, config.ties):
-                    yield dataset_row(preference, p_a, rubric, session.price)
+                label, dropped = settle(judged)
+                report.add(judged, label, dropped)
+                if label is None:
+                    unlabelled(open_row(judged))
+                    continue
+                row = dataset_row(judged, label, rubric, session.price)
+                if dropped is None:
+                    yield row
+                elif dropped != SAME_TEXT:
+                    drop(row)
 
     with Validation() as validation:
         written = write_parquet(session.folder / PREFERENCES_FILE, validation.watch(rows()), SCHEMA)
@@ -129,6 +140,20 @@ def label(config: PairsConfig, session: Session) -> Labels:
     write_report(session.folder, facts)
     write_card(session.folder)
     return Labels(judge, settle, session.folder, facts)
+
+
+@contextmanager
+def _write_dropped(folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Write `dropped.parquet`, row by row; no file if there is none.
+
+    Yields:
+        A function that takes the next row.
+    """
+    path = folder / DROPPED_FILE
+    with open_rows(path, SCHEMA) as file:
+        yield file.write
+    if file.rows == 0:
+        path.unlink()
 
 
 def _rubric(config: PairsConfig) -> Rubric:
@@ -151,6 +176,18 @@ def gather_judges(judges: Sequence[Judge], config: JudgeConfig) -> Judge | Jury:
     return judges[0] if len(judges) == 1 else Jury(judges, config.jury, config.quorum)
 
 
+class Settled(NamedTuple):
+    """What the rules of a run make of a preference.
+
+    Attributes:
+        label: P(A preferred); None where there is none.
+        dropped: why a labelled pair is left out of the dataset; None where it is not.
+    """
+
+    label: float | None
+    dropped: str | None
+
+
 class Settlement:
     """The rules that turn what judges said into a run's label: consistency, then calibration, then the clamp.
 
@@ -166,25 +203,35 @@ class Settlement:
 
     def __init__(self, config: PairsConfig, judge: str, rubric: Rubric) -> None:
         self._on_inconsistent = config.on_inconsistent
+        self._ties = config.ties
         self._clamp = config.clamp
         self._calibration = None if config.calibration is None else Calibration.load(config.calibration)
         if self._calibration is not None:
             self._calibration.require(judge=judge, rubric_hash=rubric.hash, version=rubric.version)
 
-    def __call__(self, preference: Preference) -> tuple[Preference, float | None]:
-        """The preference, with a reason where a rule drops it, and its label, P(A preferred)."""
+    def __call__(self, preference: Preference) -> Settled:
+        """The label, and whether a rule of the run leaves the pair out of the dataset."""
+        label = self._label(preference)
+        return Settled(label, None if label is None else self._reason_to_drop(preference, label))
+
+    def _label(self, preference: Preference) -> float | None:
         p = preference.p_a
         if p is None or preference.reason is not None:  # unlabelled, or a guard ruled
-            return preference, p
-        if preference.same_position and self._on_inconsistent != "keep":
-            if self._on_inconsistent == "tie":
-                return preference, 0.5
-            return replace(preference, p_a=None, reason=INCONSISTENT), None
+            return p
+        if preference.same_position and self._on_inconsistent == "tie":
+            return 0.5
         if self._calibration is not None:
             p = self._calibration.apply(p)
         if self._clamp is not None:
             p = min(max(p, self._clamp[0]), self._clamp[1])
-        return preference, p
+        return p
+
+    def _reason_to_drop(self, preference: Preference, label: float) -> str | None:
+        if preference.pair.a == preference.pair.b:
+            return SAME_TEXT
+        if preference.same_position and self._on_inconsistent == "drop":
+            return INCONSISTENT
+        return TIE if self._ties == "drop" and is_tie(label) else None
 
 
 def load_pairs(
@@ -230,7 +277,3 @@ def pair_up(candidates: CandidateSet, count: int, seed: int) -> list[Pair]:
         return pairs
     chance = random.Random(content_id(seed, candidates.prompt, responses))
     return [pairs[i] for i in sorted(chance.sample(range(len(pairs)), count))]
-
-
-def _kept(pair: Pair, label: float, ties: str) -> bool:
-    return pair.a != pair.b and (ties == "keep" or not is_tie(label))

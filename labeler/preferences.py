@@ -192,14 +192,21 @@ class PreferenceReport:
         self._truncated = self._different_length = 0
         self._longer_wins = 0.0
         self._unlabelled: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
         self._guarded: Counter[str] = Counter()
         self._sources: Counter[str] = Counter()
         self._first_ab, self._first_ba, self._masses = array("d"), array("d"), array("f")
         self._human: list[tuple[float, float]] = []
         self._tokens: Counter[str] = Counter()
 
-    def add(self, preference: Preference, label: float | None) -> None:
-        """Count a preference whose final label is `label`, P(A preferred); None where there is none."""
+    def add(self, preference: Preference, label: float | None, dropped: str | None = None) -> None:
+        """Count a preference.
+
+        Args:
+            preference: as judged.
+            label: the final one, P(A preferred); None where there is none.
+            dropped: why it is left out of the dataset; None where it is not.
+        """
         self._count += 1
         said = [j for j in (preference.ab, preference.ba) if j is not None]
         self._tokens.update(tokens_of(*said))
@@ -209,6 +216,8 @@ class PreferenceReport:
             return
         self._labelled += 1
         self._ties += is_tie(label)
+        if dropped is not None:
+            self._dropped[dropped] += 1
         if preference.reason is not None:
             self._guarded[preference.reason] += 1
         else:
@@ -249,6 +258,7 @@ class PreferenceReport:
             "pairs": self._count,
             "labelled": self._labelled,
             "ties": self._ties,
+            "dropped": dict(self._dropped.most_common()),
             "unlabelled": dict(self._unlabelled.most_common()),
             "guarded": dict(self._guarded.most_common()),
             "sources": dict(self._sources.most_common()),

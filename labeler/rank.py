@@ -15,7 +15,7 @@ from labeler.card import write_card
 from labeler.config import RankConfig
 from labeler.loop import replay
 from labeler.outputs import MESSAGES, write_report
-from labeler.pairs import Labels, holds_candidates, label, pair_up
+from labeler.pairs import INCONSISTENT, Labels, holds_candidates, label, pair_up
 from labeler.ranking import bradley_terry, leaderboard
 from labeler.session import open_session
 from rlaif.errors import DataError
@@ -77,7 +77,10 @@ def _rankings(config: RankConfig, labels: Labels, models: _Models) -> Iterator[d
             return
         preferences = preferences[:left]  # `limit` counts pairs
         left = None if left is None else left - len(preferences)
-        labelled = [(p, label_of) for p in preferences if (label_of := labels.settle(p)[1]) is not None]
+        settled = [(p, *labels.settle(p)) for p in preferences]
+        labelled = [
+            (p, label_of) for p, label_of, why in settled if label_of is not None and why != INCONSISTENT
+        ]
         writers = _writers(candidates)
         models.add(
             [(writers[p.pair.a], writers[p.pair.b], label_of) for p, label_of in labelled], writers.values()

@@ -25,7 +25,7 @@ from labeler.judge import Judge, PairJudge
 from labeler.jury import Jury
 from labeler.loop import replay, side_by_side
 from labeler.outputs import refuse_if_too_many_open, write_report, write_unlabelled
-from labeler.pairs import gather_judges
+from labeler.pairs import DROPPED_FILE, gather_judges
 from labeler.preferences import open_row
 from labeler.recorded import Recorded
 from labeler.rubric import Rubric, load_rubric
@@ -271,8 +271,12 @@ def _read(config: EvaluateConfig, folder: Path) -> Report:
         gold = defaultdict(list)
         for pair in _pairs(config):
             gold[pair_key(pair)].append(pair)
-    rows = list(islice(read_preferences(config.labels, quarantine), config.limit))
+    rows = list(islice(_labelled(Path(config.labels), quarantine), config.limit))
     seen = [o for row in rows for o in _matched(row, gold)]
+    if gold is not None and not seen:
+        raise DataError(
+            f"none of the {len(gold)} pairs of {config.dataset} is among the labels of {config.labels}"
+        )
     if not any(o.human is not None for o in seen):
         raise DataError(
             f"{config.labels} has no human labels (human_chosen_prob): give the file that has them as --dataset"
@@ -287,6 +291,7 @@ def _read(config: EvaluateConfig, folder: Path) -> Report:
         "labels": config.labels,
         "lineage": relatives(judge.split(" + "), policies) if judge else [],
         "quarantined": dict(quarantine.reasons),
+        "without_label": 0 if gold is None else len(gold.keys() - {o.pair for o in seen}),
         **assess(seen, resamples=config.resamples),
     }
     if config.calibrate and not (judge and rubric_hash):
@@ -294,6 +299,13 @@ def _read(config: EvaluateConfig, folder: Path) -> Report:
             f"{config.labels} does not name one judge and one rubric, which a calibration belongs to"
         )
     return _conclude(config, folder, report, seen, "")
+
+
+def _labelled(path: Path, quarantine: Quarantine) -> Iterator[PreferenceRow]:
+    """All pairs that a run labelled, those that it left out of its dataset too; or the rows of a file."""
+    yield from read_preferences(path, quarantine)
+    if (path / DROPPED_FILE).is_file():
+        yield from read_preferences(path / DROPPED_FILE, quarantine)
 
 
 def _matched(row: PreferenceRow, gold: dict[str, list[Pair]] | None) -> list[Observation]:

@@ -143,6 +143,8 @@ def _replies(report: Found) -> str:
         f"{report['labelled']} of {report['pairs']} pairs labelled, {report['ties']} ties.",
         *(f"Unlabelled: {count} x {reason}." for reason, count in report["unlabelled"].items()),
     ]
+    if report.get("without_label"):
+        lines.append(f"{report['without_label']} pairs of {report['dataset']} are not among the labels.")
     if report["sources"]:
         lines.append("Sources: " + ", ".join(f"{n} {name}" for name, n in report["sources"].items()) + ".")
     if mass["readings"]:

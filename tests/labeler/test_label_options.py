@@ -35,11 +35,13 @@ def test_pairs_of_which_both_orders_prefer_one_position(
     tmp_path: Path, rule: str, labels: list[float]
 ) -> None:
     data = write_lines(tmp_path / "p.jsonl", [pair(0)])
-    flags = ("--no-cot", "--ties", "keep", "--on_inconsistent", rule, "--max_unlabelled", "1")
+    flags = ("--no-cot", "--ties", "keep", "--on_inconsistent", rule)
     assert label(scripted(tmp_path, LOCKED), data, tmp_path / "out", *flags) == 0
     assert [r["chosen_prob"] for r in preferences(tmp_path / "out")] == pytest.approx(labels)
-    reasons = report(tmp_path / "out")["unlabelled"]
-    assert reasons == ({"both orders prefer the same position": 1} if rule == "drop" else {})
+    found = report(tmp_path / "out")
+    assert (found["unlabelled"], found["same_position_rate"]) == ({}, 1.0)
+    assert found["dropped"] == ({"both orders prefer the same position": 1} if rule == "drop" else {})
+    assert (tmp_path / "out" / "dropped.parquet").exists() == (rule == "drop")
 
 
 def test_a_tie_in_both_orders_is_agreement_and_not_inconsistent(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from policy_trainer.checkpoint import list_checkpoints, load_latest, save_checkp
 from policy_trainer.config import OnlineConfig
 from policy_trainer.reward_source import FunctionReward
 from rlaif.errors import StorageError
+from rlaif.storage import LOCK_FILE
 from rlaif.types import Conversation
 from tests.disks import small_disk
 from tests.policy_trainer import tiny
@@ -108,7 +109,7 @@ def test_killed_at_any_moment_of_a_step_a_run_ends_as_if_it_had_not_been(
         train(config, FunctionReward(tiny.share_of_w0))
         ended = (rows(config.output_dir), samples(config.output_dir), weights(config.output_dir))
         assert ended == expected, f"killed before moment {number}: {name}"
-        assert [p.name for p in config.output_dir.glob(".*")] == [], f"left after {name}"
+        assert [p.name for p in config.output_dir.glob(".*")] == [LOCK_FILE], f"left after {name}"
 
 
 def test_a_kill_while_a_checkpoint_replaces_one_of_the_same_step_leaves_one_of_them(tmp_path: Path) -> None:

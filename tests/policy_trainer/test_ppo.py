@@ -379,7 +379,10 @@ def test_a_missing_reward_leaves_its_group_and_takes_a_lone_response_along(
     train(config, source(lambda p, r: given if len(r) == 12 else tiny.share_of_w0(p, r)))
     (row,) = metrics(tmp_path)
     text = (tmp_path / "run" / "samples" / "step-000001.jsonl").read_text()
-    assert [json.loads(line)["reward"] for line in text.splitlines()] == [0.0, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0]
+    written = [json.loads(line) for line in text.splitlines()]
+    assert [r["reward"] for r in written] == given
+    learned = [r["reward"] for r in written if r["advantage"] is not None]
+    assert learned == [0.0, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0]
     assert row["reward/missing"] == 4 and row["reward/dropped_groups"] == 1
     assert row["reward/frac_zero_std"] == 0.5
     assert row["objective/scores"] == pytest.approx(15 / 7, abs=1e-6)
@@ -408,8 +411,9 @@ def test_a_missing_reward_takes_its_response_out_and_is_counted(tmp_path: Path) 
     train(config, source(no_reward_for_long_ones))
     for row in metrics(tmp_path):
         text = (tmp_path / "run" / "samples" / f"step-{row['step']:06d}.jsonl").read_text()
-        kept = [json.loads(line) for line in text.splitlines()]
-        assert 0 < row["reward/missing"] == 8 - len(kept)
+        written = [json.loads(line) for line in text.splitlines()]
+        kept = [sample for sample in written if sample["reward"] is not None]
+        assert len(written) == 8 and 0 < row["reward/missing"] == 8 - len(kept)
         assert all(len(sample["response"].split()) <= 6 for sample in kept)
         assert row["objective/scores"] == pytest.approx(
             math.fsum(s["reward"] for s in kept) / len(kept), abs=1e-6

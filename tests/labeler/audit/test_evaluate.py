@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from labeler.audit.calibration import Calibration
@@ -188,6 +189,41 @@ def test_labels_of_an_earlier_run_give_the_same_findings(tmp_path: Path) -> None
     assert ours["calibrated"]["temperature"] == pytest.approx(theirs["calibrated"]["temperature"])
     assert evaluate(tmp_path / "alone", "--labels", str(tmp_path / "labelled")) == 0
     assert report(tmp_path / "alone")["agreement"] == theirs["agreement"]
+
+
+def test_pairs_that_a_run_left_out_of_its_dataset_are_measured_too(tmp_path: Path) -> None:
+    """The judge is locked to number 1 on two of six pairs, which are ties; two of the eight have no label."""
+    rules = [
+        {"text": " So.", "prefix": "Comparison"},
+        {"user": r"(?s)question [01]\b", "probs": [0.7, 0.2]},
+        {"user": r"(?s)RESPONSE 1 >>>\ngood", "probs": [0.7, 0.2]},
+        {"probs": [0.2, 0.7]},
+    ]
+    data = write_lines(tmp_path / "pairs.jsonl", pairs(8))
+    judge = scripted(tmp_path, rules)
+    assert label(judge, data, tmp_path / "labelled", "--limit", "6") == 0
+    assert pq.read_table(tmp_path / "labelled" / "preferences.parquet").num_rows == 4
+    assert pq.read_table(tmp_path / "labelled" / "dropped.parquet").num_rows == 2
+    assert evaluate(tmp_path / "read", "--labels", str(tmp_path / "labelled"), "--dataset", str(data)) == 0
+    assert asked(judge, data, tmp_path / "asked", "--limit", "6") == 0
+    read, new = report(tmp_path / "read"), report(tmp_path / "asked")
+    assert (
+        read["position"]["same_position_rate"]
+        == new["position"]["same_position_rate"]
+        == pytest.approx(1 / 3)
+    )
+    assert read["agreement"]["value"] == new["agreement"]["value"] == pytest.approx((4 + 2 / 2) / 6)
+    assert (read["pairs"], read["ties"], read["without_label"]) == (6, 2, 2)
+    assert "2 pairs of" in (tmp_path / "read" / "report.md").read_text()
+
+
+def test_labels_that_share_no_pair_with_the_people_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    people = write_lines(tmp_path / "pairs.jsonl", pairs(4))
+    others = write_lines(tmp_path / "labels.jsonl", [{"prompt": "another", "chosen": "x", "rejected": "y"}])
+    assert evaluate(tmp_path / "out", "--labels", str(others), "--dataset", str(people)) == 3
+    assert "none of the 4 pairs" in capsys.readouterr().err
 
 
 def test_labels_of_another_tool_are_measured_by_what_they_hold(tmp_path: Path) -> None:
