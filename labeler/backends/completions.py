@@ -22,6 +22,15 @@ PATHS: dict[Route, str] = {"chat": "/chat/completions", "completions": "/complet
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 """Fields by which vLLM and its kin continue a trailing assistant message instead of opening a new one."""
 
+_ENDS = frozenset({"stop", "eos", "eos_token", "stop_sequence", "end_turn", "complete"})
+"""`finish_reason` of a text that is whole: OpenAI's and vLLM's word, then those of Together, TGI, Anthropic, Cohere."""
+
+_CUTS = frozenset({"length", "max_tokens", "model_length"})
+"""`finish_reason` of a text that was cut at a limit of tokens: OpenAI's and vLLM's word, Anthropic's, Mistral's.
+
+Any other word (`content_filter`, `abort`, `error`, `tool_calls`, `insufficient_system_resource`) ends no answer.
+"""
+
 _NEVER = -9999.0
 """OpenAI's mark for a token that is "very unlikely": no reading."""
 
@@ -126,8 +135,9 @@ class Choice:
     """A reply's first choice.
 
     Attributes:
-        text: generated text.
-        finish_reason: `length` or `stop`.
+        text: generated text; None where the reply has none.
+        thought: what the server set apart as the model's thinking.
+        finish_reason: `stop`, `length`, or the server's word for any other end.
         stop: the stop string that ended the text, where the server says so.
         prompt_tokens: tokens read; 0 where the server does not say.
         completion_tokens: tokens generated.
@@ -139,7 +149,8 @@ class Choice:
             log-probabilities.
     """
 
-    text: str
+    text: str | None
+    thought: str
     finish_reason: str
     stop: str | None
     prompt_tokens: int
@@ -188,9 +199,11 @@ def _read_choice(reply: Any) -> Choice:
     usage = reply.get("usage") or {}
     details = usage.get("prompt_tokens_details") or {}
     stop = choice.get("stop_reason")
+    said = choice["message"] if chat else {"content": choice["text"]}
     return Choice(
-        text=(choice["message"].get("content") or "") if chat else choice["text"],
-        finish_reason="length" if choice.get("finish_reason") == "length" else "stop",
+        text=said.get("content"),
+        thought=said.get("reasoning_content") or said.get("reasoning") or "",
+        finish_reason=_finish(choice.get("finish_reason")),
         stop=stop if isinstance(stop, str) else None,
         prompt_tokens=int(usage.get("prompt_tokens") or 0),
         completion_tokens=int(usage.get("completion_tokens") or 0),
@@ -200,6 +213,38 @@ def _read_choice(reply: Any) -> Choice:
         pieces=tuple(pieces),
         top=tuple(sorted(((t, p) for t, p in first if p > _NEVER), key=lambda entry: -entry[1])),
     )
+
+
+def _finish(word: str | None) -> str:
+    """`stop` or `length` where the server's word means one of them; not every server gives one."""
+    told = (word or "stop").lower()
+    return "stop" if told in _ENDS else "length" if told in _CUTS else told
+
+
+def written_text(choice: Choice, *, continued: bool) -> str:
+    """The text that was generated. An empty one is an answer only if the model ended it itself.
+
+    Args:
+        choice: a reply to a request for text.
+        continued: the text goes on from an assistant turn that was begun. What follows it is its continuation, also
+            where vLLM's reasoning parser takes it for thinking (vllm-project/vllm#38749).
+
+    Raises:
+        RequestFailed: the reply was filtered or broken off, or has no text.
+    """
+    if choice.finish_reason not in ("stop", "length"):
+        raise RequestFailed(f"the endpoint ended the reply with {choice.finish_reason!r}")
+    if choice.text:
+        return choice.text
+    if continued and choice.thought:
+        return choice.thought
+    if choice.finish_reason == "length":
+        raise RequestFailed("the reply was cut before any text, as by long thinking: allow it more tokens")
+    if choice.thought:
+        raise RequestFailed("the reply is thinking without an answer")
+    if choice.text is None:
+        raise RequestFailed("the endpoint's answer has no text")
+    return ""
 
 
 def _piece(entry: Mapping[str, Any]) -> bytes:

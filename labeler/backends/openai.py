@@ -28,6 +28,7 @@ from labeler.backends.completions import (
     read_ids,
     request_body,
     text_ids,
+    written_text,
 )
 from labeler.backends.endpoint import Endpoint, Endpoints, HTTPWire, Wire
 from labeler.backends.labels import (
@@ -132,10 +133,11 @@ class OpenAIModel:
             if stop:  # the tokens' bytes show where the stop string begins
                 body.update(ask_top(replace(features, top_logprobs=0), features.route))
         choice = await self._complete(PATHS[features.route], body, messages, max_tokens)
-        text = choice.text
+        whole = text = written_text(choice, continued=bool(prefix) and features.continues)
         for end in stop:  # some servers include the stop string
             text = text.split(end, 1)[0]
-        return Generation(text, choice.finish_reason, *choice.usage, text_ids(choice, text))
+        ids = text_ids(replace(choice, text=whole), text)
+        return Generation(text, choice.finish_reason, *choice.usage, ids)
 
     async def label_logprobs(
         self,

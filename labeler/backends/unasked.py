@@ -104,7 +104,7 @@ class UnaskedEndpoint(OpenAIModel):
         even = {f"token_id:{i}": -math.log(len(wanted)) for i in wanted}
         choice = {
             "text": "",
-            "finish_reason": "length",
+            "finish_reason": "stop",  # an empty text is an answer only where it ended by itself
             "prompt_token_ids": tokens if features.token_ids else [],
             "logprobs": {"tokens": list(even), "top_logprobs": [even]},
         }

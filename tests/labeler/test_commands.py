@@ -231,6 +231,22 @@ def test_sampling_writes_candidates_that_labeling_reads(tmp_path: Path) -> None:
     assert label(scripted(tmp_path), tmp_path / "a", tmp_path / "labels", "--ties", "keep") == 0
 
 
+def test_a_response_that_the_endpoint_did_not_give_is_no_candidate(tmp_path: Path) -> None:
+    def amend(body: dict[str, Any], choice: dict[str, Any]) -> None:
+        if "hostile" in body["messages"][0]["content"]:
+            choice.update(message={"role": "assistant", "content": None}, finish_reason="content_filter")
+
+    prompts = write_lines(tmp_path / "p.jsonl", [{"prompt": "plain"}, {"prompt": "hostile"}])
+    with ScriptedServer(lambda user, prefix, wanted: "An answer.", amend=amend) as server:
+        flags = ["--dataset", str(prompts), "--output_dir", str(tmp_path / "out"), "--max_unlabelled", "0.9"]
+        assert (
+            main(["sample", "--model_name_or_path", server.ref, "--num_return_sequences", "1", *flags]) == 0
+        )
+    [row] = pq.read_table(tmp_path / "out" / "candidates.parquet").to_pylist()
+    assert [c["response"] for c in row["completions"]] == ["An answer."]
+    assert report(tmp_path / "out")["unlabelled"] == {"the endpoint ended the reply with 'content_filter'": 1}
+
+
 # ---- bad input: one clear line, its own exit code ----
 
 

@@ -162,6 +162,17 @@ def test_nothing_is_asked_of_an_endpoint(tmp_path: Path, capsys: pytest.CaptureF
     assert found["cost, USD"].split()[0] == f"{(number(found['prompt tokens']) + 12) / 1e6:.4g}"
 
 
+@pytest.mark.parametrize("vllm", [True, False], ids=["vllm", "plain"])
+def test_rationales_of_an_endpoint_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], vllm: bool
+) -> None:
+    data = write_lines(tmp_path / "data.jsonl", [pair(i) for i in range(3)])
+    with ScriptedServer(lambda *request: pytest.fail("asked"), vllm=vllm) as server:
+        assert label(server.ref, data, tmp_path / "out", "--dry_run") == 0
+        assert server.asked == []
+    assert facts(capsys)["requests"] == "12 (6 generate, 6 label)"
+
+
 def says(user: str, prefix: str, wanted: bool) -> str | dict[str, float]:
     return {"1": 0.5, "2": 0.5} if wanted else " A thought of some words."
 

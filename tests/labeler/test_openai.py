@@ -279,6 +279,90 @@ def test_a_dead_server_is_given_up_after_the_retries() -> None:
             read(ref)
 
 
+# ---- replies that are no answer ----
+
+
+def replying(message: dict[str, Any], finish: str | None) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    """Replies to requests for text have this message and end so."""
+
+    def amend(body: dict[str, Any], choice: dict[str, Any]) -> None:
+        if body["max_tokens"] > 1:
+            choice.update(message={"role": "assistant", **message}, finish_reason=finish)
+
+    return amend
+
+
+THOUGHT = {"content": None, "reasoning_content": "Response 1 is clearer."}
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "reason"),
+    [
+        ({"content": None}, "content_filter", "ended the reply with 'content_filter'"),
+        ({"content": "Half a"}, "abort", "ended the reply with 'abort'"),
+        ({"content": "Half a"}, "insufficient_system_resource", "with 'insufficient_system_resource'"),
+        (THOUGHT, "length", "cut before any text"),
+        ({"content": ""}, "length", "cut before any text"),  # OpenAI's reasoning models hide what they think
+        (THOUGHT, "stop", "thinking without an answer"),
+        ({"content": "", "reasoning": "Well."}, "stop", "thinking without an answer"),
+        ({"content": None}, "stop", "has no text"),
+    ],
+    ids=["filtered", "aborted", "overloaded", "thought-cut", "hidden", "thought", "reasoning", "null"],
+)
+def test_a_reply_without_an_answer_is_a_failure_and_no_empty_response(
+    message: dict[str, Any], finish: str, reason: str
+) -> None:
+    with (
+        ScriptedServer(script, amend=replying(message, finish)) as server,
+        pytest.raises(RequestFailed, match=reason),
+    ):
+        ask(server.ref, lambda llm: llm.generate(Q, max_tokens=9))
+
+
+@pytest.mark.parametrize(
+    ("content", "finish", "read"),
+    [
+        ("", "stop", "stop"),
+        ("Fine.", None, "stop"),
+        ("Fine.", "eos_token", "stop"),
+        ("Fine.", "COMPLETE", "stop"),
+        ("Fine", "model_length", "length"),
+    ],
+    ids=["empty", "no-word", "tgi", "cohere", "mistral"],
+)
+def test_an_answer_may_be_empty_and_may_end_in_other_words(
+    content: str, finish: str | None, read: str
+) -> None:
+    with ScriptedServer(script, amend=replying({"content": content}, finish)) as server:
+        done = ask(server.ref, lambda llm: llm.generate(Q, max_tokens=9))
+    assert (done.text, done.finish_reason) == (content, read)
+
+
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_a_continuation_that_a_server_files_as_thinking_is_the_continuation(finish: str) -> None:
+    with ScriptedServer(script, vllm=True, amend=replying(THOUGHT, finish)) as server:
+        done = ask(server.ref, lambda llm: llm.generate(Q, "Comparison:", max_tokens=9))
+    assert (done.text, done.finish_reason) == ("Response 1 is clearer.", finish)
+
+
+def test_thinking_is_no_continuation_where_the_turn_is_not_continued() -> None:
+    with (
+        ScriptedServer(script, amend=replying(THOUGHT, "stop")) as server,
+        pytest.raises(RequestFailed, match="thinking without an answer"),
+    ):
+        ask(server.ref, lambda llm: llm.generate(Q, "Comparison:", max_tokens=9))
+
+
+def test_a_judge_whose_rationale_was_filtered_gives_no_label() -> None:
+    with ScriptedServer(script, amend=replying({"content": None}, "content_filter")) as server:
+        preference = ask(
+            server.ref,
+            lambda llm: Judge(llm, load_rubric("helpfulness-pair")).judge_pair(Pair(Q, "good", "bad")),
+        )
+    assert preference.p_a is None
+    assert preference.reason == "the endpoint ended the reply with 'content_filter'"
+
+
 def faults(*planned: Fault | None) -> Callable[[dict[str, Any]], Fault | None]:
     queue = list(planned)
     return lambda body: queue.pop(0) if queue else None
