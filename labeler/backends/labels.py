@@ -16,6 +16,9 @@ Tokens = tuple[int, ...]
 FLOOR = -1e4
 """Log-probability that stands for a label which the model rules out; files hold finite numbers."""
 
+_HIDDEN = 2.0**-24
+"""Probability that may be left over beside one of 1: servers sum in fp32, where 1 + 2**-24 is 1."""
+
 
 def find_spellings(encode: Encode, text: str, label: str, model: str) -> tuple[Tokens, ...]:
     """The token sequences that spell `label` after `text`, found by tokenising both together.
@@ -136,8 +139,9 @@ def logsumexp(values: Sequence[float]) -> float:
 def read_top_tokens(top: Sequence[tuple[str, float]], labels: Sequence[str]) -> LabelDistribution:
     """A label distribution from the list of likeliest next tokens that an endpoint reports.
 
-    Tokens that equal a label up to surrounding white space are its aliases and are summed. A label that is
-    not in the list gets the bound of `unlisted_bound`, and the distribution is `censored`.
+    Tokens that equal a label up to surrounding white space are its aliases and are summed. Labels that are
+    not in the list get the bound of `unlisted_bound`, and the distribution is `censored`. The mass is that of the
+    listed labels: a bound is no reading.
 
     Args:
         top: (token text, natural-log probability) of the likeliest tokens.
@@ -153,15 +157,23 @@ def read_top_tokens(top: Sequence[tuple[str, float]], labels: Sequence[str]) -> 
     if all(reading == -math.inf for reading in readings):
         raise RequestFailed(f"none of the labels {', '.join(labels)} is among the top {len(top)} tokens")
     mass = math.fsum(math.exp(r) for r in readings)
-    bound = unlisted_bound(top)
-    censored = any(r == -math.inf for r in readings)
+    unlisted = readings.count(-math.inf)
+    bound = unlisted_bound(top, max(1, unlisted))
     return LabelDistribution(
-        tuple(bound if r == -math.inf else r for r in readings), mass=min(mass, 1.0), censored=censored
+        tuple(bound if r == -math.inf else r for r in readings), mass=min(mass, 1.0), censored=unlisted > 0
     )
 
 
-def unlisted_bound(top: Sequence[tuple[str, float]]) -> float:
-    """The largest log-probability of a token outside the list: that of its last, and what the list leaves over."""
+def unlisted_bound(top: Sequence[tuple[str, float]], count: int = 1) -> float:
+    """The largest log-probability that each of some tokens outside the list can have at once.
+
+    None is likelier than the last of the list, and together they have at most what it leaves over. A list that sums
+    to 1 leaves what rounding hides.
+
+    Args:
+        top: (token text, natural-log probability) of the likeliest tokens.
+        count: how many tokens share what is left, > 0.
+    """
     last = min(lp for _, lp in top)
     left = 1.0 - math.fsum(math.exp(lp) for _, lp in top)
-    return min(last, math.log(left)) if left > 0.0 else last
+    return min(last, math.log(max(left, _HIDDEN) / count))

@@ -22,7 +22,7 @@ from labeler.backends.local import context_ids, continued
 from labeler.llm import Generation, LLMOptions, RequestFailed, open_llm
 from rlaif.errors import ModelError
 from rlaif.models import ModelRef
-from rlaif.types import Conversation, user_prompt
+from rlaif.types import Conversation, expectation, user_prompt
 from tests.labeler.tiny import WORDS, save_tiny, tiny_model, tiny_tokenizer
 
 PROMPTS = [user_prompt(" ".join(f"w{(7 * i + j) % 40}" for j in range(3 + 5 * i % 17))) for i in range(12)]
@@ -295,6 +295,29 @@ def test_a_label_outside_the_top_tokens_gets_a_bound_and_is_censored() -> None:
     assert read.censored
     tail = read_top_tokens([("1", math.log(0.3)), ("x", math.log(0.01))], ("1", "2"))
     assert math.exp(tail.logprobs[1]) == pytest.approx(0.01)
+
+
+def test_a_list_that_sums_to_one_leaves_almost_nothing_for_other_labels() -> None:
+    sure = read_top_tokens([("1", 0.0)], ("1", "2"))
+    # In fp32 the sum of 1 and 2^-24 is 1, so the other label may have so much.
+    assert math.exp(sure.logprobs[1]) == pytest.approx(2.0**-24)
+    assert sure.probs[0] == pytest.approx(1.0, abs=1e-7)
+    assert sure.censored
+
+
+def test_labels_outside_the_top_tokens_share_what_the_list_leaves_over() -> None:
+    scale = tuple(str(i) for i in range(1, 11))
+    top = [
+        (label, math.log(p)) for label, p in (("7", 0.4), ("8", 0.3), ("6", 0.15), ("9", 0.1), ("5", 0.03))
+    ]
+    read = read_top_tokens(top, scale)
+    probs = [math.exp(x) for x in read.logprobs]
+    # 0.02 is left for 1, 2, 3, 4 and 10: 0.004 each.
+    assert probs == pytest.approx([0.004, 0.004, 0.004, 0.004, 0.03, 0.15, 0.4, 0.3, 0.1, 0.004])
+    # 5 x 0.03 + 6 x 0.15 + 7 x 0.4 + 8 x 0.3 + 9 x 0.1 = 7.15, and 0.004 x (1 + 2 + 3 + 4 + 10) = 0.08.
+    assert expectation(read.probs, range(1, 11)) == pytest.approx(7.23)
+    assert read.mass == pytest.approx(0.98)
+    assert read.censored
 
 
 def test_no_label_among_the_top_tokens_is_a_failure_not_a_tie() -> None:
