@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from labeler.backends.labels import FLOOR, logsumexp, read_top_tokens, unlisted_bound
+from labeler.backends.labels import FLOOR, logsumexp, unlisted_bound
+from labeler.llm import RequestFailed
 from rlaif.types import LabelDistribution
 
 TopTokens = Sequence[tuple[str, float]]
@@ -37,7 +38,7 @@ def read_top_tokens_in_parts(
 
     By the chain rule P("10") = P(10) + P(1) P(0 | 1), of which the first term is the label as one token, and
     P("1") = P(1) (1 - P(0 | 1)). What is not listed gets the bound of `unlisted_bound`, and the distribution is
-    `censored`.
+    `censored`. The mass is that of what is listed: a bound is no reading.
 
     Args:
         first: the list at the label's position.
@@ -47,31 +48,68 @@ def read_top_tokens_in_parts(
     Raises:
         RequestFailed: no label, nor the beginning of one, is in the list.
     """
-    texts = [*labels, *(text for text in after if text not in labels)]
-    begun = dict(zip(texts, read_top_tokens(first, texts).logprobs, strict=True))
-    listed = {token.strip() for token, _ in first}
-    censored = False
-    logprobs = []
-    for label in labels:
-        parts = [(text, label[len(text) :]) for text in after if label.startswith(text) and label != text]
-        ways = [begun[text] + _next(after[text], rest) for text, rest in parts]
-        if label in listed or not parts:
-            ways.append(begun[label] + _unless_continued(label, after, labels))
-        censored |= not (label in listed or parts)
-        censored |= any(rest not in dict(after[text]) for text, rest in parts)
-        logprobs.append(max(logsumexp(ways), FLOOR))
-    return LabelDistribution(tuple(logprobs), min(1.0, math.fsum(map(math.exp, logprobs))), censored)
+    begun = _by_text(first)
+    then = {text: _read_rests(after[text], text, labels) for text in after}
+
+    def spelled(label: str) -> float:
+        """Log-probability of all ways to write a label; -inf if none is listed."""
+        ways = [begun[text] + rests[label] for text, rests in then.items() if label in rests]
+        if label in begun:
+            ways.append(begun[label] + _log_complement(then.get(label, {}).values()))
+        return logsumexp(ways)
+
+    read = [spelled(label) for label in labels]
+    unlisted = read.count(-math.inf)
+    if unlisted == len(labels):
+        raise RequestFailed(f"none of the labels {', '.join(labels)} is among the top {len(first)} tokens")
+    bound = unlisted_bound(first, max(1, unlisted))
+    guessed = any(not _is_listed(after[text], text, label) for text, rests in then.items() for label in rests)
+    return LabelDistribution(
+        tuple(bound if r == -math.inf else max(r, FLOOR) for r in read),
+        min(1.0, _mass(begun, after, labels)),
+        censored=unlisted > 0 or guessed,
+    )
 
 
-def _unless_continued(label: str, after: Mapping[str, TopTokens], labels: Sequence[str]) -> float:
-    """Log-probability that `label`, once written, does not go on to a longer one."""
-    if label not in after:
-        return 0.0
-    longer = [text[len(label) :] for text in labels if text.startswith(label) and text != label]
-    left = 1.0 - math.fsum(math.exp(_next(after[label], rest)) for rest in longer)
+def _by_text(top: TopTokens) -> dict[str, float]:
+    """Log-probability by text without the white space around it; tokens of one text are summed."""
+    aliases: dict[str, list[float]] = {}
+    for token, logprob in top:
+        aliases.setdefault(token.strip(), []).append(logprob)
+    return {text: logsumexp(logprobs) for text, logprobs in aliases.items()}
+
+
+def _read_rests(top: TopTokens, begun: str, labels: Sequence[str]) -> dict[str, float]:
+    """For each label that goes on from `begun`, the log-probability of its rest in the list after it, or the bound."""
+    longer = [label for label in labels if label.startswith(begun) and label != begun]
+    unlisted = sum(not _is_listed(top, begun, label) for label in longer)
+    bound = unlisted_bound(top, max(1, unlisted))
+    return {label: dict(top).get(label[len(begun) :], bound) for label in longer}
+
+
+def _is_listed(top: TopTokens, begun: str, label: str) -> bool:
+    """Whether the list after `begun` holds the rest of `label`."""
+    return label[len(begun) :] in dict(top)
+
+
+def _log_complement(logprobs: Iterable[float]) -> float:
+    """Log-probability that none of several outcomes comes."""
+    left = 1.0 - math.fsum(map(math.exp, logprobs))
     return math.log(left) if left > 0.0 else FLOOR
 
 
-def _next(top: TopTokens, text: str) -> float:
-    """Log-probability, or its bound, of the token `text`."""
-    return dict(top).get(text, unlisted_bound(top))
+def _mass(begun: Mapping[str, float], after: Mapping[str, TopTokens], labels: Sequence[str]) -> float:
+    """Probability of what is listed of the labels.
+
+    A token that is a label by itself counts whole: it is one whether it goes on to a longer one or not. Of one that
+    only begins labels, what counts are the rests listed after it.
+    """
+    whole = [math.exp(begun[label]) for label in labels if label in begun]
+    parts = [
+        math.exp(begun[text] + logprob)
+        for text, top in after.items()
+        if text not in labels
+        for rest, logprob in dict(top).items()
+        if text + rest in labels
+    ]
+    return math.fsum([*whole, *parts])

@@ -151,3 +151,30 @@ def test_a_part_that_is_not_listed_makes_a_bound() -> None:
     distribution = read_top_tokens_in_parts(top, {"1": [(".", math.log(0.9))]}, ("1", "2", "10"))
     assert distribution.censored
     assert [math.exp(lp) for lp in distribution.logprobs] == pytest.approx([0.45, 0.4, 0.05])
+
+
+def test_labels_in_parts_share_what_the_first_list_leaves_over() -> None:
+    words = [("Sure", 0.3), ("I", 0.2), ("The", 0.15), ("As", 0.1), ("7", 0.08)]
+    scale = tuple(str(i) for i in range(1, 11))
+    distribution = read_top_tokens_in_parts([(t, math.log(p)) for t, p in words], {}, scale)
+    probs = [math.exp(lp) for lp in distribution.logprobs]
+    # 0.17 is left for nine levels, of which none is listed.
+    assert probs == pytest.approx([0.17 / 9] * 6 + [0.08] + [0.17 / 9] * 3)
+    assert distribution.mass == pytest.approx(0.08)
+    assert distribution.censored
+
+
+def test_a_bound_of_a_part_adds_nothing_to_the_mass() -> None:
+    first = [("2", math.log(0.6)), ("1", math.log(0.3))]
+    after = {"1": [(".", math.log(0.5)), ("0", math.log(0.2))], "2": [("5", math.log(0.5))]}
+    # 1 is a label and 2 is none; 0.3 is left after 1 for "1" and "2", and 0.5 after 2 for "0".
+    distribution = read_top_tokens_in_parts(first, after, ("1", "10", "11", "12", "20", "25"))
+    probs = [math.exp(lp) for lp in distribution.logprobs]
+    assert probs == pytest.approx([0.3 * 0.5, 0.3 * 0.2, 0.3 * 0.15, 0.3 * 0.15, 0.6 * 0.5, 0.6 * 0.5])
+    assert distribution.mass == pytest.approx(0.3 + 0.6 * 0.5)
+    assert distribution.censored
+
+
+def test_no_label_nor_the_beginning_of_one_is_a_failure() -> None:
+    with pytest.raises(RequestFailed, match="none of the labels 1, 10 is among"):
+        read_top_tokens_in_parts([("x", -0.1)], {}, ("1", "10"))
