@@ -20,7 +20,7 @@ from labeler.backends.labels import logsumexp
 from labeler.guard import is_content_free, neutralise
 from labeler.llm import LLM, Generation, RequestFailed
 from labeler.rubric import Question, Rubric
-from labeler.verdicts import VERDICT_ASK, read_label, read_verdict, smoothed
+from labeler.verdicts import VERDICT_ASK, read_first_label, read_label, read_verdict, smoothed
 from rlaif.errors import ConfigError, EndpointError
 from rlaif.types import (
     Conversation,
@@ -312,7 +312,7 @@ class Judge:
                     messages, max_tokens=self.recipe.max_rationale_tokens, temperature=0.0, seed=seed
                 )
                 paid.append(written)
-                return _judgment(self._verdict(written.text), written.text, paid, source)
+                return _judgment(self._verdict(written), written.text, paid, source)
             if question.rationale_cue is not None:
                 written = await self.llm.generate(
                     messages,
@@ -352,15 +352,21 @@ class Judge:
         )
         paid.extend(drawn)
         labels = self.rubric.labels
-        found = [read_label(d.text, labels) for d in drawn]
+        found = [
+            read_first_label(d.text, labels) if d.finish_reason == "length" else read_label(d.text, labels)
+            for d in drawn
+        ]
         counts = [found.count(i) for i in range(len(labels))]
         if not any(counts):
             raise RequestFailed(f"none of {len(drawn)} samples is one of the labels")
         mass = sum(counts) / len(drawn)
         return LabelDistribution(tuple(math.log(p * mass) for p in smoothed(counts)), mass)
 
-    def _verdict(self, text: str) -> LabelDistribution:
+    def _verdict(self, written: Generation) -> LabelDistribution:
         """A graded verdict as a distribution over 1 and 2, or a stated score as one level."""
+        text = written.text
+        if written.finish_reason == "length":  # what comes last counts, and it may not have come
+            raise RequestFailed("the reply was cut before its verdict: allow more --max_rationale_tokens")
         if self.rubric.kind == "pair":
             p = read_verdict(text)
             if p is None:

@@ -29,6 +29,8 @@ VERDICT_ASK = (
 )
 """Closes the user message of a judge that answers with a graded verdict."""
 
+_THINKING, _THOUGHT = "<think>", "</think>"
+
 _MARKUP = " \t*_`\"'“”‘’[]{}()<>$"
 _NOUN = re.compile(
     r"(?:the )?(?:response|answer|option|summary|assistant|candidate|number|choice|label|score|rating|grade) *#? *"
@@ -50,8 +52,17 @@ _OF_ASSISTANT = re.compile(
 )
 
 
+def after_thinking(text: str) -> str:
+    """What a model says once it has thought aloud, in `<think>` tags; empty while it thinks.
+
+    A chat template may have opened the tag, so that the text has the closing one alone.
+    """
+    said = text.rpartition(_THOUGHT)[2]
+    return "" if _THINKING in said else said
+
+
 def read_label(text: str, labels: Sequence[str]) -> int | None:
-    """The index of the label that a text declares.
+    """The index of the label that a text declares, thinking aside.
 
     A verdict line is a label alone (`1`, `**1**`, `[[A]]`, `Response 1`), or a label after a short cue that ends in a
     colon (`Verdict: 1`, `Score: 8/10` on a scale that ends in 10); a remark in parentheses may follow. The last verdict
@@ -65,7 +76,7 @@ def read_label(text: str, labels: Sequence[str]) -> int | None:
         An index into `labels`; None when no line declares an answer, or the last one declares none of the labels.
     """
     menu = {_plain(label): index for index, label in enumerate(labels)}
-    lines = [_plain(line) for line in text.splitlines()]
+    lines = [_plain(line) for line in after_thinking(text).splitlines()]
     for line in reversed(lines):
         values = tuple(_values(line))
         for value in values:
@@ -77,6 +88,24 @@ def read_label(text: str, labels: Sequence[str]) -> int | None:
         if any(" " not in value and any(map(str.isalnum, value)) for value in values):
             return None
     return None
+
+
+def read_first_label(text: str, labels: Sequence[str]) -> int | None:
+    """The index of the label that the first line of a text declares: all that counts where the text was cut off.
+
+    What follows a label that came at once explains it; a label further down may have been a step on the way. A line
+    that was cut itself declares none if it may go on to another label, `1` to `10`.
+
+    Args:
+        text: the beginning of what the judge would have written.
+        labels: the closed menu.
+    """
+    line, whole, _ = after_thinking(text).lstrip().partition("\n")
+    index = read_label(line, labels)
+    if index is None or whole:
+        return index
+    longer = (label for label in labels if label != labels[index] and label.startswith(labels[index]))
+    return None if any(longer) else index
 
 
 def read_verdict(text: str) -> float | None:

@@ -96,6 +96,33 @@ def test_a_reply_without_a_verdict_leaves_the_pair_unlabelled() -> None:
     assert (preference.p_a, preference.reason) == (None, "the reply has no verdict")
 
 
+def cut(text: str) -> Mute:
+    """Every reply is this text, cut off at its limit."""
+    return Mute(lambda asked: Generation(text, "length", 9, 512))
+
+
+def test_a_verdict_on_the_way_to_one_that_was_cut_off_is_none() -> None:
+    preference = judged(cut("First thought.\nVerdict: 1>2\nBut wait, response 2 covers"), fallback="verdict")
+    assert preference.p_a is None
+    assert preference.reason == "the reply was cut before its verdict: allow more --max_rationale_tokens"
+    assert preference.ab is not None and preference.ab.completion_tokens == 512
+    judge = Judge(
+        cut("A draft:\nScore: 3\nbut"), load_rubric("helpfulness-score"), Recipe(fallback="verdict")
+    )
+    score = asyncio.run(judge.judge_score(PAIR.prompt, PAIR.a))
+    assert score.expected is None
+    assert score.reason == preference.reason
+
+
+def test_a_sample_that_was_cut_off_counts_by_its_first_line() -> None:
+    label = {"1": "1\n\nBecause the first", "2": "2\n\nBecause the second"}
+    explained = Mute(lambda asked: Generation(label["1" if first_is_a(asked) else "2"], "length", 9, 16))
+    preference = judged(explained, fallback="samples", num_samples=4)
+    assert preference.p_a == pytest.approx((4 + 1) / (4 + 2))
+    unfinished = judged(cut("Compare.\n1\nno wait, the other is"), fallback="samples", num_samples=4)
+    assert (unfinished.p_a, unfinished.reason) == (None, "none of 4 samples is one of the labels")
+
+
 def test_self_consistency_averages_the_distributions_of_several_rationales() -> None:
     rationales = {}
 

@@ -15,6 +15,7 @@ from labeler.verdicts import (
     VERDICT_ASK,
     VERDICT_LABELS,
     VERDICT_PROBS,
+    read_first_label,
     read_label,
     read_score_pair,
     read_verdict,
@@ -58,6 +59,39 @@ def test_a_declared_label_is_read(text: str, labels: Sequence[str], index: int) 
 )  # fmt: skip
 def test_prose_and_answers_off_the_menu_are_none(text: str, labels: Sequence[str]) -> None:
     assert read_label(text, labels) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("<think>\nVerdict: 1\nBut wait, response 2", None),
+        ("<think>\nVerdict: 1\n</think>\nVerdict: 2", 1),
+        ("Verdict: 1\nor not?\n</think>\n\n2", 1),
+        ("<think>Verdict: 1</think>", None),
+        ("<think>1</think>\n<think>\n2", None),
+    ],
+    ids=["unfinished", "finished", "opened-by-the-template", "nothing-after", "again"],
+)
+def test_what_a_model_thinks_is_not_its_answer(text: str, index: int | None) -> None:
+    assert read_label(text, ONE_TWO) == index
+
+
+def test_a_graded_verdict_is_not_read_from_unfinished_thinking() -> None:
+    assert read_verdict("<think>\nVerdict: 1>2\nBut wait, response 2 covers more") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "index"),
+    [
+        ("2", ONE_TWO, 1), (" 1\n\nExplanation: response", ONE_TWO, 0), ("Compare.\n1\nno wait, the", ONE_TWO, None),
+        ("Score: 1", SCALE, None), ("Score: 1\nIt", SCALE, 0), ("Score: 10", SCALE, 9),
+        ("Response 1 is", ONE_TWO, None), ("<think>\n1\n", ONE_TWO, None), ("", ONE_TWO, None),
+    ],
+)  # fmt: skip
+def test_the_label_of_a_text_that_was_cut_is_on_its_first_line(
+    text: str, labels: Sequence[str], index: int | None
+) -> None:
+    assert read_first_label(text, labels) == index
 
 
 WORDS = (
