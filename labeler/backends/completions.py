@@ -201,8 +201,8 @@ def _read_choice(reply: Any) -> Choice:
     stop = choice.get("stop_reason")
     said = choice["message"] if chat else {"content": choice["text"]}
     return Choice(
-        text=said.get("content"),
-        thought=said.get("reasoning_content") or said.get("reasoning") or "",
+        text=_text(said.get("content")),
+        thought=_text(said.get("reasoning_content") or said.get("reasoning")) or "",
         finish_reason=_finish(choice.get("finish_reason")),
         stop=stop if isinstance(stop, str) else None,
         prompt_tokens=int(usage.get("prompt_tokens") or 0),
@@ -213,6 +213,16 @@ def _read_choice(reply: Any) -> Choice:
         pieces=tuple(pieces),
         top=tuple(sorted(((t, p) for t, p in first if p > _NEVER), key=lambda entry: -entry[1])),
     )
+
+
+def _text(content: object) -> str | None:
+    """The text of a message: a string, or parts, of which Mistral's reasoning models have one for thinking."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise TypeError(f"content of type {type(content).__name__}")
+    texts = [str(part["text"]) for part in content if part["type"] == "text"]
+    return "".join(texts) if texts else None
 
 
 def _finish(word: str | None) -> str:

@@ -26,7 +26,7 @@ from labeler.backends.local import (
     load_tokenizer,
     weights_hash,
 )
-from labeler.llm import Abilities, LLMOptions
+from labeler.llm import Abilities, LLMOptions, RequestFailed
 from rlaif.models import ModelRef, cannot_load
 
 _CACHE_BYTES = 2 * 2**30
@@ -159,7 +159,11 @@ class HFModel(LocalModel):
                         job.future.set_exception(err)
                 continue
             for job, result in zip(batch, results, strict=True):
-                if not job.future.done():
+                if job.future.done():
+                    continue
+                if isinstance(result, RequestFailed):
+                    job.future.set_exception(result)
+                else:
                     job.future.set_result(result)
 
     def _cut(self) -> list[_Job]:
@@ -183,26 +187,28 @@ class HFModel(LocalModel):
         return batch
 
     def _compute(self, batch: list[_Job]) -> list[Any]:
-        """Runs in the worker thread. Halves the batch when the device is out of memory."""
+        """Runs in the worker thread. Halves the batch when the device is out of memory; a row alone fails then."""
         try:
-            requests = [job.request for job in batch]
-            wanted = [job.wanted for job in batch if job.wanted is not None]
-            if not wanted:
-                return list(decode_batch(self._model, self._tokenizer, requests, self._eos))
-            positions = 1 + max(back for row in wanted for back in row)
-            logprobs = next_token_logprobs(self._model, requests, self._pad, positions)
-            return [
-                {
-                    back: dict(zip(ids, row[-1 - back, list(ids)].tolist(), strict=True))
-                    for back, ids in w.items()
-                }
-                for row, w in zip(logprobs, wanted, strict=True)
-            ]
+            return self._forward(batch)
         except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-            half = len(batch) // 2
-            return self._compute(batch[:half]) + self._compute(batch[half:])
+            pass  # what follows is outside: the exception holds the tensors of the failed pass
+        if len(batch) == 1:
+            return [RequestFailed(f"out of memory on a row of up to {batch[0].request.length} tokens")]
+        half = len(batch) // 2
+        return self._compute(batch[:half]) + self._compute(batch[half:])
+
+    def _forward(self, batch: list[_Job]) -> list[Any]:
+        """What each job asks for: a `Decoded`, or log-probabilities by place and id."""
+        requests = [job.request for job in batch]
+        wanted = [job.wanted for job in batch if job.wanted is not None]
+        if not wanted:
+            return list(decode_batch(self._model, self._tokenizer, requests, self._eos))
+        positions = 1 + max(back for row in wanted for back in row)
+        logprobs = next_token_logprobs(self._model, requests, self._pad, positions)
+        return [
+            {back: dict(zip(ids, row[-1 - back, list(ids)].tolist(), strict=True)) for back, ids in w.items()}
+            for row, w in zip(logprobs, wanted, strict=True)
+        ]
 
     @property
     def _pad(self) -> int:

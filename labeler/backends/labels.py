@@ -97,7 +97,12 @@ def label_distribution(
     Args:
         spellings: as given to `label_reads`.
         readings: for each continuation, natural-log probability by token id; -inf is allowed.
+
+    Raises:
+        RequestFailed: a reading is no number.
     """
+    if any(math.isnan(logprob) for told in readings.values() for logprob in told.values()):
+        raise RequestFailed("the model computed NaN in place of a label's probability")
     log_p = {
         tokens: math.fsum(readings[tokens[:i]][token] for i, token in enumerate(tokens))
         for tokens in itertools.chain.from_iterable(spellings)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from labeler.backends.hf import HFModel
 from labeler.backends.labels import find_aliases, read_top_tokens
@@ -147,6 +147,42 @@ def test_a_context_that_is_too_long_fails_that_request_alone() -> None:
     assert "42 tokens, the model takes 32" in str(failed)
     assert isinstance(fine, Generation)
     assert fine.prompt_tokens + fine.completion_tokens <= 32
+
+
+class SmallDevice(LlamaForCausalLM):
+    """A model on a device that has room for so many tokens at a time."""
+
+    room = 40
+
+    def forward(self, input_ids: torch.Tensor, **more: Any) -> Any:
+        if input_ids.numel() > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(input_ids=input_ids, **more)
+
+
+def test_a_row_that_the_device_has_no_room_for_fails_alone() -> None:
+    small = SmallDevice(tiny_model().config)
+    small.load_state_dict(tiny_model().state_dict())
+    prompts = [user_prompt("w1 " * n) for n in (8, 30, 50, 9, 10)]
+
+    async def run(model: LlamaForCausalLM, read: bool) -> list[Any]:
+        llm = HFModel(model, tiny_tokenizer(), name="hf:tiny")
+        tasks = [
+            llm.label_logprobs(p, ":", ("1", "2")) if read else llm.generate(p, max_tokens=5) for p in prompts
+        ]
+        return list(await asyncio.gather(*tasks, return_exceptions=True))
+
+    for read in (True, False):
+        found, with_room = (asyncio.run(run(model, read)) for model in (small, tiny_model()))
+        assert isinstance(found[2], RequestFailed)
+        # The prompt with its two tokens of template, and the prefix or what is to be generated.
+        assert str(found[2]) == f"out of memory on a row of up to {50 + 2 + (1 if read else 5)} tokens"
+        del found[2], with_room[2]
+        if read:
+            for one, other in zip(found, with_room, strict=True):
+                assert one.distribution.logprobs == pytest.approx(other.distribution.logprobs, abs=1e-5)
+        else:
+            assert found == with_room
 
 
 def test_an_unknown_model_is_one_clear_line(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labeler.backends.labels import FLOOR, Tokens, find_spellings, label_distribution, label_reads
+from labeler.llm import RequestFailed
 from rlaif.errors import ModelError
 
 
@@ -69,6 +70,11 @@ def test_labels_that_are_the_same_token_are_refused() -> None:
 def test_a_label_that_the_model_rules_out_stays_finite() -> None:
     read = label_distribution([[(1,)], [(1, 0)], [(2,)]], {(): {1: -0.5, 2: -math.inf}, (1,): {0: 0.0}})
     assert read.logprobs == (FLOOR, -0.5, FLOOR)
+
+
+def test_a_reading_that_is_no_number_fails_its_row() -> None:
+    with pytest.raises(RequestFailed, match="NaN"):
+        label_distribution([[(1,)], [(2,)]], {(): {1: -0.5, 2: math.nan}})
 
 
 VOCABULARY, LENGTH = (0, 1, 2), 4

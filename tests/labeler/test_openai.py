@@ -338,6 +338,32 @@ def test_an_answer_may_be_empty_and_may_end_in_other_words(
     assert (done.text, done.finish_reason) == (content, read)
 
 
+THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "Well."}]}
+
+
+def test_an_answer_in_parts_is_the_text_of_them() -> None:
+    parts = [THINKING, {"type": "text", "text": "Fi"}, {"type": "text", "text": "ne."}]
+    with ScriptedServer(script, amend=replying({"content": parts}, "stop")) as server:
+        assert ask(server.ref, lambda llm: llm.generate(Q, max_tokens=9)).text == "Fine."
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([THINKING], "has no text"),
+        ({"text": "Fine."}, "content of type dict"),
+        (["Fine."], "no choice that can be read"),
+    ],
+    ids=["thinking", "object", "strings"],
+)
+def test_content_of_another_kind_fails_its_row(content: object, reason: str) -> None:
+    with (
+        ScriptedServer(script, amend=replying({"content": content}, "stop")) as server,
+        pytest.raises(RequestFailed, match=reason),
+    ):
+        ask(server.ref, lambda llm: llm.generate(Q, max_tokens=9))
+
+
 @pytest.mark.parametrize("finish", ["stop", "length"])
 def test_a_continuation_that_a_server_files_as_thinking_is_the_continuation(finish: str) -> None:
     with ScriptedServer(script, vllm=True, amend=replying(THOUGHT, finish)) as server:
