@@ -177,7 +177,8 @@ class LLMOptions:
         tokens_per_minute: cap on prompt and completion tokens together; None for none.
         timeout_s: seconds before one request to an endpoint counts as failed.
         max_retries: further attempts after a transient failure of an endpoint.
-        backoff_s: wait before the first further attempt, doubled each time, with jitter; `Retry-After` wins.
+        backoff_s: wait before the first further attempt, doubled each time, with jitter; `Retry-After` wins, from the
+            second wait on only where it is longer.
     """
 
     max_in_flight: int = 128

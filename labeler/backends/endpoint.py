@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -22,6 +22,7 @@ import aiohttp
 from openai import AsyncOpenAI
 from pydantic_core import from_json, to_json
 
+from labeler.backends.completions import PATHS
 from labeler.backends.limits import Gate, Pass, RetryBudget, retry_after_s
 from labeler.llm import LLMOptions, RequestFailed
 from rlaif.errors import EndpointError, ModelError, RlaifError
@@ -33,6 +34,9 @@ _KEEP_ALIVE_S = 4.0
 
 _LONGEST_WAIT_S = 300.0
 """An endpoint that asks to wait for longer is out of quota rather than busy."""
+
+_OF_THE_REQUEST = ("logprobs", "moderation", "flagged")
+"""Words of a 403 that is about what was asked and not about the key (OpenAI; OpenRouter)."""
 
 _LEFT_OUT_S = 10.0
 """A server that nobody answers at is tried again after so long."""
@@ -149,7 +153,7 @@ class Refused(RequestFailed):
     """The endpoint does not accept this request.
 
     Attributes:
-        status: HTTP status, 4xx.
+        status: HTTP status, 4xx; 200 where an error without a status came with it.
         detail: what the endpoint said, in one line.
         param: the field at fault, where the endpoint names it.
     """
@@ -161,10 +165,19 @@ class Refused(RequestFailed):
 
 @dataclass(slots=True)
 class Endpoint:
-    """One server of the model."""
+    """One server of the model.
+
+    Attributes:
+        wire: how it is reached.
+        gate: how fast it is asked.
+        answered: it has answered a request, so that the key is good.
+        lost: nobody answered there.
+        lost_until: until when it is left out.
+    """
 
     wire: Wire
     gate: Gate
+    answered: bool = field(default=False, init=False)
     lost: bool = field(default=False, init=False)
     lost_until: float = field(default=0.0, init=False)
 
@@ -268,7 +281,10 @@ class Endpoints:
                     ) from failure
                 raise failure.error from failure
             backoff = min(_LONGEST_BACKOFF_S, self._options.backoff_s * 2.0 ** min(attempt - 1, 20))
-            await asyncio.sleep(self._chance.uniform(0.0, backoff) if failure.wait is None else failure.wait)
+            wait = self._chance.uniform(0.0, backoff)
+            if failure.wait is not None:  # taken at its word once: 0 again and again would be a flood
+                wait = failure.wait if attempt == 1 else max(wait, failure.wait)
+            await asyncio.sleep(wait)
 
     async def _attempt(self, endpoint: Endpoint, passed: Pass, path: str, content: bytes | None) -> Any:
         """One request. Tells the gate how it went, and leaves it."""
@@ -291,7 +307,7 @@ class Endpoints:
                 raise _Transient(broken, closed=isinstance(err, Disconnected)) from err
             endpoint.lost, endpoint.lost_until = False, 0.0
             if reply.status != 200:
-                self._refuse(endpoint, passed, path, reply)
+                self._refuse(endpoint, passed, path, reply, reply.status)
             try:
                 value = from_json(reply.body)
             except ValueError as err:
@@ -299,34 +315,44 @@ class Endpoints:
                 raise _Transient(
                     RequestFailed(f"the endpoint's answer cannot be read: {_line(str(err))}")
                 ) from err
+            if isinstance(value, dict) and value.get("error") and "choices" not in value:
+                self._refuse(endpoint, passed, path, reply, _told_status(reply))
             gate.answered(reply.headers)
+            endpoint.answered |= content is not None  # a list of models is often public
             self._budget.succeeded()
             used = _tokens(value)
             return value
         finally:
             gate.leave(passed, tokens=used)
 
-    def _refuse(self, endpoint: Endpoint, passed: Pass, path: str, reply: Reply) -> None:
+    def _refuse(self, endpoint: Endpoint, passed: Pass, path: str, reply: Reply, status: int) -> NoReturn:
         """Raise what a status other than 200 means."""
-        status, where = reply.status, endpoint.wire.where
+        where = endpoint.wire.where
         detail, param, code = _error(reply.body)
-        if status == 401 or (status == 403 and "logprobs" not in detail):
+        said = detail.lower()
+        of_the_key = not endpoint.answered and not any(word in said for word in _OF_THE_REQUEST)
+        if status == 401 or (status == 403 and of_the_key):
             raise EndpointError(f"{where} refuses the key ({status}): set OPENAI_API_KEY")
-        if status == 404 and "model" in detail.lower() and not path.endswith("/models"):
+        if status == 402 or (status == 429 and code == "insufficient_quota"):
+            raise EndpointError(f"the quota at {where} is used up: {detail}")
+        another_route = path == PATHS["chat"] and ("chat model" in said or "v1/completions" in said)
+        if status == 404 and "model" in said and not path.endswith("/models") and not another_route:
             raise ModelError(f"{where} does not know {self._model!r}: {detail}")
         failed = RequestFailed(f"the endpoint answered {status}: {detail}")
         wait = retry_after_s(reply.headers, time.time())
+        busy = status == 429
+        if not (busy or (status >= 500 and status != 501) or status in (408, 409)):
+            raise Refused(status, detail, param)
         if wait is not None and wait > _LONGEST_WAIT_S:
-            raise failed
-        if status == 429:
-            if code == "insufficient_quota":
-                raise EndpointError(f"the quota at {where} is used up: {detail}")
+            raise EndpointError(
+                f"{where} asks to wait for {wait:.0f} s ({status}: {detail}); answers so far are kept, run the same "
+                "command again then"
+            )
+        if busy:
             endpoint.gate.refused(passed, reply.headers, wait)
-            raise _Transient(failed, wait=wait, busy=True)
-        if (status >= 500 and status != 501) or status in (408, 409):
+        else:
             endpoint.gate.failed()
-            raise _Transient(failed, wait=wait)
-        raise Refused(status, detail, param)
+        raise _Transient(failed, wait=wait, busy=busy)
 
     # ---- whom to ask ----
 
@@ -393,6 +419,12 @@ def _error(body: bytes) -> tuple[str, str, str]:
         return _line(str(error)), "", ""
     message = error.get("message") or error.get("detail") or error
     return _line(str(message)), str(error.get("param") or ""), str(error.get("code") or "")
+
+
+def _told_status(reply: Reply) -> int:
+    """The status that an error names in a reply of status 200 (OpenRouter, once it has begun to answer)."""
+    code = _error(reply.body)[2]
+    return int(code) if code.isdecimal() and 400 <= int(code) < 600 else reply.status
 
 
 def _tokens(value: object) -> float | None:

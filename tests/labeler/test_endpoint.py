@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 import pytest
 
 from labeler.backends.endpoint import ConnectionBroken, Endpoints, NoConnection, Refused, Reply
+from labeler.backends.openai import OpenAIModel
 from labeler.llm import LLMOptions, RequestFailed
 from rlaif.errors import EndpointError, ModelError
+from rlaif.models import ModelRef
 from tests.labeler.virtual import run_virtual
 
 T = TypeVar("T")
@@ -159,28 +161,107 @@ def test_no_retries_are_none_for_a_rate_limit_too() -> None:
     assert len(wire.asked) == 1
 
 
-def test_a_wait_of_hours_is_not_waited() -> None:
-    wire = ScriptedWire(lambda now, body: status(429, {"retry-after": "7200"}))
-    with pytest.raises(RequestFailed, match="429"):
+@pytest.mark.parametrize("number", [429, 503])
+def test_a_wait_of_hours_ends_the_run_and_not_every_row(number: int) -> None:
+    wire = ScriptedWire(lambda now, body: status(number, {"retry-after": "7200"}))
+    with pytest.raises(EndpointError, match=rf"http://a/v1 asks to wait for 7200 s \({number}: scripted\)"):
         ask(wire)
     assert len(wire.asked) == 1
+
+
+@pytest.mark.parametrize("number", [429, 503])
+def test_a_server_that_says_not_to_wait_is_not_flooded(number: int) -> None:
+    wire = ScriptedWire(lambda now, body: status(number, {"retry-after": "0"}))
+    with pytest.raises(RequestFailed, match=f"answered {number}"):
+        ask(wire, LLMOptions(adaptive=False, max_retries=3, backoff_s=1.0))
+    first, *later = gaps(wire)
+    assert first == pytest.approx(0.0)
+    assert all(wait > 1e-9 for wait in later)
+    # Waits of 30 s on average once the longest backoff is reached, for two minutes.
+    assert len(wire.asked) < 40
 
 
 @pytest.mark.parametrize(
     ("answer", "error", "text"),
     [
         (status(429, code="insufficient_quota"), EndpointError, "quota at http://a/v1 is used up"),
+        (status(402, message="Insufficient Balance"), EndpointError, "used up: Insufficient Balance"),
         (status(401), EndpointError, "set OPENAI_API_KEY"),
+        (status(403), EndpointError, "set OPENAI_API_KEY"),
+        (status(403, message="requires moderation and your input was flagged"), Refused, "answered 403: req"),
         (status(404, message="The model `judge` does not exist."), ModelError, "does not know 'judge'"),
         (status(400, message="too long", param="input_tokens"), Refused, "answered 400: too long"),
     ],
-    ids=["quota", "key", "model", "bad-request"],
+    ids=["quota", "credit", "key", "forbidden", "flagged", "model", "bad-request"],
 )
 def test_what_cannot_get_better_is_not_repeated(answer: Reply, error: type[Exception], text: str) -> None:
     wire = ScriptedWire(lambda now, body: answer)
     with pytest.raises(error, match=text):
         ask(wire)
     assert len(wire.asked) == 1
+
+
+def test_what_is_forbidden_after_an_answer_is_the_request_and_not_the_key() -> None:
+    wire = ScriptedWire(lambda now, body: status(403) if body == {"q": "bad"} else ok())
+
+    async def use(pool: Endpoints) -> Any:
+        await pool.ask("/x", {"q": "good"})
+        with pytest.raises(Refused, match="answered 403"):
+            await pool.ask("/x", {"q": "bad"})
+        return await pool.ask("/x", {"q": "good"})
+
+    assert run(use, wire) == {"value": 1}
+
+
+def test_a_public_list_of_models_says_nothing_of_the_key() -> None:
+    wire = ScriptedWire(lambda now, body: ok() if body is None else status(403))
+
+    async def use(pool: Endpoints) -> None:
+        await pool.ask("/models", None)
+        await pool.ask("/x", {})
+
+    with pytest.raises(EndpointError, match="OPENAI_API_KEY"):
+        run(use, wire)
+
+
+def inside(code: object) -> Reply:
+    """An error in a reply of status 200."""
+    return Reply(200, {}, json.dumps({"error": {"message": "no provider", "code": code}}).encode())
+
+
+@pytest.mark.parametrize("code", [502, "429"])
+def test_an_error_inside_a_reply_is_tried_again_as_its_status_would_be(code: object) -> None:
+    wire = ScriptedWire(in_turn(inside(code), ok()))
+    assert ask(wire) == {"value": 1}
+    assert len(wire.asked) == 2
+
+
+@pytest.mark.parametrize(("code", "told"), [(400, 400), (None, 200), ("bad_input", 200)])
+def test_another_error_inside_a_reply_fails_its_request(code: object, told: int) -> None:
+    wire = ScriptedWire(lambda now, body: inside(code))
+    with pytest.raises(Refused, match=f"answered {told}: no provider"):
+        ask(wire)
+    assert len(wire.asked) == 1
+
+
+def test_a_model_that_is_no_chat_model_is_asked_by_text_completions() -> None:
+    told = "This is not a chat model and thus not supported in the v1/chat/completions endpoint."
+    logprobs = {"tokens": ["1"], "top_logprobs": [{"1": -0.1}]}
+    text = {"choices": [{"text": "1", "finish_reason": "length", "logprobs": logprobs}]}
+
+    def instruct(now: float, body: Any) -> Answer:
+        if body is None:
+            return status(404)
+        if "messages" in body:
+            return status(404, message=told, param="model")
+        return Reply(200, {}, json.dumps(text).encode())
+
+    async def probe() -> str:
+        return (
+            await OpenAIModel(ModelRef("openai", "judge"), OPTIONS, [ScriptedWire(instruct)]).probe()
+        ).note
+
+    assert run_virtual(probe()).startswith("text completions")
 
 
 def test_a_hanging_request_is_given_up_at_its_time() -> None:
