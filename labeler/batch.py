@@ -233,7 +233,7 @@ class BatchStore:
             self._file.write("UPDATE requests SET batch = NULL WHERE batch = ?", (batch,))
             self._file.write("DELETE FROM batches WHERE number = ?", (batch,))
 
-    async def read(self, batch: int, lines: AsyncIterator[str], otherwise: str) -> tuple[int, int]:
+    async def read(self, batch: int, lines: AsyncIterator[bytes], otherwise: str) -> tuple[int, int]:
         """Keep what came back of a batch: all of it, or nothing if it breaks off.
 
         Args:
@@ -273,7 +273,7 @@ def _line(request: str, path: str, body: str) -> bytes:
     return f'{{"custom_id": "{request}", "method": "POST", "url": "/v1{path}", "body": {body}}}\n'.encode()
 
 
-def read_line(line: str) -> tuple[str, dict[str, Any] | None, str | None]:
+def read_line(line: bytes) -> tuple[str, dict[str, Any] | None, str | None]:
     """(custom_id, reply, why there is none) of a line of an output file or an error file.
 
     Raises:
@@ -293,8 +293,9 @@ def read_line(line: str) -> tuple[str, dict[str, Any] | None, str | None]:
         message = said.get("message", said) if isinstance(said, dict) else said
         return request, None, f"the endpoint answered {status}: {_short(message)}"
     except (ValueError, KeyError, TypeError, AttributeError) as err:
+        said = _short(line.decode(errors="replace"))
         raise EndpointError(
-            f"a line of a batch's results cannot be read ({err!r}): {_short(line)}; run the same command again"
+            f"a line of a batch's results cannot be read ({err!r}): {said}; run the same command again"
         ) from err
 
 
@@ -492,7 +493,7 @@ class Batches:
     async def _fetch(self, batch: Parcel, now: Batch) -> None:
         client = self._clients[batch.model]
 
-        async def lines() -> AsyncIterator[str]:
+        async def lines() -> AsyncIterator[bytes]:
             for file_id in (now.output_file_id, now.error_file_id):
                 if file_id is None:
                     continue
@@ -500,12 +501,25 @@ class Batches:
                     _explained(client),
                     client.files.with_streaming_response.content(file_id) as response,
                 ):
-                    async for line in response.iter_lines():
+                    async for line in split_lines(response.iter_bytes()):
                         yield line
 
         await self.store.read(
             batch.number, lines(), f"the batch {now.status} before this request was answered"
         )
+
+
+async def split_lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The lines of a JSONL file. As text it would be split at U+2028 and its like too, which JSON strings may hold."""
+    begun = b""
+    async for chunk in chunks:
+        first, *more = chunk.split(b"\n")
+        begun += first
+        for part in more:
+            yield begun
+            begun = part
+    if begun:
+        yield begun
 
 
 def _write(file: IO[bytes], lines: Iterator[bytes]) -> None:

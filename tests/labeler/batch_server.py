@@ -135,7 +135,7 @@ class BatchServer(ScriptedServer):
         with self.lock:
             for field, results in (("output_file_id", output), ("error_file_id", errors)):
                 if results:
-                    content = "".join(json.dumps(result) + "\n" for result in results).encode()
+                    content = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results).encode()
                     batch[field] = self.keep(content)["id"]
             batch["request_counts"] = {
                 "total": len(lines), "completed": len(output), "failed": len(lines) - len(output)

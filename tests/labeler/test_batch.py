@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import os
 import signal
@@ -9,12 +11,15 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from labeler.batch import BatchStore, read_line
+from labeler.batch import BatchStore, read_line, split_lines
 from labeler.journal import Usage
 from rlaif.errors import EndpointError
 from rlaif.types import content_id
@@ -298,6 +303,32 @@ def test_a_budget_sends_what_it_covers_and_goes_on_with_what_is_left(
     assert labels(tmp_path / "out") == labels(tmp_path / "online")
 
 
+def test_a_reply_may_hold_any_end_of_line_that_unicode_has(tmp_path: Path) -> None:
+    text = " One.\u2028Two.\u2029Three.\x85Four."
+
+    def reply(user: str, prefix: str, wanted: bool) -> str | dict[str, float]:
+        return {"1": 0.6, "2": 0.3} if wanted else text
+
+    with BatchServer(reply) as server:
+        assert label(server.ref, rows(tmp_path, 2), tmp_path / "out", "--ties", "keep", *BATCH) == 0
+    assert {row["rationale_ab"] for row in preferences(tmp_path / "out")} == {text}
+
+
+@given(st.binary(max_size=30), st.lists(st.integers(0, 30), max_size=4))
+def test_lines_do_not_depend_on_the_pieces_that_they_come_in(noise: bytes, cuts: list[int]) -> None:
+    content = noise.replace(b"a", b"\n") + b"\xe2\x80\xa8\nlast"
+    ends = [0, *sorted(cuts), len(content)]
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start, end in itertools.pairwise(ends):
+            yield content[start:end]
+
+    async def read() -> list[bytes]:
+        return [line async for line in split_lines(pieces())]
+
+    assert asyncio.run(read()) == content.split(b"\n")
+
+
 def test_an_endpoint_without_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with ScriptedServer(judges) as server:
         assert label(server.ref, rows(tmp_path), tmp_path / "out", *BATCH) == 5
@@ -316,21 +347,23 @@ def test_lines_of_results_as_the_documentation_has_them() -> None:
         "custom_id": "a",
         "response": {"status_code": 200, "request_id": "r", "body": body},
     }
-    assert read_line(json.dumps({**line, "error": None})) == ("a", body, None)
+    assert read_line(json.dumps({**line, "error": None}).encode()) == ("a", body, None)
     refused = {"status_code": 400, "request_id": "r", "body": {"error": {"message": "too\nlong"}}}
-    assert read_line(json.dumps({**line, "response": refused})) == (
+    assert read_line(json.dumps({**line, "response": refused}).encode()) == (
         "a",
         None,
         "the endpoint answered 400: too long",
     )
     expired = {"code": "batch_expired", "message": "not executed"}
-    said = read_line(json.dumps({"id": "x", "custom_id": "a", "response": None, "error": expired}))
+    said = read_line(json.dumps({"id": "x", "custom_id": "a", "response": None, "error": expired}).encode())
     assert said == ("a", None, "the batch answered batch_expired: not executed")
     torn = {
         **line,
         "response": {"status_code": 200, "body": {"choices": [{"message": {"content": "\ud800"}}]}},
     }
-    assert read_line(json.dumps(torn)) == ("a", None, "the reply is no Unicode text")
+    assert read_line(json.dumps(torn).encode()) == ("a", None, "the reply is no Unicode text")
     for broken in ("{", "[]", '{"custom_id": "a"}', '{"custom_id": "a", "response": {"status_code": 200}}'):
         with pytest.raises(EndpointError, match="cannot be read"):
-            read_line(broken)
+            read_line(broken.encode())
+    with pytest.raises(EndpointError, match="cannot be read"):
+        read_line(b'{"custom_id": "\xff"}')
