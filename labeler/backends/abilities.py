@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server can give, found out with a few requests of one token before anything is paid for.
+"""What an OpenAI-compatible server can give, found out with a few requests of a token each before anything is paid for.
 
 Nothing is concluded from a server's name: each feature is asked for, and the reply must show that it was heeded.
 """
@@ -33,6 +33,12 @@ _PREFIX = "Answer:"
 _TOP_LOGPROBS = (20, 10, 5, 1, 0)
 """Numbers of likeliest tokens to ask for, in turn: OpenAI's chat gives 20, its text completions 5."""
 
+_THINKING_TOKENS = 1024
+"""Room for a short answer of a model that thinks first."""
+
+_TOO_FEW = ("output limit was reached", "higher max_tokens")
+"""What OpenAI says to a request that leaves a reasoning model no room to answer."""
+
 _DECODING = ("max_tokens", "temperature", "seed", "stop")
 
 
@@ -58,12 +64,16 @@ async def find_features(ask: Ask, model: str, where: str) -> Features:
     Raises:
         EndpointError: it refuses even the simplest request.
     """
-    features = Features()
+    features, tokens = Features(), 1
     while True:
         try:
-            choice = await _ask_one(ask, model, features, _PREFIX)
+            choice = await _ask_one(ask, model, features, _PREFIX, max_tokens=tokens)
             break
         except Refused as err:
+            if tokens == 1 and any(words in err.detail.lower() for words in _TOO_FEW):
+                # Where one token is no answer, there is no place to read a label at.
+                features, tokens = replace(features, top_logprobs=0), _THINKING_TOKENS
+                continue
             fewer = _without(features, err)
             if fewer is None:
                 raise EndpointError(f"{where} refuses the simplest request for {model}: {err}") from err
@@ -73,7 +83,7 @@ async def find_features(ask: Ask, model: str, where: str) -> Features:
     if features.top_logprobs and await _reads_token_ids(ask, model, features):
         return replace(features, token_ids=True)
     if features.route == "chat":
-        features = replace(features, continues=await _continues(ask, model, features, choice))
+        features = replace(features, continues=await _continues(ask, model, features, choice, tokens))
     return features
 
 
@@ -88,10 +98,12 @@ def describe(features: Features) -> Abilities:
     return Abilities("top_k", features.continues, note)
 
 
-async def _ask_one(ask: Ask, model: str, features: Features, prefix: str, **more: Any) -> Choice:
-    """One token after the probe's question, with every field that a run may send."""
+async def _ask_one(
+    ask: Ask, model: str, features: Features, prefix: str, *, max_tokens: int = 1, **more: Any
+) -> Choice:
+    """One token after the probe's question, or more, with every field that a run may send."""
     body = request_body(
-        features, model, PROBE, prefix, max_tokens=1, temperature=0.0, seed=0, stop=("\n\n\n",)
+        features, model, PROBE, prefix, max_tokens=max_tokens, temperature=0.0, seed=0, stop=("\n\n\n",)
     )
     if more:
         body.update(more)
@@ -152,14 +164,14 @@ async def tokenize(ask: Ask, model: str, text: str) -> tuple[int, ...]:
     return tuple(int(t) for t in tokens)
 
 
-async def _continues(ask: Ask, model: str, features: Features, once: Choice) -> bool:
+async def _continues(ask: Ask, model: str, features: Features, once: Choice, tokens: int) -> bool:
     """Whether the last assistant message is continued in place, as the count of prompt tokens shows.
 
     A message that was closed, and a turn opened after it, cost tokens beyond the text: then the first `Answer:`
     adds more of them than a second one does.
     """
-    bare = await _ask_one(ask, model, features, "")
-    twice = await _ask_one(ask, model, features, f"{_PREFIX} {_PREFIX}")
+    bare = await _ask_one(ask, model, features, "", max_tokens=tokens)
+    twice = await _ask_one(ask, model, features, f"{_PREFIX} {_PREFIX}", max_tokens=tokens)
     if not (bare.prompt_tokens and once.prompt_tokens and twice.prompt_tokens):
         return features.continue_fields
     return once.prompt_tokens - bare.prompt_tokens <= twice.prompt_tokens - once.prompt_tokens

@@ -12,9 +12,12 @@ import pytest
 
 from labeler.backends.endpoint import ConnectionBroken, Endpoints, NoConnection, Refused, Reply
 from labeler.backends.openai import OpenAIModel
-from labeler.llm import LLMOptions, RequestFailed
+from labeler.judge import Judge, Recipe
+from labeler.llm import Abilities, LLMOptions, RequestFailed
+from labeler.rubric import load_rubric
 from rlaif.errors import EndpointError, ModelError
 from rlaif.models import ModelRef
+from rlaif.types import Pair, Preference, user_prompt
 from tests.labeler.virtual import run_virtual
 
 T = TypeVar("T")
@@ -262,6 +265,49 @@ def test_a_model_that_is_no_chat_model_is_asked_by_text_completions() -> None:
         ).note
 
     assert run_virtual(probe()).startswith("text completions")
+
+
+def reasons(now: float, body: Any) -> Answer:
+    """A reasoning model at OpenAI: it takes few fields, and thinks for 20 tokens before it answers."""
+    if body is None:
+        return status(404)
+    unsupported = "Unsupported parameter: '{0}' is not supported with this model."
+    for name in ("max_tokens", "temperature", "stop"):
+        if name in body:
+            return status(400, message=unsupported.format(name), param=name)
+    if "continue_final_message" in body:
+        return status(400, message="Unrecognized request argument supplied: continue_final_message")
+    if "logprobs" in body:
+        return status(403, message="You are not allowed to request logprobs from this model")
+    if body["max_completion_tokens"] < 20:
+        return status(
+            400,
+            message="Could not finish the message because max_tokens or model output limit was reached. "
+            "Please try again with higher max_tokens.",
+        )
+    user = body["messages"][0]["content"]
+    verdict = "1>>2" if user.find("good one") < user.find("bad one") else "2>1"
+    said = {"message": {"content": f"Both try.\nVerdict: {verdict}"}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 10 * len(body["messages"]), "completion_tokens": 25}
+    return Reply(200, {}, json.dumps({"choices": [said], "usage": usage}).encode())
+
+
+def test_a_model_that_thinks_before_it_answers_serves_by_the_declared_fallback() -> None:
+    wire = ScriptedWire(reasons)
+    recipe = Recipe(fallback="verdict")
+
+    async def judged() -> tuple[Abilities, Preference]:
+        llm = OpenAIModel(ModelRef("openai", "judge"), OPTIONS, [wire])
+        judge = Judge(llm, load_rubric("helpfulness-pair"), recipe)
+        pair = Pair(user_prompt("Which?"), "good one", "bad one")
+        return await llm.probe(), await judge.judge_pair(pair)
+
+    abilities, preference = run_virtual(judged())
+    assert (abilities.logprobs, abilities.continues) == ("none", False)
+    # 0.95 for the good one as number 1, 0.75 for it as number 2.
+    assert preference.p_a == pytest.approx((0.95 + 0.75) / 2)
+    assert preference.ab is not None and preference.ab.source == "verdict"
+    assert wire.asked[-1][2]["max_completion_tokens"] == recipe.max_rationale_tokens
 
 
 def test_a_hanging_request_is_given_up_at_its_time() -> None:
