@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from labeler.backends.local import Decoded, Request, text_after
+from labeler.llm import RequestFailed
 
 _ROOM = 64
 """Tokens of free room in a key-value buffer when it is made."""
@@ -96,10 +97,11 @@ def decode_batch(
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
     eos: Sequence[int],
-) -> list[Decoded]:
+) -> list[Decoded | RequestFailed]:
     """Continue every request, greedily or by sampling; results in request order.
 
-    Each row samples with its own generator, so its tokens do not depend on the rest of the batch.
+    Each row samples with its own generator, so its tokens do not depend on the rest of the batch. A row whose logits
+    become NaN has failed: which token is drawn from them means nothing.
     """
     rows = [_Row(r, tokenizer) for r in requests]
     pad = eos[0] if eos else 0
@@ -118,9 +120,13 @@ def decode_batch(
             use_cache=True,
             logits_to_keep=1,
         )
-        chosen = _choose(out.logits[:, -1].float(), live)
-        tokens = chosen.tolist()
-        for row, token in zip(live, tokens, strict=True):
+        logits = out.logits[:, -1].float()
+        chosen = _choose(logits, live)
+        # `argmax` takes NaN for the largest number, so what it picked tells whether there is any.
+        broken = logits.gather(1, chosen[:, None])[:, 0].isnan().tolist()
+        for row, token, is_nan in zip(live, chosen.tolist(), broken, strict=True):
+            if is_nan:
+                row.fail()
             row.take(token, ends)
         if all(row.done for row in live):
             break
@@ -152,7 +158,7 @@ def _choose(logits: Tensor, rows: Sequence[_Row]) -> Tensor:
 class _Row:
     """The state of one request while its batch decodes."""
 
-    __slots__ = ("_cut", "_last", "_tokenizer", "done", "generator", "ids", "reason", "request")
+    __slots__ = ("_cut", "_failed", "_last", "_tokenizer", "done", "generator", "ids", "reason", "request")
 
     def __init__(self, request: Request, tokenizer: PreTrainedTokenizerBase) -> None:
         self.request = request
@@ -161,8 +167,14 @@ class _Row:
         self.done = False
         self.reason = "length"
         self._cut: str | None = None
+        self._failed = False
         self._tokenizer = tokenizer
         self._last = frozenset(s.rstrip()[-1:] for s in request.stop)
+
+    def fail(self) -> None:
+        """Note that there is no next token, unless the row has ended."""
+        if not self.done:
+            self.done, self._failed = True, True
 
     def text(self) -> str:
         return text_after(self._tokenizer, self.request.ids, self.ids)
@@ -191,6 +203,8 @@ class _Row:
         assert isinstance(piece, str)
         return any(end in piece for end in self._last)
 
-    def result(self) -> Decoded:
+    def result(self) -> Decoded | RequestFailed:
+        if self._failed:
+            return RequestFailed("the model computed NaN in place of its next token's probabilities")
         text = self.text() if self._cut is None else self._cut
         return Decoded(text, tuple(self.ids), self.reason)

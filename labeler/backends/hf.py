@@ -198,7 +198,7 @@ class HFModel(LocalModel):
         return self._compute(batch[:half]) + self._compute(batch[half:])
 
     def _forward(self, batch: list[_Job]) -> list[Any]:
-        """What each job asks for: a `Decoded`, or log-probabilities by place and id."""
+        """What each job asks for: a `Decoded` or why there is none, or log-probabilities by place and id."""
         requests = [job.request for job in batch]
         wanted = [job.wanted for job in batch if job.wanted is not None]
         if not wanted:

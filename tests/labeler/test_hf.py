@@ -185,6 +185,27 @@ def test_a_row_that_the_device_has_no_room_for_fails_alone() -> None:
             assert found == with_room
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_whose_logits_are_no_numbers_fails_alone(temperature: float) -> None:
+    broken, whole = tiny_model(), tiny_model()
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[WORDS.index("w39")] = math.nan
+    prompts = [user_prompt(text) for text in ("w1 w2", "w1 w39 w3 w4", "w5 w6")]
+
+    async def run(model: LlamaForCausalLM) -> list[Any]:
+        llm = HFModel(model, tiny_tokenizer(), name="hf:tiny")
+        texts = [llm.generate(p, max_tokens=4, temperature=temperature) for p in prompts]
+        reads = [llm.label_logprobs(p, ":", ("1", "2")) for p in prompts]
+        return list(await asyncio.gather(*texts, *reads, return_exceptions=True))
+
+    found, expected = asyncio.run(run(broken)), asyncio.run(run(whole))
+    assert [i for i, one in enumerate(found) if isinstance(one, RequestFailed)] == [1, 4]
+    assert "NaN" in str(found[1]) and "NaN" in str(found[4])
+    assert [found[0], found[2]] == [expected[0], expected[2]]
+    for i in (3, 5):
+        assert found[i].distribution.logprobs == pytest.approx(expected[i].distribution.logprobs, abs=1e-5)
+
+
 def test_an_unknown_model_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded"):
         open_llm(ModelRef.parse(f"hf:{tmp_path}"))  # an empty folder
