@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from policy_trainer.client import AsyncRewardClient, details, parse_address
+from policy_trainer.client import AsyncRewardClient, parse_address
+from policy_trainer.grpc_errors import details
 from protos.rlaif.reward.v1 import reward_pb2, reward_pb2_grpc
 from rlaif.errors import RewardServerError
 

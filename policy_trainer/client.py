@@ -1,4 +1,4 @@
-"""A reward server over gRPC: with `wire` and with `admin`, which builds on it, all of this package that knows protobuf.
+"""A reward server over gRPC: with `wire`, `grpc_errors` and `admin`, all of this package that knows protobuf.
 
 `AsyncRewardClient` holds the rules: deadlines, retries, pinned versions, splitting. `RewardClient` is the same for
 code that does not await: it runs one on an event loop in a thread of its own.
@@ -24,10 +24,9 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError, Message
-from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from policy_trainer.grpc_errors import details, mismatch, refused_early, retry_delay
 from policy_trainer.reward_source import DEFAULT_REQUEST_BYTES, Comparison, Reward, ServerInfo
 from policy_trainer.wire import (
     INVALID_TEXT,
@@ -50,6 +49,8 @@ FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 5.0
 PROBE_TIMEOUT_S = 5.0
 UNANNOUNCED_WAIT_S = 1.0
+ANNOUNCED_AFTER_S = 5.0
+"""A call that has waited so long for its server says so."""
 REQUEST_OVERHEAD_BYTES = 1024
 """Room left in a request for everything that is not an item (version, flags, framing)."""
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -194,6 +195,8 @@ class AsyncRewardClient:
         }[truncation]
         access = access or Access.from_environment()
         self._metadata = access.metadata()
+        self._with_tls = access.ca is not None
+        self._away_since: float | None = None
         self._info: ServerInfo | None = None
         self._asking_info = asyncio.Lock()
         self._closed = asyncio.Event()
@@ -213,10 +216,10 @@ class AsyncRewardClient:
         pause = FIRST_BACKOFF_S
         announced = timeout_s <= UNANNOUNCED_WAIT_S
         while True:
-            state = await self._probe()
+            state, hopeless = await self._probe()
             if state is None:
                 return await self.info()
-            if time.monotonic() + pause > until:
+            if hopeless or time.monotonic() + pause > until:
                 raise RewardServerError(state)
             if not announced:
                 print(f"waiting up to {timeout_s:.0f} s: {state}", file=sys.stderr, flush=True)
@@ -339,7 +342,9 @@ class AsyncRewardClient:
             self._check_open()
             try:
                 metadata = (*self._metadata, *trace_headers())
-                return await call(request, timeout=self._timeout_s, metadata=metadata)
+                answer = await call(request, timeout=self._timeout_s, metadata=metadata)
+                self._tell_that_it_is_back()
+                return answer
             except (grpc.aio.AioRpcError, grpc.aio.UsageError) as err:
                 self._check_open(err)
                 if isinstance(err, grpc.aio.UsageError):
@@ -351,11 +356,32 @@ class AsyncRewardClient:
                 waited = time.monotonic() - started
                 if waited + wait > self._give_up_after_s:
                     raise self._gave_up(err, waited, method) from err
+                self._tell_that_it_is_away(err, waited)
             except asyncio.CancelledError as err:
                 self._check_open(err)  # closing the channel cancels its calls
                 raise
             await self._pause(wait)
             pause = min(2 * pause, MAX_BACKOFF_S)
+
+    def _tell_that_it_is_away(self, err: grpc.aio.AioRpcError, waited: float) -> None:
+        """Say once, on stderr, that calls wait; a server that is restarted quickly is not worth a line."""
+        if waited < ANNOUNCED_AFTER_S or self._away_since is not None:
+            return
+        self._away_since = time.monotonic() - waited
+        print(
+            f"waiting up to {self._give_up_after_s:.0f} s for the reward server at {self.address} ({details(err)})",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _tell_that_it_is_back(self) -> None:
+        if self._away_since is not None:
+            away, self._away_since = time.monotonic() - self._away_since, None
+            print(
+                f"the reward server at {self.address} answers again, after {away:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _check_open(self, err: BaseException | None = None) -> None:
         if self._closed.is_set():
@@ -368,18 +394,31 @@ class AsyncRewardClient:
         except TimeoutError:
             return
 
-    async def _probe(self) -> str | None:
-        """None if health is SERVING, else what is wrong."""
+    async def _probe(self) -> tuple[str | None, bool]:
+        """None if health is SERVING, else what is wrong; and whether waiting cannot mend it."""
         self._check_open()
         try:
             answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=PROBE_TIMEOUT_S)
         except grpc.aio.AioRpcError as err:
             if err.code() is grpc.StatusCode.UNIMPLEMENTED:
-                return self._not_a_reward_server()
-            return f"no reward server at {self.address} ({details(err)}); start one: {self._how_to_start()}"
+                return self._not_a_reward_server(), False
+            return self._unreachable(err), mismatch(err) is not None
         if answer.status == health_pb2.HealthCheckResponse.SERVING:
-            return None
-        return f"the reward server at {self.address} is up but still loading or draining; wait for it"
+            return None, False
+        return f"the reward server at {self.address} is up but still loading or draining; wait for it", False
+
+    def _unreachable(self, err: grpc.aio.AioRpcError, waited: float | None = None) -> str:
+        if (why := mismatch(err)) is not None:
+            return f"what listens at {self.address} cannot be spoken with: {why} ({details(err)})"
+        since = "" if waited is None else f" for {waited:.0f} s"
+        if "Socket closed" in details(err) and not self._with_tls:
+            return (
+                f"what listens at {self.address} closes the connection{since}: if it has TLS, set RLAIF_REWARD_CA to "
+                "the certificate of its authority"
+            )
+        return (
+            f"no reward server at {self.address}{since} ({details(err)}); start one: {self._how_to_start()}"
+        )
 
     def _not_a_reward_server(self) -> str:
         return f"what listens at {self.address} is not a reward server; start one: {self._how_to_start()}"
@@ -408,9 +447,10 @@ class AsyncRewardClient:
     def _refused(self, err: grpc.aio.AioRpcError, method: str) -> RewardServerError:
         code = err.code()
         if code is grpc.StatusCode.FAILED_PRECONDITION:
+            replicas = "; all replicas must serve one model" if "," in self.address else ""
             return RewardServerError(
                 f"the reward server at {self.address} serves another model than this run began with "
-                f"({details(err)}); serve that model again or start a new run"
+                f"({details(err)}); serve that model again or start a new run{replicas}"
             )
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return RewardServerError(
@@ -428,17 +468,14 @@ class AsyncRewardClient:
         )
 
     def _gave_up(self, err: grpc.aio.AioRpcError, waited: float, method: str) -> RewardServerError:
-        if err.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not _refused_early(err):
+        if err.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not refused_early(err):
             return self._refused(err, method)
         if err.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED):
             return RewardServerError(
                 f"the reward server at {self.address} stayed overloaded for {waited:.0f} s; "
                 "run fewer clients or a faster server"
             )
-        return RewardServerError(
-            f"no reward server at {self.address} for {waited:.0f} s ({details(err)}); "
-            f"start one: {self._how_to_start()}"
-        )
+        return RewardServerError(self._unreachable(err, waited))
 
 
 class RewardClient:
@@ -584,54 +621,6 @@ def parse_address(address: str) -> str:
     return ",".join(parts)
 
 
-def retry_delay(err: grpc.aio.AioRpcError) -> float | None:
-    """Seconds that the server asks to wait (0: it does not say), or None if the call must not be repeated.
-
-    RESOURCE_EXHAUSTED without RetryInfo is a message over a size limit: the same call would fail again. CANCELLED is
-    the server's word here (a call that the caller gives up raises `asyncio.CancelledError`): a stopping server lets go
-    of calls that reached it after its last look. After DEADLINE_EXCEEDED nobody knows what became of the call; to
-    score again does no harm.
-    """
-    if err.code() in (
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.CANCELLED,
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-    ):
-        return _retry_info(err) or 0.0
-    if err.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return _retry_info(err)
-    return None
-
-
-def _retry_info(err: grpc.aio.AioRpcError) -> float | None:
-    retry = error_details_pb2.RetryInfo()
-    if not _unpack(err, retry):
-        return None
-    return float(retry.retry_delay.seconds + retry.retry_delay.nanos * 1e-9)
-
-
-def _refused_early(err: grpc.aio.AioRpcError) -> bool:
-    """Whether the server saw at once that the queue is too long for the deadline."""
-    info = error_details_pb2.ErrorInfo()
-    return _unpack(err, info) and info.reason == "DEADLINE_TOO_SHORT"
-
-
-def _unpack(err: grpc.aio.AioRpcError, detail: Message) -> bool:
-    """Fill in the detail of this type that came with an error; whether there is one."""
-    trailer: Any = err.trailing_metadata() or ()
-    for name, value in trailer:
-        if name != "grpc-status-details-bin" or not isinstance(value, bytes):
-            continue
-        status = status_pb2.Status()
-        try:
-            status.MergeFromString(value)
-        except DecodeError:  # details that cannot be read tell nothing
-            return False
-        if any(packed.Unpack(detail) for packed in status.details):
-            return True
-    return False
-
-
 def trace_headers() -> tuple[tuple[str, str], ...]:
     """`traceparent` of the span under way, so that the server's belongs to the same trace; nothing without one.
 
@@ -644,10 +633,3 @@ def trace_headers() -> tuple[tuple[str, str], ...]:
     headers: dict[str, str] = {}
     propagate.inject(headers)
     return tuple(headers.items())
-
-
-def details(err: grpc.aio.AioRpcError) -> str:
-    """What gRPC says of an error, on one line and short."""
-    words = " ".join((err.details() or err.code().name).split())
-    refused = "connection refused" in words.lower()
-    return "connection refused" if refused else words[:200]

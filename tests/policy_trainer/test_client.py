@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import grpc
@@ -249,6 +250,41 @@ def test_waiting_for_a_server_that_starts_late_is_announced(capsys: pytest.Captu
     assert capsys.readouterr().err.count("waiting up to 30 s: no reward server at") == 1
 
 
+def test_a_server_that_is_away_in_the_middle_of_a_run_is_announced_once_and_its_return_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    port = free_port()
+    with RewardClient(f"127.0.0.1:{port}", give_up_after_s=60.0, max_in_flight=2) as client:
+        with serving(NumberServer(), port=port):
+            client.score([conversation("1")])
+        pending = [client.submit([conversation("2")]) for _ in range(2)]
+        said = ""
+        while "waiting up to 60 s for the reward server" not in said:  # bounded by the test's timeout
+            time.sleep(0.1)
+            said += capsys.readouterr().err
+        with serving(NumberServer(), port=port):
+            assert [reward.raw for call in pending for reward in call.result(60)] == [2.0, 2.0]
+        said += capsys.readouterr().err
+    assert said.count("waiting up to 60 s") == 1 and said.count("answers again, after") == 1
+
+
+def test_an_http_port_is_said_to_be_one_and_is_not_waited_for() -> None:
+    class Door(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Door) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        with (
+            RewardClient(f"127.0.0.1:{server.server_address[1]}") as client,
+            pytest.raises(RewardServerError, match="give the gRPC port"),
+        ):
+            client.wait_ready(3600)
+        server.shutdown()
+        thread.join()
+
+
 def test_a_server_that_is_still_loading_is_said_to_be() -> None:
     with (
         serving(NumberServer(), healthy=False) as at,
@@ -358,14 +394,14 @@ def test_a_function_with_too_few_rewards_is_refused() -> None:
     source.close()
 
 
-def test_only_the_client_its_wire_and_its_admin_calls_know_protobuf() -> None:
+def test_only_the_client_and_what_it_is_made_of_know_protobuf() -> None:
     import policy_trainer
 
     folder = Path(policy_trainer.__file__ or "").parent
     knowing = {
         p.name for p in folder.glob("*.py") if "import grpc" in p.read_text() or "_pb2" in p.read_text()
     }
-    assert knowing == {"client.py", "wire.py", "admin.py"}
+    assert knowing == {"client.py", "wire.py", "grpc_errors.py", "admin.py"}
 
 
 # ---- comparisons ----
