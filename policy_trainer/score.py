@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from policy_trainer.answers import ask_all, read_journal, same_asker
 from policy_trainer.client import RewardClient
 from policy_trainer.reward_source import Reward, missing_by_reason
-from rlaif.errors import DataError, QualityError
+from rlaif.errors import DataError, QualityError, StorageError
 from rlaif.records import Journal, Quarantine, read_responses, write_parquet
 from rlaif.runs import write_atomic
 from rlaif.types import Conversation, content_id
@@ -38,10 +38,14 @@ def run(config: ScoreConfig) -> None:
         DataError: the input cannot be read or has no conversation.
         RewardServerError: the server cannot be reached, or serves another model than an earlier run of this
             output.
-        StorageError: the output cannot be written.
+        StorageError: the output cannot be written, or is a file of another origin.
         QualityError: no conversation at all got a reward.
     """
     journal_path = config.output.with_name(config.output.name + ".journal")
+    if config.output.exists() and not journal_path.exists():
+        raise StorageError(
+            f"{config.output} exists and was not written by `rlaif score`; choose another --output or remove it"
+        )
     with Journal(journal_path) as journal:
         kept = read_journal(journal)
         rewards = {key: Reward(*values) for key, values in kept.answers.items()}

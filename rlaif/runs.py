@@ -267,9 +267,16 @@ def _check_same_run(
     before = {**{name: value for name, value in defaults.items() if name in identity}, **earlier["identity"]}
     for name in sorted({*before, *identity}):
         if before.get(name) != identity.get(name):
+            a_policy = (
+                command.startswith("train ")
+                and command != "train rm"
+                and (directory / "config.json").is_file()
+            )
+            trained = a_policy and name in ("max_steps", "num_train_epochs")
             raise StorageError(
                 f"{directory} holds a run with {name}={before.get(name)!r}, this one has {identity.get(name)!r}; "
                 "choose another --output_dir or the same settings"
+                + (f", or train on from this policy: --model_name_or_path {directory}" if trained else "")
             )
 
 

@@ -5,6 +5,7 @@ What a server answered is journalled and never asked again; what failed is asked
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -108,11 +109,14 @@ def load_function(name: str) -> RewardSource:
         ConfigError: there is none.
     """
     module, _, attribute = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a command, unlike `python -m`, does not look in the current folder
     try:
         function: Any = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as err:
         raise ConfigError(
-            f"there is no function {name!r} ({err}): write MODULE:FUNCTION, of a module that Python can import"
+            f"there is no function {name!r} ({err}): write MODULE:FUNCTION, of a module in this folder or "
+            "that is installed"
         ) from err
     return FunctionReward(function, name=name)
 

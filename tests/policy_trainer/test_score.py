@@ -106,6 +106,15 @@ def test_plain_responses_become_rows_and_a_broken_list_is_set_aside(tmp_path: Pa
     assert set_aside["line"] == 2 and "at least one response" in set_aside["reason"]
 
 
+def test_a_file_of_another_origin_is_not_overwritten(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", ["1"])
+    mine = write_rows(tmp_path / "out.jsonl", ["years of work"])
+    before = mine.read_text()
+    with serving(NumberServer()) as at, pytest.raises(StorageError, match="was not written by"):
+        run(config(tmp_path, at))
+    assert mine.read_text() == before
+
+
 def test_bad_rows_are_set_aside_with_their_line(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", ["1", "2"])
     with (tmp_path / "in.jsonl").open("a") as file:
