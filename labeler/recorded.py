@@ -64,8 +64,8 @@ class Recorded:
         return self._llm.special_tokens
 
     @property
-    def in_flight(self) -> int:
-        """Different requests that wait for their reply."""
+    def waiting(self) -> int:
+        """Different requests that wait for their reply, sent or not."""
         return len(self._in_flight)
 
     async def probe(self) -> Abilities:

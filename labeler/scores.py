@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -241,13 +242,16 @@ class ScoreReport:
         self._sources: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._scores, self._masses = array("f"), array("f")
+        self._aspects: defaultdict[str, array[float]] = defaultdict(lambda: array("f"))
         self._censored = self._truncated = 0
 
     def add(self, row: dict[str, Any]) -> None:
         """Count a row of `SCHEMA`."""
         self._scores.append(row["score"])
-        if row["label_mass"] is not None:
-            self._masses.append(row["label_mass"])
+        masses = [said["label_mass"] for said in row["aspects"] or (row,)]
+        self._masses.extend(mass for mass in masses if mass is not None)
+        for aspect in row["aspects"]:
+            self._aspects[aspect["rubric"]].append(aspect["score"])
         self._censored += row["censored"]
         self._truncated += row["truncated"]
         self._sources[row["source"]] += 1
@@ -269,6 +273,11 @@ class ScoreReport:
             "sources": dict(self._sources.most_common()),
             "score_mean": float(scores.mean(dtype=np.float64)) if len(scores) else None,
             "score_quartiles": np.quantile(scores, [0.25, 0.5, 0.75]).tolist() if len(scores) else None,
+            **(
+                {"aspect_means": {name: fmean(given) for name, given in self._aspects.items()}}
+                if self._aspects
+                else {}
+            ),
             "label_mass_mean": float(masses.mean(dtype=np.float64)) if len(masses) else None,
             "label_mass_min": float(masses.min()) if len(masses) else None,
             "censored": self._censored,

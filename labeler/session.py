@@ -146,6 +146,13 @@ class Session:
             what = f"dry run of {what}"
         self.heartbeat.enter("reading", what)
         total = sum(1 for _ in self.heartbeat.count(questions(self.quarantine)))
+        if self.quarantine.count and self._dry_run is None:
+            reason, often = self.quarantine.reasons.most_common(1)[0]
+            print(
+                f"warning: {self.quarantine.count} rows cannot be used, {often} of them because: {reason}; they are in "
+                f"{self.quarantine.path}",
+                file=sys.stderr,
+            )
         self.heartbeat.enter("asking", what, total)
         asyncio.run(self._ask(lambda: questions(Quarantine(None)), ask, what, total, prepare))
         if self._dry_run is not None:
@@ -228,14 +235,14 @@ class Session:
     def _stats(self) -> dict[str, Any]:
         """What the run has used so far, for other processes to read."""
         used = sum((model.used for model in self._models), Usage())
-        in_flight = sum(model.in_flight for model in self._models)
-        return {**asdict(used), "in_flight": in_flight, **self.costs()}
+        waiting = sum(model.waiting for model in self._models)
+        return {**asdict(used), "waiting": waiting, **self.costs()}
 
     def _shown(self) -> Mapping[str, object]:
         """What stands beside the progress bar."""
         now = self._stats()
         return {
-            "in_flight": now["in_flight"],
+            "waiting": now["waiting"],
             "prompt": f"{short(now['prompt_tokens'])} tok",
             "completion": f"{short(now['completion_tokens'])} tok",
             **({} if self.price is None else {"cost": f"${self.costs()['cost_usd']:.4g}"}),

@@ -101,7 +101,7 @@ def read_status(folder: Path) -> Status:
     left = (beat["total"] - beat["done"]) / rate if asking and rate and beat["total"] is not None else None
     on_record = _on_record(folder)
     unlabelled = beat["unlabelled"]
-    if state == "finished":
+    if state == "finished" or (state == "stopped" and beat["phase"] == "writing"):
         unlabelled = _read_json(folder / "report.json").get("unlabelled", unlabelled)
     return Status(
         command=beat["command"],
@@ -121,7 +121,7 @@ def read_status(folder: Path) -> Status:
         unlabelled=unlabelled,
         used=beat["stats"],
         rerun=_rerun(folder),
-        next=_next(state, beat["command"], unlabelled, folder),
+        next=_next(state, beat["error"], beat["command"], unlabelled, folder),
     )
 
 
@@ -156,9 +156,11 @@ def _rerun(folder: Path) -> str:
     return shlex.join(["rlaif", *arguments[1:]]) if arguments else ""
 
 
-def _next(state: State, command: str, unlabelled: Mapping[str, int], folder: Path) -> str:
+def _next(state: State, error: str | None, command: str, unlabelled: Mapping[str, int], folder: Path) -> str:
     if state == "running":
         return "wait; to stop it, interrupt it: what is on record is kept"
+    if state == "stopped" and error is not None and "--max_cost" in error:
+        return "run the same command again with a larger --max_cost; what is on record is not asked again"
     if state in ("stopped", "killed"):
         return "run the same command again; what is on record is not asked again"
     if unlabelled:
@@ -185,7 +187,7 @@ def _lines(status: Status, given: str) -> Iterator[str]:
     of = f"{status.done:,}"
     if status.total:
         of += f" of {status.total:,} ({100 * status.done / status.total:.1f} %)"
-    if status.state != "finished":
+    if status.state != "finished" and status.phase != "writing":
         yield f"  {status.phase:<14}{of}"
     if status.rate is not None:
         left = "" if status.seconds_left is None else f", {clock(status.seconds_left)} left"
@@ -197,8 +199,8 @@ def _lines(status: Status, given: str) -> Iterator[str]:
     )
     if "cost_usd" in status.used:
         yield f"  cost          ${status.used['cost_usd']:.4f} for all replies on record"
-    if status.state == "running" and "in_flight" in status.used:
-        yield f"  in flight     {status.used['in_flight']} requests"
+    if status.state == "running" and "waiting" in status.used:
+        yield f"  waiting       {status.used['waiting']} requests, sent or not"
     if status.open_requests:
         yield f"  open requests {_counts(status.open_requests)}"
     yield f"  unlabelled    {_counts(status.unlabelled) or 'none'}"

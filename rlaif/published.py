@@ -171,7 +171,15 @@ def _annotators(row: Row) -> tuple[Vote, ...]:
     for name in columns:
         if isinstance(row[name], bool) or row[name] not in (0, 1, 2):
             raise RowError(f"{name} is {row[name]!r}, not one of 0 (tie), 1, 2")
-    return tuple(Vote(name, (0.5, 1.0, 0.0)[int(row[name])]) for name in columns)
+    return tuple(Vote(_called(row, name), (0.5, 1.0, 0.0)[int(row[name])]) for name in columns)
+
+
+def _called(row: Row, column: str) -> str:
+    """Who annotator1, annotator2, ... are, where a column `annotators` names them in this order."""
+    names, place = row.get("annotators"), int(column.removeprefix("annotator")) - 1
+    if isinstance(names, list | tuple) and place < len(names) and isinstance(names[place], str):
+        return str(names[place])
+    return column
 
 
 def votes_of(row: Row) -> tuple[Vote, ...]:
@@ -204,7 +212,10 @@ def human_label(row: Row, first: str) -> float | None:
         return None if row["human_p_a"] is None else probability(row["human_p_a"], "human_p_a")
     if first == "chosen":
         return 1.0
-    label = row.get("winner") if row.get("label") is None else row["label"]
+    given = (row.get(name) for name in ("label", "winner"))
+    label = next(
+        (label for label in given if label is not None and label != ""), None
+    )  # "" is a gap in a CSV file
     if isinstance(label, float) and label.is_integer():  # a column of integers with gaps
         label = int(label)
     if label is None:
@@ -216,4 +227,4 @@ def human_label(row: Row, first: str) -> float | None:
 
 
 def _plain_label(label: str | int) -> str | int:
-    return label.strip().lower() if isinstance(label, str) else label
+    return label.strip().lower().removesuffix(".0") if isinstance(label, str) else label

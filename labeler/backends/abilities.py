@@ -76,7 +76,8 @@ async def find_features(ask: Ask, model: str, where: str) -> Features:
                 continue
             fewer = _without(features, err)
             if fewer is None:
-                raise EndpointError(f"{where} refuses the simplest request for {model}: {err}") from err
+                hint = "; the base URL of a server usually ends in /v1" if err.status == 404 else ""
+                raise EndpointError(f"{where} refuses the simplest request for {model}: {err}{hint}") from err
             features = fewer
     if not choice.top:
         features = replace(features, top_logprobs=0)

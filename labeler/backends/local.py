@@ -168,7 +168,7 @@ class LocalModel(ABC):
     def _check_room(self, tokens: int) -> None:
         if tokens > self._context:
             raise RequestFailed(
-                f"context too long: {tokens - 1} tokens, the model takes {self._context} with the next one"
+                f"context too long: the model takes {self._context} tokens, the next one among them"
             )
 
     def _render(self, messages: Conversation, prefix: str) -> str:

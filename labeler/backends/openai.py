@@ -338,8 +338,13 @@ class OpenAIModel:
             return await self._endpoints.ask(path, body, urgent=True, only=endpoint)
 
         where = endpoint.wire.where
-        await check_model(ask, self._ref.name, where)
-        return await find_features(ask, self._ref.name, where)
+        try:
+            await check_model(ask, self._ref.name, where)
+            return await find_features(ask, self._ref.name, where)
+        except RequestFailed as err:
+            raise EndpointError(
+                f"{where} does not answer as OpenAI's API does: {err}; the base URL of a server usually ends in /v1"
+            ) from err
 
 
 def _last_words(text: str) -> str:

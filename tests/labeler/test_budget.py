@@ -14,6 +14,7 @@ from labeler.budget import Budget, Price, most_label_tokens, most_tokens
 from labeler.journal import ReplyJournal, Usage
 from labeler.llm import Generation
 from labeler.recorded import Recorded
+from labeler.status import read_status
 from rlaif.errors import BudgetReached, EndpointError
 from rlaif.types import Message, user_prompt
 from tests.labeler.commands import label, pair, preferences, replies, report, scripted, write_lines
@@ -169,6 +170,9 @@ def test_a_run_stops_at_its_budget_keeps_what_it_has_and_goes_on_with_a_larger_o
         assert len(line) == 1 and f"{len(bought)} of 30 done" in line[0] and "--max_cost" in line[0]
         assert 0 < len(bought) < 30
         assert report(out)["unlabelled"] == {"not asked yet": 30 - len(bought)}
+        seen = read_status(out)
+        assert (seen.state, seen.unlabelled) == ("stopped", {"not asked yet": 30 - len(bought)})
+        assert "larger --max_cost" in seen.next
         assert [r for r in whole if r["id"] in {b["id"] for b in bought}] == bought
         assert label(server.ref, data, out, *prices, "--max_cost", str(limit)) == 10  # that much is spent
         kept = replies(out)

@@ -247,6 +247,21 @@ def test_another_error_inside_a_reply_fails_its_request(code: object, told: int)
     assert len(wire.asked) == 1
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [Reply(200, {}, b"<!doctype html><title>Hello</title>"), Reply(404, {}, b"404: Not Found")],
+    ids=["a web page", "no such route"],
+)
+def test_a_wrong_base_url_is_one_line_that_says_so(answer: Reply) -> None:
+    wire = ScriptedWire(lambda now, body: answer)
+
+    async def probe() -> Abilities:
+        return await OpenAIModel(ModelRef("openai", "judge"), OPTIONS, [wire]).probe()
+
+    with pytest.raises(EndpointError, match=r"http://a/v1 .*usually ends in /v1"):
+        run_virtual(probe())
+
+
 def test_a_model_that_is_no_chat_model_is_asked_by_text_completions() -> None:
     told = "This is not a chat model and thus not supported in the v1/chat/completions endpoint."
     logprobs = {"tokens": ["1"], "top_logprobs": [{"1": -0.1}]}

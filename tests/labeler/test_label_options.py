@@ -53,6 +53,14 @@ def test_a_tie_in_both_orders_is_agreement_and_not_inconsistent(tmp_path: Path) 
     assert (found["order_agreement"], found["same_position_rate"], found["first_share"]) == (1.0, 0.0, None)
 
 
+def test_rows_that_cannot_be_used_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [pair(0), {"prompt": "alone"}, {"prompt": "alone too"}]
+    data = write_lines(tmp_path / "p.jsonl", rows)
+    assert label(scripted(tmp_path, a_or_b(0.9)), data, tmp_path / "out", "--no-cot") == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert line.startswith("warning: 2 rows cannot be used") and line.endswith("quarantine.jsonl")
+
+
 def test_clamped_labels_keep_what_the_judge_said_beside_them(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "p.jsonl", [pair(0), pair(1, "bad", "good")])
     assert (
@@ -133,6 +141,9 @@ def test_several_rubrics_are_aspects_and_the_score_is_their_mean(tmp_path: Path)
         ("honesty-score", 4.0),
     ]
     assert row["score"] == 3.0
+    found = report(tmp_path / "out")
+    assert found["aspect_means"] == {"instruction-following-score": 2.0, "honesty-score": 4.0}
+    assert found["label_mass_mean"] == pytest.approx(1.0)
 
 
 def test_a_missing_aspect_leaves_the_response_without_a_score(tmp_path: Path) -> None:

@@ -64,11 +64,11 @@ def test_equal_requests_in_flight_are_sent_once(journal: ReplyJournal) -> None:
         asked = [asyncio.create_task(llm.generate(Q, "A:", max_tokens=9)) for _ in range(5)]
         asked.append(asyncio.create_task(llm.generate(Q, "B:", max_tokens=9)))
         await turns()
-        assert (len(model.asked), llm.in_flight) == (2, 2)
+        assert (len(model.asked), llm.waiting) == (2, 2)
         gate.open.set()
         answers = await asyncio.gather(*asked)
         assert [a.text for a in answers] == ["on Which one? A:"] * 5 + ["on Which one? B:"]
-        assert llm.in_flight == 0
+        assert llm.waiting == 0
         assert llm.used == Usage(22, 6, 4)
         assert (await llm.generate(Q, "A:", max_tokens=9)).text == "on Which one? A:"
         assert len(model.asked) == 2
@@ -179,7 +179,7 @@ def test_only_a_request_that_failed_by_itself_is_noted(journal: ReplyJournal, er
     with pytest.raises(type(error)):
         asyncio.run(llm.generate(Q, max_tokens=9))
     assert journal.totals().failures == {}
-    assert llm.in_flight == 0
+    assert llm.waiting == 0
 
 
 def test_all_who_wait_for_a_request_learn_that_it_failed(journal: ReplyJournal) -> None:
@@ -215,7 +215,7 @@ def test_if_the_one_who_asks_is_cancelled_another_asks_in_its_place(journal: Rep
         async with asyncio.timeout(10):
             answers = await asyncio.gather(*others)
         assert len({a.text for a in answers}) == 1
-        assert len(model.asked) == 2 and llm.in_flight == 0
+        assert len(model.asked) == 2 and llm.waiting == 0
 
     asyncio.run(run())
     assert journal.totals().replies == {"generate": 1}
@@ -246,7 +246,7 @@ def test_all_cancelled_leaves_the_request_open(journal: ReplyJournal) -> None:
             task.cancel()
         async with asyncio.timeout(10):
             await asyncio.gather(*asked, return_exceptions=True)
-        assert llm.in_flight == 0
+        assert llm.waiting == 0
 
     asyncio.run(run())
     assert journal.totals().failures == {}

@@ -45,6 +45,8 @@ def test_pandalm_the_label_is_what_most_annotators_say_and_each_keeps_his_own() 
     assert pair.human_p_a == 0.0
     assert pair.human_votes == (Vote("annotator1", 0.0), Vote("annotator2", 0.5), Vote("annotator3", 0.0))
     assert pair.swapped().human_votes[0] == Vote("annotator1", 1.0)
+    named = shapes.parse_pair(PANDALM | {"annotators": ["anna", "bob"]})
+    assert [vote.annotator for vote in named.human_votes] == ["anna", "bob", "annotator3"]
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,8 @@ def test_an_implicit_plain_text_prompt_is_the_shared_beginning_in_whole_words() 
         ("tie", 0.5),
         (None, None),
         (2.0, 0.0),
+        ("1.0", 1.0),
+        ("", None),
     ],
 )
 def test_labels_become_the_probability_that_a_is_preferred(label: object, p_a: float | None) -> None:
