@@ -19,7 +19,7 @@ class RequestConfig:
     """What every command that asks models has in common."""
 
     dataset: str
-    """Input rows, JSONL or Parquet."""
+    """Input rows, JSONL, JSON, CSV or Parquet."""
     output_dir: str
     """The run directory; the same command again goes on where it stopped."""
     limit: int | None = None

@@ -25,7 +25,7 @@ class TrainingConfig(LoraFlags):
     model_name_or_path: str
     """The policy to train: a path, hf:NAME_OR_PATH or tinyworld:policy."""
     dataset: Path
-    """Training data: a JSONL or Parquet file, or a dataset folder."""
+    """Training data: a JSONL, JSON, CSV or Parquet file, or a dataset folder."""
     output_dir: Path
     """Run directory. If it holds a checkpoint of this run, the run goes on from there."""
     seed: int = 0

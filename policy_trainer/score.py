@@ -24,6 +24,8 @@ from rlaif.runs import write_atomic
 from rlaif.types import Conversation, content_id
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from policy_trainer.config import ScoreConfig
 
 REWARD_COLUMNS = ("reward", "reward_raw", "reward_reason", "reward_tokens", "reward_model")
@@ -46,6 +48,8 @@ def run(config: ScoreConfig) -> None:
         raise StorageError(
             f"{config.output} exists and was not written by `rlaif score`; choose another --output or remove it"
         )
+    quarantine = Quarantine(config.output.with_name(config.output.stem + ".quarantine.jsonl"))
+    schema = _schema(config) if config.output.suffix == ".parquet" else None
     with Journal(journal_path) as journal:
         kept = read_journal(journal)
         rewards = {key: Reward(*values) for key, values in kept.answers.items()}
@@ -67,9 +71,8 @@ def run(config: ScoreConfig) -> None:
                 max_in_flight=config.max_in_flight,
                 what="scoring conversations",
             )
-    quarantine = Quarantine(config.output.with_name(config.output.stem + ".quarantine.jsonl"))
     scored = list(_scored_rows(config.dataset, rewards, info.version, quarantine))
-    _write(config.output, [row for row, _ in scored])
+    _write(config.output, [row for row, _ in scored], schema)
     print(summary([reward for _, reward in scored], quarantine))
     print(f"written: {config.output}" + (f"; set aside: {quarantine.path}" if quarantine.count else ""))
     if all(reward.value is None for _, reward in scored):
@@ -97,13 +100,23 @@ def _scored_rows(
         yield {**row, **dict(zip(REWARD_COLUMNS, columns, strict=True))}, reward
 
 
-def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    if path.suffix != ".parquet":
+def _write(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema | None) -> None:
+    if schema is None:
         write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return
+    else:
+        write_parquet(path, rows, schema)
+
+
+def _schema(config: ScoreConfig) -> pa.Schema:
+    """The columns of the output as Parquet has them, which is known before anything is asked.
+
+    Raises:
+        DataError: the rows do not agree on their types.
+    """
     import pyarrow as pa
 
-    given = [{name: value for name, value in row.items() if name not in REWARD_COLUMNS} for row in rows]
+    rows = read_responses(config.dataset, Quarantine(None))
+    given = [{name: value for name, value in row.items() if name not in REWARD_COLUMNS} for row, _ in rows]
     try:
         schema = pa.Table.from_pylist(given).schema
     except pa.ArrowException as err:
@@ -114,7 +127,7 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     types = (pa.float64(), pa.float64(), pa.string(), pa.int64(), pa.string())
     for name, kind in zip(REWARD_COLUMNS, types, strict=True):
         schema = schema.append(pa.field(name, kind))
-    write_parquet(path, rows, schema)
+    return schema
 
 
 def summary(rewards: Sequence[Reward], quarantine: Quarantine) -> str:
@@ -130,7 +143,8 @@ def summary(rewards: Sequence[Reward], quarantine: Quarantine) -> str:
         lines.append(f"{min(values):8.2f} {histogram(values)} {max(values):.2f}")
     missing = missing_by_reason(rewards)
     if missing:
-        lines.append("missing: " + _counts(missing))
+        (reason, _), *_ = Counter(r.reason or "unknown" for r in rewards if r.value is None).most_common(1)
+        lines.append(f"missing: {_counts(missing)}; most often: {reason}")
     if quarantine.count:
         lines.append("not understood: " + _counts(quarantine.reasons))
     return "\n".join(lines)

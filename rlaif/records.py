@@ -466,7 +466,7 @@ def _json_line(number: int, data: bytes) -> _Line:
     try:
         row = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as err:
-        return _Line(number, text, None, f"broken JSON: {err.msg} at column {err.colno}")
+        return _Line(number, text, None, f"broken JSON: {err.msg.removesuffix(' at')} at column {err.colno}")
     except ValueError as err:
         return _Line(number, text, None, f"broken JSON: {err}")
     except RecursionError:

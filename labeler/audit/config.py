@@ -57,7 +57,7 @@ class EvaluateConfig(JudgeConfig):
         else:
             RequestConfig.__post_init__(self)
         if not self.dataset and not self.labels:
-            raise ConfigError("--dataset is needed: pairs with human labels, JSONL or Parquet")
+            raise ConfigError("--dataset is needed: pairs with human labels, JSONL, JSON, CSV or Parquet")
         if (self.variants or self.calibrate) and self.baseline:
             raise ConfigError("a --baseline has no variants and no probabilities to calibrate")
         if (self.variants or self.canaries) and self.labels:

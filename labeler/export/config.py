@@ -18,7 +18,7 @@ class ExportConfig:
     """Write labelled pairs in the shape that a trainer reads, into a file, to the Hugging Face hub, or both."""
 
     dataset: str
-    """Labelled pairs: the output_dir of `rlaif label pairs|rank`, or a preference file, JSONL or Parquet."""
+    """Labelled pairs: the output_dir of `rlaif label pairs|rank`, or a preference file, JSONL, JSON, CSV or Parquet."""
     format: Format = "trl-preference"
     """trl-preference: prompt, chosen, rejected (DPO and others). trl-unpaired: prompt, completion, label (KTO).
     trl-reward: the former with a margin (RewardTrainer). jsonl, parquet: all columns."""

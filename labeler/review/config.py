@@ -19,8 +19,8 @@ class ReviewConfig:
     """
 
     dataset: str
-    """What to review: a directory of `rlaif label pairs|rank|scores`, pairs as JSONL or Parquet, or candidates. Its
-    name may come first: rlaif review DIR."""
+    """What to review: a directory of `rlaif label pairs|rank|scores`, or pairs or candidates as JSONL, JSON, CSV or
+    Parquet. Its name may come first: rlaif review DIR."""
     output_dir: str | None = None
     """Where the marks go; DIR/review without it, or FILE-review beside a file. A mode has a folder of its own."""
     mode: Literal["preference", "grades", "ranking"] | None = None

@@ -18,7 +18,7 @@ class EvaluatePolicyConfig:
     """
 
     dataset: Path
-    """Prompts to answer: JSONL or Parquet."""
+    """Prompts to answer: JSONL, JSON, CSV or Parquet."""
     output_dir: Path
     """Where metrics.json, report.md and the frontier's plot go, and where responses and judgments are kept."""
     model_name_or_path: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ class EvaluateConfig:
     """Whatever `rlaif serve --model` takes: a folder of `rlaif train rm`, any sequence classifier with one output, or a
     .yaml file with parts and a rule, such as an ensemble."""
     dataset: Path
-    """Labelled pairs (a folder of `rlaif label pairs`, JSONL or Parquet), or responses with scores."""
+    """Labelled pairs (a folder of `rlaif label pairs`, JSONL, JSON, CSV or Parquet), or responses with scores."""
     output_dir: Path
     """Where metrics.json and report.md go."""
     subset_column: str | None = None

@@ -10,7 +10,7 @@ import pytest
 from policy_trainer.config import ScoreConfig
 from policy_trainer.score import histogram, run
 from rlaif.cli import main
-from rlaif.errors import ConfigError, QualityError, RewardServerError, StorageError
+from rlaif.errors import ConfigError, DataError, QualityError, RewardServerError, StorageError
 from tests.policy_trainer.reward_servers import NumberServer, free_port, refusing, serving
 
 
@@ -174,6 +174,15 @@ def test_parquet_holds_the_columns_of_the_input_and_the_rewards(tmp_path: Path) 
         run(config(tmp_path, at, output=tmp_path / "out.parquet"))
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [(r["id"], r["response"], r["reward_raw"]) for r in rows] == [(0, "1", 1.0), (1, "many", None)]
+
+
+def test_columns_that_parquet_cannot_hold_are_said_before_anything_is_asked(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "response": "1"}, {"prompt": [{"role": "user", "content": "p"}], "response": "2"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    numbers = NumberServer()
+    with serving(numbers) as at, pytest.raises(DataError, match=r"FILE\.jsonl"):
+        run(config(tmp_path, at, output=tmp_path / "out.parquet"))
+    assert numbers.calls == []
 
 
 def test_no_reward_at_all_is_an_error_after_the_reasons_are_written(tmp_path: Path) -> None:
