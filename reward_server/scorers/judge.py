@@ -194,8 +194,8 @@ class JudgeScorer:
         return Compared(
             p_a=preference.p_a,
             tokens=_tokens(ab) + _tokens(ba),
-            p_a_first=ab.labels.probs[0] if ab is not None and ab.labels is not None else None,
-            p_a_second=ba.labels.probs[1] if ba is not None and ba.labels is not None else None,
+            p_a_first=None if ab is None else ab.p_first,
+            p_a_second=None if ba is None or ba.p_first is None else 1.0 - ba.p_first,
         )
 
 

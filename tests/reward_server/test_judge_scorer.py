@@ -40,6 +40,16 @@ PAIR = RubricFile(
 )
 
 
+GRADED = RubricFile(
+    name="graded",
+    kind="pair",
+    sample="{{ prompt }}: (1) {{ response_1 }} (2) {{ response_2 }}",
+    ending="Grade: ",
+    labels=("A", "B", "C"),
+    preferences=(0.9, 0.5, 0.1),
+)
+
+
 def reply(asked: Asked) -> str | tuple[float, ...]:
     """Answers `fine` for a good reason with 8 or 9, fails on `fail`; in pairs likes `good`, and the first place."""
     if "fail" in asked.user:
@@ -131,6 +141,31 @@ def test_a_comparison_is_the_mean_of_both_orders() -> None:
             assert (good_bad.p_a_first, good_bad.p_a_second) == pytest.approx((0.9, 0.6))
             assert good_bad.p_a == pytest.approx(0.75)
             assert bad_good.p_a == pytest.approx(1 - good_bad.p_a)
+
+    asyncio.run(scenario())
+
+
+def test_the_orders_of_a_graded_comparison_are_preferences_and_no_shares_of_grades() -> None:
+    def grade(asked: Asked) -> tuple[float, ...]:
+        good_first = asked.user.index("good") < asked.user.index("bad")
+        return (0.5, 0.3, 0.2) if good_first else (0.1, 0.2, 0.7)
+
+    async def scenario() -> None:
+        model = ScriptedModel(grade)
+        judges = (Judge(model, Rubric(file, "a hash", cot=False)) for file in (SCORE, GRADED))
+        async with serving(JudgeScorer(*judges, max_in_flight=4)) as served:
+            items = [
+                pb.CompareItem(id=1, prompt=conversation("q"), response_a="good", response_b="bad"),
+                pb.CompareItem(id=2, prompt=conversation("q"), response_a="bad", response_b="good"),
+            ]
+            good_bad, bad_good = (
+                o.comparison for o in (await served.stub.Compare(pb.CompareRequest(items=items))).outcomes
+            )
+            # P(number 1 preferred): 0.5 * 0.9 + 0.3 * 0.5 + 0.2 * 0.1 with the good one first,
+            # 0.1 * 0.9 + 0.2 * 0.5 + 0.7 * 0.1 with the bad one first
+            assert (good_bad.p_a_first, good_bad.p_a_second) == pytest.approx((0.62, 1 - 0.26))
+            assert (bad_good.p_a_first, bad_good.p_a_second) == pytest.approx((0.26, 1 - 0.62))
+            assert (good_bad.p_a, bad_good.p_a) == pytest.approx((0.68, 0.32))
 
     asyncio.run(scenario())
 
