@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from google.rpc import code_pb2, status_pb2
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
@@ -30,6 +31,9 @@ DOMAIN = "rlaif.reward.v1"
 """`ErrorInfo.domain` of all errors."""
 
 Request = pb.ScoreRequest | pb.CompareRequest
+
+_MAX_VIOLATIONS = 8
+"""They travel in the trailer, where gRPC clients take 8 KiB, and all of them may have the same cause."""
 
 TRUNCATION: dict[int, Truncation] = {
     pb.TRUNCATION_UNSPECIFIED: "reject",
@@ -64,12 +68,16 @@ STATES: dict[State, pb.ModelState.ValueType] = {
 
 
 def violations(request: Request, max_items: int) -> Iterable[BadRequest.FieldViolation]:
-    """What is wrong with a request as a whole; its items are looked at one by one."""
-    ids = [item.id for item in request.items]
-    if not 1 <= len(ids) <= max_items:
-        yield _violation("items", f"must hold 1 to {max_items} items, not {len(ids)}")
+    """What is wrong with a request as a whole, the first few things; its items are looked at one by one."""
+    return islice(_violations(request, max_items), _MAX_VIOLATIONS)
+
+
+def _violations(request: Request, max_items: int) -> Iterator[BadRequest.FieldViolation]:
+    if not 1 <= len(request.items) <= max_items:
+        yield _violation("items", f"must hold 1 to {max_items} items, not {len(request.items)}")
+        return  # there may be millions of them
     seen: set[int] = set()
-    for index, item_id in enumerate(ids):
+    for index, item_id in enumerate(item.id for item in request.items):
         if item_id in seen:
             text = f"{item_id} is the id of an earlier item; ids must be unique within a request"
             yield _violation(f"items[{index}].id", text)

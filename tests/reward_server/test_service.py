@@ -274,6 +274,24 @@ def test_bad_fields_are_named_and_bad_items_fail_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("count", "fields"),
+    [(256, [f"items[{i}].id" for i in range(1, 9)]), (300_000, ["items"])],
+    ids=["ids left out", "too many items"],
+)
+def test_a_mistake_repeated_in_every_item_is_named_a_few_times(count: int, fields: list[str]) -> None:
+    """What is named travels in the trailer, which a client refuses beyond 16 KiB."""
+
+    async def scenario() -> None:
+        async with serving(LengthScorer()) as served:
+            request = pb.ScoreRequest(items=[pb.ScoreItem()] * count)
+            error = await refusal(served.stub.Score(request))
+            assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert [v.field for v in detail(error, BadRequest()).field_violations] == fields
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
     "data", [b"\x0a\x05\xff", b"\xff" * 30, b"\x12\x02\xc3\x28"], ids=["cut off", "no message", "not UTF-8"]
 )
 def test_bytes_that_are_no_message_are_the_callers_mistake(data: bytes) -> None:
