@@ -2,16 +2,20 @@
 
 A call takes hold of a model when it is admitted and keeps it to its end, so a swap in between changes nothing for
 it: every answer comes from one version, and no call is refused because of a swap.
+
+Loading and unloading belong to the registry, and not to the call that asked for them: a caller that leaves in the
+middle leaves neither a model that nobody can free nor one that nobody counts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, TypeVar
 
 from reward_server.batcher import Batcher
 from reward_server.observe import Observer
@@ -19,6 +23,8 @@ from reward_server.scorers.base import Scorer
 from rlaif.errors import RlaifError
 
 _LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class State(Enum):
@@ -40,12 +46,13 @@ class TooManyModels(RlaifError):
 
 @dataclass(slots=True, eq=False)
 class Model:
-    """A loaded model with its queue, and the calls that hold it."""
+    """A loaded model with its queue, the calls that hold it, and its unloading once somebody asked for that."""
 
     batcher: Batcher
     state: State
     holders: int = 0
     free: asyncio.Event = field(default_factory=asyncio.Event)
+    leaving: asyncio.Task[None] | None = None
 
     @property
     def scorer(self) -> Scorer:
@@ -78,6 +85,7 @@ class ModelRegistry:
         self._max_models = max_models
         self._models: list[Model] = []
         self._loading = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -115,6 +123,9 @@ class ModelRegistry:
     async def load(self, load: Callable[[], Awaitable[Scorer]], *, activate: bool = False) -> Model:
         """Load, warm up and keep a model. A version that is loaded already is not kept twice.
 
+        Cancelling this call does not stop what loads, since a thread cannot be stopped: until that has ended it counts
+        as a model, and then what it made is closed.
+
         Raises:
             TooManyModels: there is no room.
             RlaifError: it cannot be loaded, or is not what it says it is.
@@ -124,22 +135,44 @@ class ModelRegistry:
                 f"{self._max_models} models are loaded, which is all that this server holds: unload one"
             )
         self._loading += 1
+        left = asyncio.Event()
+        loading = self._begin(self._load(load, activate, left), "a model could not be loaded")
+        try:
+            model = await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            left.set()
+            raise
+        assert model is not None  # the caller is here
+        return model
+
+    async def _load(
+        self, load: Callable[[], Awaitable[Scorer]], activate: bool, left: asyncio.Event
+    ) -> Model | None:
+        """See `load`; nothing is kept if the caller left meanwhile."""
         try:
             scorer = await load()
-            await scorer.warm_up()
+            try:
+                if not left.is_set():
+                    await scorer.warm_up()
+            except BaseException:
+                await scorer.close()
+                raise
+            model = self.find(scorer.version)
+            if model is None and not left.is_set():
+                model = self._keep(scorer)
+            else:
+                await scorer.close()
         finally:
             self._loading -= 1
-        known = self.find(scorer.version)
-        if known is not None:
-            await scorer.close()
-            model = known
-        else:
-            model = Model(self._queue(scorer), State.READY)
-            model.free.set()
-            self._models.append(model)
-            model.batcher.start().add_done_callback(self._note)
-        if activate:
+        if activate and model is not None and not left.is_set():
             self.activate(model.version)
+        return model
+
+    def _keep(self, scorer: Scorer) -> Model:
+        model = Model(self._queue(scorer), State.READY)
+        model.free.set()
+        self._models.append(model)
+        model.batcher.start().add_done_callback(self._note)
         return model
 
     def activate(self, version: str) -> Model | None:
@@ -160,28 +193,53 @@ class ModelRegistry:
         return None if before is model else before
 
     async def unload(self, version: str) -> None:
-        """Free a model once the calls that hold it are answered.
+        """Free a model once the calls that hold it are answered, whether or not this call is cancelled meanwhile.
 
         Raises:
             NoSuchModel: it is not loaded, or it is active.
         """
         model = self.find(version)
         if model is None:
+            draining = (m for m in self._models if m.state is State.DRAINING)
+            model = next((m for m in draining if m.version == version), None)
+        if model is None:
             raise NoSuchModel(f"no model of version {version} is loaded")
         if model.state is State.ACTIVE:
             raise NoSuchModel(f"version {version} is active: activate another one first")
-        model.state = State.DRAINING
+        if model.leaving is None:
+            model.state = State.DRAINING
+            model.leaving = self._begin(self._unload(model), "a model could not be freed")
+        await asyncio.shield(model.leaving)
+
+    async def _unload(self, model: Model) -> None:
         await model.free.wait()
-        await model.batcher.stop()
-        self._models.remove(model)
+        try:
+            await model.batcher.stop()
+        finally:
+            self._models.remove(model)
 
     async def close(self) -> None:
-        """Stop all models; what still waits is not computed."""
+        """Stop all models, those that are being loaded once they are; what still waits is not computed."""
         for model in self._models:
-            await model.batcher.stop()
-        self._models.clear()
+            model.free.set()  # nobody is waited for
+        await asyncio.gather(*self._tasks, return_exceptions=True)  # `_begin` logs what fails
+        while self._models:
+            await self._models.pop().batcher.stop()
         if not self.broken.done():
             self.broken.cancel()
+
+    def _begin(self, work: Coroutine[Any, Any, T], failed: str) -> asyncio.Task[T]:
+        """Start what goes on if its caller leaves; how it failed is told to whoever still waits, and to the log."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # asyncio itself keeps no reference
+
+        def end(ended: asyncio.Task[T]) -> None:
+            self._tasks.discard(ended)
+            if not ended.cancelled() and (err := ended.exception()) is not None:
+                _LOG.warning("%s: %s", failed, err, exc_info=None if isinstance(err, RlaifError) else err)
+
+        task.add_done_callback(end)
+        return task
 
     def _note(self, ended: asyncio.Future[None]) -> None:
         if not ended.cancelled() and (err := ended.exception()) is not None and not self.broken.done():

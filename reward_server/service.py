@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -29,6 +30,7 @@ ADMIN_SERVICE = pb.DESCRIPTOR.services_by_name["ModelAdminService"].full_name
 
 _LOG = logging.getLogger(__name__)
 _NAMES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+_INTERNAL = status_pb2.Status(code=code_pb2.INTERNAL, message="internal error; the server's log says where")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Request = TypeVar("Request", bound=Message)
@@ -286,10 +288,9 @@ class RewardService:
                 except Refusal as err:
                     response.error.CopyFrom(err.status)
                     call.code = _NAMES[err.status.code].name
-                except Exception:
-                    _LOG.exception("a request of a stream failed")
-                    internal = status_pb2.Status(code=code_pb2.INTERNAL, message="internal error")
-                    response.error.CopyFrom(internal)
+                except Exception as err:
+                    log_unforeseen("ScoreStream", err)
+                    response.error.CopyFrom(_INTERNAL)
                     call.code = "INTERNAL"
             await answers.put(response)
 
@@ -344,6 +345,12 @@ class RewardService:
             ) from err
         except RlaifError as err:
             raise _invalid([BadRequest.FieldViolation(field="model", description=str(err))]) from err
+        except (
+            Exception
+        ) as err:  # the registry logs it: whatever it is that a model raises when it is first run
+            raise Refusal(
+                code_pb2.INTERNAL, "the model could not be loaded; the server's log says how"
+            ) from err
         return pb.LoadModelResponse(model=wire.loaded(model))
 
     async def activate_model(
@@ -433,8 +440,10 @@ class RewardService:
                     call.code = _NAMES[err.status.code].name
                     await _abort(context, err.status)
                     raise
-                except Exception:
-                    call.code = "UNKNOWN"
+                except Exception as err:
+                    call.code = "INTERNAL"
+                    log_unforeseen(method, err)
+                    await _abort(context, _INTERNAL)
                     raise
 
         return grpc.unary_unary_rpc_method_handler(
@@ -482,6 +491,12 @@ def _headers(context: Context) -> dict[str, str]:
 
 def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
+
+
+def log_unforeseen(method: str, err: Exception) -> None:
+    """Where an unforeseen error came from, and neither its message nor its values: they may hold a caller's text."""
+    where = "".join(traceback.format_tb(err.__traceback__))
+    _LOG.error("%s failed with %s:\n%s", method, type(err).__name__, where)
 
 
 async def _abort(context: Context, status: status_pb2.Status) -> None:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import logging
 import socket
 import time
-import traceback
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 
@@ -24,10 +22,9 @@ from reward_server.facade.faults import Fault, refused, reply
 from reward_server.observe import Call, Observer
 from reward_server.scorers.base import Failure, Scorer, ScoreTask, Task
 from reward_server.security import RenewingContext, Role, Tokens
-from reward_server.service import Answer, Refusal, RewardService
+from reward_server.service import Answer, Refusal, RewardService, log_unforeseen
 from rlaif.errors import ConfigError
 
-_LOG = logging.getLogger(__name__)
 _OPEN_PATHS = ("/health", "/ping")
 _LINGER_S = 2.0  # how long the rest of a refused body is read, so that the client gets to see why
 _GRACE_S = 1.0
@@ -229,9 +226,7 @@ class Facade:
                 return Fault(405, f"{request.method} is not allowed here").response()
             return Fault(err.status, "there is nothing here" if err.status == 404 else err.reason).response()
         except Exception as err:
-            # Neither the message nor the values of an unforeseen error: they may hold a caller's text.
-            where = "".join(traceback.format_tb(err.__traceback__))
-            _LOG.error("%s failed with %s:\n%s", request.path, type(err).__name__, where)
+            log_unforeseen(request.path, err)
             return Fault(500, "internal error").response()
 
     def _authorise(self, request: web.Request) -> None:

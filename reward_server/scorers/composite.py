@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,13 +72,23 @@ class CompositeScorer:
 
     @classmethod
     def open(cls, path: str, open_part: Callable[[PartSpec], Scorer]) -> CompositeScorer:
-        """Read the file and load its parts.
+        """Read the file and load its parts; if one cannot be loaded, those before it are closed.
 
         Raises:
             ConfigError: the file is not there or not valid.
         """
         file = read_composite(path)
-        return cls(path, file, {name: open_part(spec) for name, spec in file.parts.items()})
+        parts: dict[str, Scorer] = {}
+        try:
+            for name, spec in file.parts.items():
+                parts[name] = open_part(spec)
+        except BaseException:
+            with ThreadPoolExecutor(
+                1
+            ) as elsewhere:  # this thread may have an event loop, which must not be waited in
+                elsewhere.submit(asyncio.run, _close(parts.values())).result()
+            raise
+        return cls(path, file, parts)
 
     def prepare(self, task: Task) -> Prepared:
         """Prepare the task for every part."""
@@ -135,8 +147,7 @@ class CompositeScorer:
 
     async def close(self) -> None:
         """Close the parts."""
-        for _, part in self._parts:
-            await part.close()
+        await _close(part for _, part in self._parts)
 
     def _members(self, batch: Sequence[Prepared], part: int) -> list[Prepared]:
         return [response[part] for item in batch for response in _own(item).responses]
@@ -163,6 +174,13 @@ class CompositeScorer:
         if self._file.parts[name].value == "raw":
             return raw
         return (raw - part.normalization.center) / part.normalization.scale
+
+
+async def _close(parts: Iterable[Scorer]) -> None:
+    """Close scorers, the others too where one fails at it."""
+    async with AsyncExitStack() as stack:
+        for part in parts:
+            stack.push_async_callback(part.close)
 
 
 def read_composite(path: str) -> CompositeFile:

@@ -31,7 +31,7 @@ from reward_server.scorers.base import (
     padded,
 )
 from reward_server.scorers.composite import CompositeScorer, read_composite
-from reward_server.scorers.rule import CompositeFile, Rule, evaluate
+from reward_server.scorers.rule import CompositeFile, PartSpec, Rule, evaluate
 from reward_server.server import load_scorer
 from rlaif.errors import ConfigError
 from rlaif.types import Message, Pair, user_prompt
@@ -223,6 +223,37 @@ def test_a_file_that_cannot_be_used_is_refused_with_the_reason(
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_composite(str(path))
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in an event loop", "outside"])
+def test_parts_that_are_open_are_closed_when_one_after_them_cannot_be(tmp_path: Path, inside: bool) -> None:
+    class Closable(Part):
+        closed = 0
+
+        async def close(self) -> None:
+            self.closed += 1
+            if self.name == "b":
+                raise OSError("the connection is gone already")
+
+    opened: list[Closable] = []
+
+    def open_part(spec: PartSpec) -> Closable:
+        assert spec.model is not None
+        if spec.model == "c":
+            raise ConfigError("there is no c")
+        opened.append(Closable(spec.model, length))
+        return opened[-1]
+
+    path = tmp_path / "composite.yaml"
+    path.write_text("parts: {a: {model: a}, b: {model: b}, c: {model: c}}\nrule: {mean: [a, b, c]}")
+
+    async def open_inside() -> None:
+        CompositeScorer.open(str(path), open_part)
+
+    with pytest.raises(OSError, match="gone already") as failed:
+        asyncio.run(open_inside()) if inside else CompositeScorer.open(str(path), open_part)
+    assert isinstance(failed.value.__context__, ConfigError), "both are told"
+    assert [part.closed for part in opened] == [1, 1]
 
 
 def test_real_reward_models_from_a_file(tmp_path: Path) -> None:
