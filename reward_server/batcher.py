@@ -45,6 +45,10 @@ _PATIENCE = 3
 _BULK_TURN = 8
 """Every so many batches the oldest bulk item goes first, so that interactive load cannot starve it."""
 
+_WAITING_TURN = 8
+"""Once so many batches let nobody in that waits for room, room is kept for the oldest: else a large request would wait
+for as long as small ones take every place that falls free."""
+
 
 class Priority(IntEnum):
     """Who goes first: lower numbers."""
@@ -117,6 +121,15 @@ class _Entry:
     passed_over: int = 0
 
 
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A request that waits for room. `admitted` tells whether it is queued, or came too late to be."""
+
+    entries: list[_Entry]
+    cost: int
+    admitted: asyncio.Future[bool]
+
+
 @dataclass(slots=True)
 class _Rate:
     """Tokens per second over recent batches that left others waiting, for estimates.
@@ -157,9 +170,10 @@ class Batcher:
         self._queued_items = 0
         self._preparing_items = 0
         self._patient_items = 0
+        self._waiting: list[_Waiting] = []  # oldest first
+        self._since_let_in = 0
         self._since_bulk = 0
         self._arrived = asyncio.Event()
-        self._room = asyncio.Condition()
         self._tokenizer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-tokenize")
         self._lanes: list[asyncio.Task[None]] = []
         self._rate = _Rate()
@@ -216,24 +230,26 @@ class Batcher:
             raise Overloaded(self._retry_after())
         if 0 < wait_s < math.inf and 0 < self._patient_items > self._max_queue_items - len(tasks):
             raise Overloaded(self._retry_after())
+        loop = asyncio.get_running_loop()
         self._preparing_items += len(tasks)
         try:
-            prepared = await asyncio.get_running_loop().run_in_executor(self._tokenizer, self._prepare, tasks)
+            prepared = await loop.run_in_executor(self._tokenizer, self._prepare, tasks)
         finally:
             self._preparing_items -= len(tasks)
+            loop.call_soon(self._let_in)  # what this request leaves over of the room it has held until here
         tokenized = time.monotonic()
 
         outcomes: list[Outcome | None] = [p if isinstance(p, Failure) else None for p in prepared]
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[None] = loop.create_future()
         request = _Request(outcomes, done, deadline, priority, pending=outcomes.count(None))
         entries = [_Entry(request, i, p) for i, p in enumerate(prepared) if isinstance(p, Prepared)]
         cost = sum(e.item.tokens for e in entries)
         if entries:
-            await self._admit(entries, cost, deadline, arrived + wait_s)
             try:
+                await self._admit(entries, cost, arrived + wait_s)
                 await done
             except asyncio.CancelledError:
-                await self._drop(request)
+                self._drop(request)
                 raise
         first_cut = request.first_cut if request.first_cut is not None else time.monotonic()
         return Report(
@@ -263,54 +279,86 @@ class Batcher:
 
     # ---- the queue ----
 
-    async def _admit(self, entries: list[_Entry], cost: int, deadline: float, patience: float) -> None:
+    async def _admit(self, entries: list[_Entry], cost: int, patience: float) -> None:
         """Put the items into the queue; `patience` ends the wait for room, in seconds of `time.monotonic`."""
-        while not self._has_room(len(entries), cost):
-            left = patience - time.monotonic()
-            if left <= 0:
-                raise Overloaded(self._retry_after())
-            waiting = 0 if math.isinf(left) else len(entries)  # streams bound themselves
-            self._patient_items += waiting
-            try:
-                async with asyncio.timeout(None if math.isinf(left) else left), self._room:
-                    await self._room.wait()
-            except TimeoutError as err:
-                raise Overloaded(self._retry_after()) from err
-            finally:
-                self._patient_items -= waiting
+        if self._has_room(len(entries), cost):
+            in_time = self._enqueue(entries, cost)
+        else:
+            in_time = await self._wait_for_room(entries, cost, patience)
+        if not in_time:
+            raise TooLate
+
+    async def _wait_for_room(self, entries: list[_Entry], cost: int, patience: float) -> bool:
+        left = patience - time.monotonic()
+        if left <= 0:
+            raise Overloaded(self._retry_after())
+        if not self._waiting:
+            self._since_let_in = 0
+        waiting = _Waiting(entries, cost, asyncio.get_running_loop().create_future())
+        patient = 0 if math.isinf(left) else len(entries)  # streams bound themselves
+        self._patient_items += patient
+        self._waiting.append(waiting)
+        try:
+            await asyncio.wait([waiting.admitted], timeout=None if math.isinf(left) else left)
+        finally:
+            self._patient_items -= patient
+            if not waiting.admitted.done():
+                self._waiting.remove(waiting)
+                self._let_in()  # room may have been kept for it
+        if not waiting.admitted.done():
+            raise Overloaded(self._retry_after())
+        return waiting.admitted.result()
+
+    def _enqueue(self, entries: list[_Entry], cost: int) -> bool:
+        """Let the items wait for their turn; False if their deadline comes before it, and nothing is queued."""
         request = entries[0].request
         ahead = cost + sum(e.item.tokens for p in Priority if p <= request.priority for e in self._queues[p])
-        if time.monotonic() + self._rate.seconds(ahead) > deadline:
-            raise TooLate
+        if time.monotonic() + self._rate.seconds(ahead) > request.deadline:
+            return False
         if self._gone is not None:
             for entry in entries:
                 self._deliver(entry, self._gone)
-            return
+            return True
         self._queues[request.priority] += entries
         self._queued_items += len(entries)
         self._queued_tokens += cost
         self._arrived.set()
+        return True
 
-    def _has_room(self, items: int, tokens: int) -> bool:
-        """Whether a request fits. An empty queue takes any, since waiting would not make it fit better."""
-        if not self._queued_items and not self._preparing_items:
+    def _let_in(self) -> None:
+        """Queue what waits for room and fits, the oldest first. Called whenever there may be more room."""
+        for waiting in tuple(self._waiting):
+            if self._has_room(len(waiting.entries), waiting.cost, waiting):
+                self._waiting.remove(waiting)
+                self._since_let_in = 0
+                waiting.admitted.set_result(self._enqueue(waiting.entries, waiting.cost))
+
+    def _has_room(self, items: int, tokens: int, waiting: _Waiting | None = None) -> bool:
+        """Whether a request fits beside what is there and what room is kept for; `waiting` if it is one that waits.
+
+        An empty queue takes any, since waiting would not make it fit better.
+        """
+        kept_for = self._waiting[0] if self._waiting and self._since_let_in >= _WAITING_TURN else None
+        if not self._queued_items and (kept_for is waiting if kept_for else not self._preparing_items):
             return True
-        return (
-            self._queued_items + self._preparing_items + items <= self._max_queue_items
-            and self._queued_tokens + tokens <= self._max_queue_tokens
-        )
+        items += self._queued_items + self._preparing_items
+        tokens += self._queued_tokens
+        if kept_for is not None and kept_for is not waiting:
+            items += len(kept_for.entries)
+            tokens += kept_for.cost
+        return items <= self._max_queue_items and tokens <= self._max_queue_tokens
 
     def _retry_after(self) -> float:
         if self._rate.tokens_per_s == 0:
             return 1.0
         return min(max(self._rate.seconds(self._queued_tokens) / 2, 0.05), 30.0)
 
-    async def _drop(self, request: _Request) -> None:
+    def _drop(self, request: _Request) -> None:
         gone = {id(e) for e in self._queues[request.priority] if e.request is request}
         self._observer.cancelled(len(gone))
-        await self._remove(gone)
+        self._remove(gone)
 
-    async def _remove(self, entries: set[int]) -> None:
+    def _remove(self, entries: set[int]) -> None:
         """Take entries out of the queues, by identity, and let waiting requests in."""
         if not entries:
             return
@@ -319,8 +367,7 @@ class Batcher:
         waiting = [e for queue in self._queues.values() for e in queue]
         self._queued_items = len(waiting)
         self._queued_tokens = sum(e.item.tokens for e in waiting)
-        async with self._room:
-            self._room.notify_all()
+        self._let_in()
 
     # ---- computing ----
 
@@ -332,25 +379,26 @@ class Batcher:
 
     async def _lane(self) -> None:
         while True:
-            batch = await self._cut()
+            batch = self._cut()
             if batch:
                 await self._compute(batch, busy=self._queued_items > 0)
             else:
                 self._arrived.clear()
                 await self._arrived.wait()
 
-    async def _cut(self) -> list[_Entry]:
+    def _cut(self) -> list[_Entry]:
         """Take the next batch: the foremost item, so that nothing starves, and what goes best with it."""
         now = time.monotonic()
         expired = [e for queue in self._queues.values() for e in queue if e.request.deadline <= now]
         for entry in expired:
             self._deliver(entry, Failure("expired", "the deadline passed before this item's turn"))
-        await self._remove({id(e) for e in expired})
+        self._remove({id(e) for e in expired})
         batch = self._choose()
+        self._since_let_in += bool(batch)
         for entry in batch:
             if entry.request.first_cut is None:
                 entry.request.first_cut = now
-        await self._remove({id(e) for e in batch})
+        self._remove({id(e) for e in batch})
         return batch
 
     def _choose(self) -> list[_Entry]:
@@ -443,7 +491,7 @@ class Batcher:
             waiting = [e for queue in self._queues.values() for e in queue]
             for entry in (*batch, *waiting):
                 self._deliver(entry, self._gone)
-            await self._remove(set(map(id, waiting)))
+            self._remove(set(map(id, waiting)))
             raise
         seconds = time.monotonic() - started
         tokens = sum(item.tokens for item in items)

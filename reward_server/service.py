@@ -345,9 +345,7 @@ class RewardService:
             ) from err
         except RlaifError as err:
             raise _invalid([BadRequest.FieldViolation(field="model", description=str(err))]) from err
-        except (
-            Exception
-        ) as err:  # the registry logs it: whatever it is that a model raises when it is first run
+        except Exception as err:  # whatever a model raises when it is first run; the registry logs it
             raise Refusal(
                 code_pb2.INTERNAL, "the model could not be loaded; the server's log says how"
             ) from err

@@ -83,9 +83,7 @@ class CompositeScorer:
             for name, spec in file.parts.items():
                 parts[name] = open_part(spec)
         except BaseException:
-            with ThreadPoolExecutor(
-                1
-            ) as elsewhere:  # this thread may have an event loop, which must not be waited in
+            with ThreadPoolExecutor(1) as elsewhere:  # this thread may have a running event loop
                 elsewhere.submit(asyncio.run, _close(parts.values())).result()
             raise
         return cls(path, file, parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -233,6 +234,124 @@ def test_a_waiting_request_is_let_in_when_there_is_room() -> None:
         report = (await asyncio.gather(first, full, patient))[2]
         await queue.stop()
         assert [o.raw for o in report.outcomes if isinstance(o, Scored)] == [3.0]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["its item cannot be prepared", "its caller leaves"])
+def test_what_another_request_leaves_of_its_room_wakes_the_one_that_waits(leaves: bool) -> None:
+    class Held(LengthScorer):
+        """Tokenises a response of 99 characters when it is told to, and finds it too long."""
+
+        def __init__(self) -> None:
+            super().__init__(max_tokens_per_item=98)
+            self.preparing, self.go_on = threading.Event(), threading.Event()
+
+        def prepare(self, task: Task) -> Prepared:
+            assert isinstance(task, ScoreTask)
+            if len(task.conversation[-1].content) == 99:
+                self.preparing.set()
+                assert self.go_on.wait(60)
+            return super().prepare(task)
+
+    async def scenario() -> None:
+        scorer = Held()
+        queue = batcher(scorer, max_queue_items=2)
+        queue.start()
+        large = asyncio.ensure_future(
+            queue.submit([task(5)] * 3, wait_s=math.inf)
+        )  # more than the queue holds
+        other = asyncio.ensure_future(queue.submit([task(99)], wait_s=math.inf))
+        while not scorer.preparing.is_set():
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)  # the large one waits for room, since the other is on its way
+        assert scorer.computed == []
+        if leaves:
+            other.cancel()
+        scorer.go_on.set()
+        report = await asyncio.wait_for(large, 20)
+        assert [o.raw for o in report.outcomes if isinstance(o, Scored)] == [5.0] * 3
+        await asyncio.gather(other, return_exceptions=True)
+        await queue.stop()
+
+    asyncio.run(scenario())
+
+
+def test_large_requests_get_into_a_queue_whose_places_small_ones_take_as_they_fall_free() -> None:
+    calls = 0
+
+    class Slow(LengthScorer):
+        """Computes for so long that each client may have called again."""
+
+        async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
+            until = calls + 16
+            while calls < until:
+                await asyncio.sleep(0.001)
+            return await super().score(batch)
+
+    async def scenario() -> None:
+        scorer = Slow()
+        queue = batcher(scorer, max_batch_tokens=1, max_queue_items=8)  # one item a batch
+        queue.start()
+
+        async def small() -> None:
+            nonlocal calls
+            while True:
+                calls += 1
+                try:
+                    await queue.submit([task(1)])
+                except Overloaded:
+                    await asyncio.sleep(0.001)
+
+        clients = [asyncio.ensure_future(small()) for _ in range(16)]
+        while len(scorer.batches) < 10:
+            await asyncio.sleep(0.001)
+        large = [
+            asyncio.ensure_future(queue.submit([task(2)] * 8, priority=Priority.BULK, wait_s=math.inf))
+            for _ in range(3)
+        ]
+        # Each waits 8 batches for its turn and 8 for its places, and is computed in at most 64.
+        while not all(request.done() for request in large) and len(scorer.batches) < 1000:
+            await asyncio.sleep(0.001)
+        for client in clients:
+            client.cancel()
+        assert [request.done() for request in large] == [True] * 3
+        computed = [len(text) for text in scorer.computed]
+        assert computed.count(1) > computed.count(2) == 24, "nor do the small ones starve"
+        await asyncio.gather(*clients, return_exceptions=True)
+        await queue.stop()
+
+    asyncio.run(scenario())
+
+
+def test_who_waits_for_room_is_told_when_it_is_too_late_or_patience_ends_and_leaves_the_others_theirs() -> (
+    None
+):
+    async def scenario() -> None:
+        scorer = LengthScorer()
+        scorer.gate.clear()
+        queue = batcher(scorer, max_queue_items=2)
+        queue.start()
+        first = asyncio.ensure_future(queue.submit([task(1)]))
+        await scorer.started.wait()
+        full = asyncio.ensure_future(queue.submit([task(2)] * 2))
+        while queue.queued_tokens != 4:
+            await asyncio.sleep(0.001)
+        late = asyncio.ensure_future(queue.submit([task(3)], time_left_s=0.05, wait_s=math.inf))
+        with pytest.raises(Overloaded):
+            await queue.submit([task(4)], wait_s=0.1)
+        gone = asyncio.ensure_future(queue.submit([task(5)], wait_s=math.inf))
+        patient = asyncio.ensure_future(queue.submit([task(6)], wait_s=60.0))
+        await asyncio.sleep(0.02)
+        gone.cancel()
+        scorer.gate.set()
+        await asyncio.gather(first, full, patient)
+        with pytest.raises(TooLate):
+            await late
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        await queue.stop()
+        assert [len(text) for text in scorer.computed] == [1, 2, 2, 6]
 
     asyncio.run(scenario())
 
