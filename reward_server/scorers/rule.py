@@ -6,8 +6,8 @@
     rule:
       gate: {score: safety, below: -1.735, otherwise: {weighted_sum: {helpfulness: 1.0, safety: 0.2}}}
 
-A rule is the name of a part or one of `weighted_sum`, `mean`, `min`, `pessimistic`, `gate` and `length_penalty`,
-over parts or further rules. Every rule gives one number for finite parts.
+A rule is the name of a part or one of `weighted_sum`, `mean`, `min`, `pessimistic`, `scaled`, `gate` and
+`length_penalty`, over parts or further rules. Every rule gives one number for finite parts.
 """
 
 from __future__ import annotations
@@ -82,6 +82,23 @@ class Pessimistic(_Strict):
     pessimistic: Disagreeing
 
 
+class ScaledSpec(_Strict):
+    """What `Scaled` reads."""
+
+    of: Rule
+    by: float = Field(gt=0)
+
+
+class Scaled(_Strict):
+    """A multiple of another rule's number.
+
+    A comparison takes the difference of two numbers for log-odds, which a difference of normalised scores is not: their
+    standard deviation brings it back.
+    """
+
+    scaled: ScaledSpec
+
+
 class GateSpec(_Strict):
     """What `Gate` reads."""
 
@@ -128,12 +145,15 @@ Rule = Annotated[
     | Annotated[Mean, Tag("mean")]
     | Annotated[Min, Tag("min")]
     | Annotated[Pessimistic, Tag("pessimistic")]
+    | Annotated[Scaled, Tag("scaled")]
     | Annotated[Gate, Tag("gate")]
     | Annotated[LengthPenalty, Tag("length_penalty")],
     Discriminator(_which),
 ]
 
-for _model in (Mean, Min, Disagreeing, Pessimistic, GateSpec, Gate, LengthPenaltySpec, LengthPenalty):
+for _model in (
+    Mean, Min, Disagreeing, Pessimistic, ScaledSpec, Scaled, GateSpec, Gate, LengthPenaltySpec, LengthPenalty,
+):  # fmt: skip
     _model.model_rebuild()
 
 
@@ -173,7 +193,7 @@ def names(rule: Rule) -> Iterator[str]:
             yield from names(inner)
 
 
-def _inner(rule: Mean | Min | Pessimistic | Gate | LengthPenalty) -> tuple[Rule, ...]:
+def _inner(rule: Mean | Min | Pessimistic | Scaled | Gate | LengthPenalty) -> tuple[Rule, ...]:
     match rule:
         case Mean():
             return rule.mean
@@ -181,6 +201,8 @@ def _inner(rule: Mean | Min | Pessimistic | Gate | LengthPenalty) -> tuple[Rule,
             return rule.min
         case Pessimistic():
             return rule.pessimistic.of
+        case Scaled():
+            return (rule.scaled.of,)
         case Gate():
             return (rule.gate.score, rule.gate.otherwise)
         case LengthPenalty():
@@ -200,6 +222,8 @@ def evaluate(rule: Rule, values: Mapping[str, float], characters: int) -> float:
             return values[rule]
         case WeightedSum():
             return math.fsum(weight * values[name] for name, weight in rule.weighted_sum.items())
+        case Scaled():
+            return rule.scaled.by * evaluate(rule.scaled.of, values, characters)
         case Gate():
             gated = evaluate(rule.gate.score, values, characters)
             if gated < rule.gate.below:

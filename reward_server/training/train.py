@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -40,7 +40,8 @@ from rlaif.types import Conversation, ScoredRow
 ENSEMBLE = "ensemble.yaml"
 REPORT = "report.md"
 _HOW = """\
-# The mean of the members' normalised scores. Against over-optimisation (arXiv 2310.02743) write another rule:
+# The mean of the members' normalised scores, as their mean standard deviation makes log-odds of it. Against
+# over-optimisation (arXiv 2310.02743) write another rule in the place of the mean:
 #   min: [member-0, ...]                                              the least of them
 #   pessimistic: {of: [member-0, ...], deviations: 1.0}               the mean less what they disagree by
 """
@@ -194,7 +195,8 @@ def train_ensemble(config: RewardModelConfig) -> None:
         for number, (name, member) in enumerate(members.items(), 1):
             print(f"== {name}, {number} of {len(members)}", flush=True)
             train(member)
-        write_atomic(folder / ENSEMBLE, composite(list(members)))
+        spreads = {name: float(read_card(member.output_dir)["std"]) for name, member in members.items()}
+        write_atomic(folder / ENSEMBLE, composite(spreads))
         findings = _measured_together(config, members)
         print("\n" + render(findings), flush=True)
         write_atomic(folder / REPORT, render(findings))
@@ -210,10 +212,26 @@ def _member(config: RewardModelConfig, number: int) -> RewardModelConfig:
     )
 
 
-def composite(members: Sequence[str]) -> str:
-    """The YAML file of an ensemble whose members lie beside it."""
-    names = list(members)
-    file = {"parts": {name: {"model": f"./{name}"} for name in names}, "rule": {"mean": names}}
+def composite(spreads: Mapping[str, float]) -> str:
+    """The YAML file of an ensemble whose members lie beside it.
+
+    Rewards are the mean of the members' normalised scores. The raw score is as many log-odds as that is worth to the
+    members on average, so that comparisons and log losses are on the scale that they were trained on.
+
+    Args:
+        spreads: standard deviation of the raw scores of each member, by its folder's name.
+    """
+    names = list(spreads)
+    spread = statistics.fmean(spreads.values())
+    file = {
+        "parts": {name: {"model": f"./{name}"} for name in names},
+        "rule": {"scaled": {"of": {"mean": names}, "by": spread}},
+        "normalization": {
+            "center": 0.0,
+            "scale": spread,
+            "source": "mean of the members' standard deviations: rewards are the mean of theirs",
+        },
+    }
     return _HOW + yaml.safe_dump(file, sort_keys=False)
 
 

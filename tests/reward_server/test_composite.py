@@ -54,6 +54,7 @@ def rule(text: str) -> Rule:
         # a, b, c are 1, -3, 2 from their mean: variance (1 + 9 + 4) / 3
         ("pessimistic: {of: [a, b, c], deviations: 2}", 2.0 - 2 * math.sqrt(14 / 3)),
         ("pessimistic: {of: [a, a], deviations: 5}", 3.0),
+        ("scaled: {of: {mean: [a, b, c]}, by: 2.5}", 5.0),
         ("gate: {score: b, below: -0.5, otherwise: a}", -1.0),
         ("gate: {score: b, below: -1, otherwise: a}", 3.0),  # not below its threshold
         ("length_penalty: {of: a, per_1000_characters: 2, above: 500}", 3.0 - 2 * 0.7),
