@@ -10,17 +10,18 @@ import hmac
 import logging
 import os
 import ssl
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 import grpc
 
 from rlaif.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_TOKEN_BYTES = 4096
 """Longer tokens are refused without being compared."""
@@ -33,20 +34,52 @@ class Role(IntEnum):
     ADMIN = 2
 
 
-@dataclass(slots=True)
-class _Watched:
-    """A file that is read again when it has changed."""
+class _Watched(Generic[T]):
+    """Files that are read again when one of them is another file than was read, or has another content.
 
-    path: Path
-    stamp: tuple[int, int, int] | None = None
+    Args:
+        paths: the files.
+        read: reads them all; an `OSError` or `ConfigError` says why it cannot.
+        kept: what the log says stays as it is meanwhile.
+    """
 
-    def changed(self) -> bool:
-        """Whether it is another file, or has another content, than at the last call."""
-        status = self.path.stat()
-        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-        changed = stamp != self.stamp
-        self.stamp = stamp
-        return changed
+    def __init__(self, paths: Sequence[Path], read: Callable[[], T], kept: str) -> None:
+        self._paths = paths
+        self._read = read
+        self._kept = kept
+        self._stamps: list[tuple[int, ...]] | None = None
+        self._complaint = ""
+
+    def read(self) -> T:
+        """What is in the files."""
+        stamps = [
+            _stamp(path) for path in self._paths
+        ]  # before they are read, to see what is written meanwhile
+        found = self._read()
+        self._stamps = stamps
+        self._complaint = ""
+        return found
+
+    def reread(self) -> T | None:
+        """What is in the files if they changed since they were read, else None.
+
+        Files that cannot be read, or are caught half written, are tried again at the next call, with one line in the
+        log for each reason.
+        """
+        try:
+            if [_stamp(path) for path in self._paths] == self._stamps:
+                return None
+            return self.read()
+        except (OSError, ConfigError) as err:
+            if str(err) != self._complaint:
+                self._complaint = str(err)
+                _LOG.warning("the %s stay as they are: %s", self._kept, err)
+            return None
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
 class Tokens:
@@ -60,11 +93,9 @@ class Tokens:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = _Watched(path)
-        self._tokens: tuple[tuple[bytes, Role], ...] = ()
+        self._file = _Watched([path], lambda: _read_tokens(path), "tokens")
         try:
-            self._file.changed()
-            self._tokens = _read_tokens(path)
+            self._tokens = self._file.read()
         except OSError as err:
             raise ConfigError(f"--token_file {path} cannot be read: {err.strerror}") from err
 
@@ -83,17 +114,19 @@ class Tokens:
         return found
 
     def _refresh(self) -> None:
-        try:
-            if self._file.changed():
-                self._tokens = _read_tokens(self._file.path)
-                _LOG.info("tokens were read again: %d", len(self._tokens))
-        except (OSError, ConfigError) as err:
-            _LOG.warning("the tokens stay as they are: %s", err)
+        tokens = self._file.reread()
+        if tokens is not None:
+            self._tokens = tokens
+            _LOG.info("tokens were read again: %d", len(tokens))
 
 
 def _read_tokens(path: Path) -> tuple[tuple[bytes, Role], ...]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"{path} is not UTF-8 text, at byte {err.start}") from err
     tokens = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
@@ -193,7 +226,6 @@ def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.Se
         ConfigError: a file cannot be read or holds no PEM block.
     """
     paths = [path for path in (cert, key, client_ca) if path is not None]
-    watched = [_Watched(path) for path in paths]
 
     def read() -> grpc.ServerCertificateConfiguration:
         texts = [path.read_bytes() for path in paths]
@@ -203,24 +235,13 @@ def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.Se
         authorities = texts[2] if client_ca is not None else None
         return grpc.ssl_server_certificate_configuration([(texts[1], texts[0])], authorities)
 
-    def fetch() -> grpc.ServerCertificateConfiguration | None:
-        """The certificates if they changed, else None. A file caught half written is tried again later."""
-        try:
-            if not any([file.changed() for file in watched]):  # noqa: C419 - every stamp must be taken
-                return None
-            return read()
-        except (OSError, ConfigError) as err:
-            _LOG.warning("the certificates stay as they are: %s", err)
-            return None
-
+    files = _Watched(paths, read, "certificates")
     try:
-        first = read()
-        for file in watched:
-            file.changed()
+        first = files.read()
     except OSError as err:
         raise ConfigError(f"{os.fspath(err.filename)} cannot be read: {err.strerror}") from err
     # The documentation lets the fetcher return None for "as before"; the stubs do not.
-    return grpc.dynamic_ssl_server_credentials(first, fetch, client_ca is not None)  # type: ignore[arg-type]
+    return grpc.dynamic_ssl_server_credentials(first, files.reread, client_ca is not None)  # type: ignore[arg-type]
 
 
 class RenewingContext:
@@ -242,30 +263,25 @@ class RenewingContext:
 
     def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
         self._paths = cert, key, client_ca
-        self._watched = [_Watched(path) for path in (cert, key, client_ca) if path is not None]
         self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
         if client_ca is not None:
             self.context.verify_mode = ssl.CERT_REQUIRED
+        paths = [path for path in (cert, key, client_ca) if path is not None]
+        self._files = _Watched(paths, self._load, "certificates")
         try:
-            self._changed()
-            self._load()
+            self._files.read()
         except OSError as err:
             raise ConfigError(f"the TLS files {cert} and {key} cannot be used: {err}") from err
 
     def renew(self) -> None:
         """Read files again that changed. Files caught half written leave things as they are."""
-        try:
-            if self._changed():
-                self._load()
-        except OSError as err:
-            _LOG.warning("the certificates stay as they are: %s", err)
-
-    def _changed(self) -> bool:
-        return any([file.changed() for file in self._watched])  # noqa: C419 - every stamp must be taken
+        self._files.reread()
 
     def _load(self) -> None:
+        """Try another context first: one that refuses a key keeps the certificate before it all the same."""
         cert, key, client_ca = self._paths
-        self.context.load_cert_chain(cert, key)
-        if client_ca is not None:
-            self.context.load_verify_locations(client_ca)
+        for context in (ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), self.context):
+            context.load_cert_chain(cert, key, password="")  # else one is asked for at the terminal
+            if client_ca is not None:
+                context.load_verify_locations(client_ca)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import resource
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos.rlaif.reward.v1 import reward_pb2 as pb
 from protos.rlaif.reward.v1 import reward_pb2_grpc
 from reward_server.config import ServeConfig
-from reward_server.security import Role, Tokens
+from reward_server.security import RenewingContext, Role, Tokens
 from reward_server.server import RewardServer
 from rlaif.errors import ConfigError
 from tests.reward_server.fakes import LengthScorer, score_request
@@ -116,14 +119,65 @@ def test_tokens_change_with_their_file_and_a_broken_file_changes_nothing(tmp_pat
     assert (tokens.role(b"old"), tokens.role(b"new")) == (None, Role.ADMIN)
 
 
-@pytest.mark.parametrize(
-    ("text", "says"), [("", "holds no token"), ("owner x", "line 1"), ("score a b", "line 1")]
-)
-def test_a_token_file_that_makes_no_sense_is_refused_at_the_start(
-    tmp_path: Path, text: str, says: str
+@contextlib.contextmanager
+def nothing_can_be_opened() -> Iterator[None]:
+    """As in a process that has as many files open as it may: they can be looked at, and not read."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_token_file_that_could_not_be_read_is_read_as_soon_as_it_can_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "tokens"
-    file.write_text(text)
+    file.write_text("score revoked\n")
+    tokens = Tokens(file)
+    file.write_text("score new\n")
+    with nothing_can_be_opened():
+        assert [tokens.role(b"revoked") for _ in range(3)] == [Role.SCORE] * 3
+    assert len(caplog.records) == 1, "and the log is not filled by callers"
+    assert (tokens.role(b"revoked"), tokens.role(b"new")) == (None, Role.SCORE)
+
+
+def test_a_token_file_of_the_same_size_and_time_is_another_one(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("score old\n")
+    before = file.stat()
+    tokens = Tokens(file)
+    while file.stat().st_ctime_ns == before.st_ctime_ns:  # until the file system's clock has moved on
+        file.write_text("score new\n")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    assert (tokens.role(b"old"), tokens.role(b"new")) == (None, Role.SCORE)
+
+
+def test_bytes_that_are_no_text_leave_the_tokens_as_they_were(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("score known\n")
+    tokens = Tokens(file)
+    file.write_bytes(b"score \xff\xfe\n")
+    assert tokens.role(b"known") is Role.SCORE
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"", "holds no token"),
+        (b"owner x", "line 1"),
+        (b"score a b", "line 1"),
+        (b"score \xff", "not UTF-8 text, at byte 6"),
+    ],
+    ids=["empty", "no role", "three words", "no text"],
+)
+def test_a_token_file_that_makes_no_sense_is_refused_at_the_start(
+    tmp_path: Path, text: bytes, says: str
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_bytes(text)
     with pytest.raises(ConfigError, match=says):
         Tokens(file)
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -219,6 +273,57 @@ def test_renewed_certificates_are_taken_up_without_dropping_a_connection(files: 
             assert await score_through(address, trusting(files.ca)) == "OK", "a broken file changes nothing"
 
     asyncio.run(scenario())
+
+
+def served_to(ca: trustme.CA, server: ssl.SSLContext) -> bool:
+    """Whether a client that trusts this authority gets through the handshake, in memory."""
+    client = ssl.create_default_context()
+    ca.configure_trust(client)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sides = [
+        client.wrap_bio(back, there, server_hostname="localhost"),
+        server.wrap_bio(there, back, server_side=True),
+    ]
+    for side in sides * 3:
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            continue
+        except ssl.SSLError:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("first", ["cert", "key"])
+def test_http_serves_the_old_certificate_until_the_new_one_and_its_key_are_there(
+    files: Files, first: str
+) -> None:
+    context = RenewingContext(files.cert, files.key, None)
+    before = files.ca
+    old = {path: path.read_bytes() for path in (files.cert, files.key)}
+    files.ca = trustme.CA()
+    files.issue()
+    second = files.key if first == "cert" else files.cert
+    new = second.read_bytes()
+    second.write_bytes(old[second])
+    for _ in range(2):
+        context.renew()
+        assert served_to(before, context.context) and not served_to(files.ca, context.context)
+    second.write_bytes(new)
+    context.renew()
+    assert served_to(files.ca, context.context) and not served_to(before, context.context)
+
+
+def test_certificates_that_could_not_be_read_are_read_as_soon_as_they_can_be(files: Files) -> None:
+    context = RenewingContext(files.cert, files.key, None)
+    before = files.ca
+    files.ca = trustme.CA()
+    files.issue()
+    with nothing_can_be_opened():
+        context.renew()
+    assert served_to(before, context.context)
+    context.renew()
+    assert served_to(files.ca, context.context)
 
 
 # ---- flags ----
