@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from reward_server.batcher import Batcher, Priority
 from reward_server.config import ServeConfig
@@ -127,8 +128,12 @@ def score(
                 for start in range(0, len(wanted), _CHUNK):
                     chunk = wanted[start : start + _CHUNK]
                     tasks = [ScoreTask(conversation, "left") for conversation in chunk]
-                    report = await batcher.submit(tasks, priority=Priority.BULK)
-                    found.update(zip(chunk, report.outcomes, strict=True))
+                    submitted = asyncio.ensure_future(batcher.submit(tasks, priority=Priority.BULK))
+                    ends: tuple[asyncio.Future[Any], ...] = (submitted, broken)
+                    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                    if not submitted.done():
+                        broken.result()  # nobody will answer any more; this raises why
+                    found.update(zip(chunk, (await submitted).outcomes, strict=True))
                     bar.advance(len(chunk))
         finally:
             await batcher.stop()

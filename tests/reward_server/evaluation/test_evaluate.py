@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from reward_server.evaluation.evaluate import measure
-from reward_server.scorers.base import Failure, Scored
+from reward_server.evaluation.evaluate import measure, score
+from reward_server.scorers.base import Failure, Prepared, Scored
 from rlaif.cli import main
 from rlaif.errors import QualityError
 from rlaif.types import PreferenceRow, user_prompt, with_response
 from tests.reward_server import tiny
+from tests.reward_server.fakes import LengthScorer
 from tests.reward_server.training.test_train import polite_rows, write
 
 
@@ -58,3 +60,13 @@ def test_a_response_without_a_score_leaves_its_row_out_and_is_counted() -> None:
     assert (found["pairs"], found["accuracy"]["value"]) == (1, 1.0)
     with pytest.raises(QualityError, match="too many tokens"):
         measure(rows[:1], outcomes)
+
+
+def test_an_evaluation_whose_batches_cannot_be_computed_ends_with_the_reason() -> None:
+    class Unplannable(LengthScorer):
+        def cost(self, batch: Sequence[Prepared]) -> int:
+            raise ValueError("this batch has no plan")
+
+    wanted = [with_response(user_prompt("q"), text) for text in ("a", "b")]
+    with pytest.raises(ValueError, match="no plan"):
+        score(Unplannable(), wanted, 100)
