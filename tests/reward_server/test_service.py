@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -19,6 +20,7 @@ from grpc_status import rpc_status
 from protos.rlaif.reward.v1 import reward_pb2 as pb
 from protos.rlaif.reward.v1 import reward_pb2_grpc
 from reward_server.config import ServeConfig
+from reward_server.scorers.base import Compared, Outcome, Prepared
 from reward_server.server import RewardServer
 from reward_server.service import SERVICE
 from rlaif.errors import ConfigError
@@ -302,6 +304,23 @@ def test_bytes_that_are_no_message_are_the_callers_mistake(data: bytes) -> None:
             assert "google.protobuf" not in str(error.details()) and "Error" not in str(error.details())
 
     asyncio.run(scenario())
+
+
+def test_an_unforeseen_error_is_told_without_its_class_and_logged_without_its_message(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Unfinished(LengthScorer):
+        async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
+            return [Compared(0.5, tokens=1) for _ in batch]  # where a score was asked for
+
+    async def scenario() -> None:
+        async with serving(Unfinished()) as served:
+            error = await refusal(served.stub.Score(score_request("private")))
+            assert error.code() == grpc.StatusCode.INTERNAL
+            assert "Error" not in str(error.details()) and "internal" in str(error.details())
+
+    asyncio.run(scenario())
+    assert "Score failed with AssertionError" in caplog.text and "private" not in caplog.text
 
 
 def test_info_tells_limits_and_scale_and_reflection_lists_the_service() -> None:
