@@ -52,9 +52,7 @@ class _Watched(Generic[T]):
 
     def read(self) -> T:
         """What is in the files."""
-        stamps = [
-            _stamp(path) for path in self._paths
-        ]  # before they are read, to see what is written meanwhile
+        stamps = [_stamp(path) for path in self._paths]  # before reading, to see what is written meanwhile
         found = self._read()
         self._stamps = stamps
         self._complaint = ""
