@@ -221,7 +221,7 @@ def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.Se
         client_ca: authorities whose clients may connect, PEM; None asks clients for no certificate.
 
     Raises:
-        ConfigError: a file cannot be read or holds no PEM block.
+        ConfigError: a file cannot be read or does not hold what it should.
     """
     paths = [path for path in (cert, key, client_ca) if path is not None]
 
@@ -230,6 +230,10 @@ def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.Se
         for path, text in zip(paths, texts, strict=True):
             if b"-----BEGIN " not in text:
                 raise ConfigError(f"{path} is no PEM file")
+        try:  # gRPC would only say later that it cannot listen
+            _fill(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), cert, key, client_ca)
+        except ssl.SSLError as err:
+            raise ConfigError(f"the TLS files {cert} and {key} cannot be used: {err.reason or err}") from err
         authorities = texts[2] if client_ca is not None else None
         return grpc.ssl_server_certificate_configuration([(texts[1], texts[0])], authorities)
 
@@ -280,6 +284,16 @@ class RenewingContext:
         """Try another context first: one that refuses a key keeps the certificate before it all the same."""
         cert, key, client_ca = self._paths
         for context in (ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), self.context):
-            context.load_cert_chain(cert, key, password="")  # else one is asked for at the terminal
-            if client_ca is not None:
-                context.load_verify_locations(client_ca)
+            _fill(context, cert, key, client_ca)
+
+
+def _fill(context: ssl.SSLContext, cert: Path, key: Path, client_ca: Path | None) -> None:
+    """Load what the files hold.
+
+    Raises:
+        ssl.SSLError: they do not hold what they should, or do not belong together.
+        OSError: one cannot be read.
+    """
+    context.load_cert_chain(cert, key, password="")  # else one is asked for at the terminal
+    if client_ca is not None:
+        context.load_verify_locations(client_ca)

@@ -358,3 +358,12 @@ def test_a_certificate_that_is_none_stops_the_start(tmp_path: Path) -> None:
             await server.start()
 
     asyncio.run(scenario())
+
+
+def test_a_certificate_and_a_key_in_each_others_place_stop_the_start(files: Files) -> None:
+    async def scenario() -> None:
+        server = RewardServer(ServeConfig(model="m", port=0, tls_cert=files.key, tls_key=files.cert))
+        with pytest.raises(ConfigError, match=r"TLS files .* cannot be used"):
+            await server.start()
+
+    asyncio.run(scenario())
