@@ -34,6 +34,8 @@ from rlaif.storage import write_atomic
 
 CARD = "reward_model.json"
 
+_NO_SETTINGS = ("transformers_version", "peft_version", "dtype", "torch_dtype", "base_model_name_or_path")
+
 
 @dataclass(frozen=True, slots=True)
 class RewardModel:
@@ -55,14 +57,24 @@ class RewardModel:
 
     @property
     def version(self) -> str:
-        """Hash over all that a score depends on: weights, tokenizer, template, normalisation, longest input."""
+        """Hash over all that a score depends on.
+
+        That is weights, configuration, adapters, tokenizer, template, normalisation and longest input; not where the
+        files lie, nor how the numbers are computed.
+        """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        scale = (self.normalization.center, self.normalization.scale, self.max_length)
-        digest.update(f"{vocabulary} {template_hash(self.tokenizer)} {scale}".encode())
+        adapters = getattr(self.model, "peft_config", {}).items()
+        described = {
+            "config": _settings(self.model.config.to_diff_dict()),
+            "adapters": {name: _settings(adapter.to_dict()) for name, adapter in adapters},
+            "tokenizer": _describe(self.tokenizer),
+            "template": template_hash(self.tokenizer),
+            "scale": (self.normalization.center, self.normalization.scale, self.max_length),
+        }
+        digest.update(json.dumps(described, sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
 
@@ -214,6 +226,38 @@ def _init_head(model: PreTrainedModel, missing: Sequence[str]) -> None:
             nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features + 1))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def _settings(value: Any) -> Any:
+    """A configuration as JSON, without where it came from, what wrote it, and in which numbers it computes."""
+    if isinstance(value, dict):
+        return {
+            str(key): _settings(own)
+            for key, own in value.items()
+            if not str(key).startswith("_") and key not in _NO_SETTINGS
+        }
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_settings(own) for own in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def _describe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """All that decides the token ids of a text, as JSON."""
+    if tokenizer.is_fast:
+        own: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+        for of_a_call in ("padding", "truncation"):  # what was last asked for, whoever asked
+            own.pop(of_a_call, None)
+    else:
+        flags = {k: v for k, v in tokenizer.init_kwargs.items() if isinstance(v, bool | int | float)}
+        own = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), **flags}
+    return {
+        "tokenizer": own,
+        "pad": tokenizer.pad_token_id,
+        "cut": tokenizer.truncation_side,
+        "split": bool(tokenizer.split_special_tokens),
+    }
 
 
 def read_card(folder: Path) -> dict[str, Any]:

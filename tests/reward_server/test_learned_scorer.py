@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import weakref
@@ -26,7 +27,7 @@ from reward_server.forward import scores
 from reward_server.model import load_backbone, load_reward_model
 from reward_server.scorers.base import Scored, ScoreTask
 from reward_server.scorers.learned import LearnedScorer
-from reward_server.server import serve
+from reward_server.server import RewardServer, load_scorer, serve
 from rlaif.chat import BUILTIN_TEMPLATES
 from rlaif.errors import ModelError
 from rlaif.types import Message, to_dicts, user_prompt
@@ -157,6 +158,62 @@ def test_the_version_follows_weights_template_and_scale(checkpoint: Path, tmp_pa
         assert (model.normalization.center, model.normalization.scale) == (mean, std)
         versions.add(model.version)
     assert len(versions) == 3
+
+
+def edit(file: Path, **changes: object) -> None:
+    """Change what a JSON file of a checkpoint says."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+CHANGES: dict[str, tuple[str, dict[str, object]]] = {
+    "positions": ("config.json", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
+    "activation": ("config.json", {"hidden_act": "relu"}),
+    "normalizer": (
+        "tokenizer.json",
+        {"normalizer": {"type": "Replace", "pattern": {"String": "e"}, "content": "z"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_version_follows_what_no_weight_says(change: str, checkpoint: Path, tmp_path: Path) -> None:
+    file, changes = CHANGES[change]
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    edit(other / file, **changes)
+
+    async def scenario() -> None:
+        config = ServeConfig(model=str(checkpoint), port=0, device="cpu")
+        server = RewardServer(config)
+        address = await server.start()
+        await server.open(load_scorer(config))
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub: Any = reward_pb2_grpc.RewardServiceStub(channel)  # type: ignore[no-untyped-call]
+            admin: Any = reward_pb2_grpc.ModelAdminServiceStub(channel)  # type: ignore[no-untyped-call]
+            before = await stub.Score(score_request("yes, yes"))
+            await admin.LoadModel(pb.LoadModelRequest(model=str(other), activate=True))
+            after = await stub.Score(score_request("yes, yes"))
+            assert after.model.version != before.model.version
+            task = ScoreTask((*user_prompt("q"), Message("assistant", "yes, yes")))
+            (expected,) = await (scorer := load(other)).score([scorer.prepare(task)])
+            assert isinstance(expected, Scored)
+            assert after.outcomes[0].score.raw == pytest.approx(expected.raw, abs=1e-5)
+            assert abs(after.outcomes[0].score.raw - before.outcomes[0].score.raw) > 1e-3
+        await server.drain()
+
+    asyncio.run(scenario())
+
+
+def test_a_checkpoint_has_one_version_wherever_it_lies_and_whatever_was_computed(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    model = load_reward_model(str(checkpoint), device="cpu")
+    version = model.version
+    LearnedScorer("rm", model)  # its attention is another one
+    model.tokenizer(["a", "long text"], padding=True, truncation=True, max_length=4)
+    assert model.version == version
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    edit(moved / "config.json", transformers_version="5.0.0", _name_or_path="elsewhere")
+    assert load_reward_model(str(moved), device="cpu").version == version
 
 
 def test_what_is_no_reward_model_is_refused_by_name(tmp_path: Path) -> None:
