@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from reward_server.company import close, holds, key_of, made_up, probe_length
 from reward_server.compiled import TOLERANCE, pack_linear_layers, unpack_linear_layers
 from reward_server.padding_free import ATTENTION
 from reward_server.passes import (
@@ -20,14 +17,10 @@ from reward_server.passes import (
     PaddingFree,
     Pass,
     may_be_padding_free,
-    pad,
     parameters,
-    without_cache,
 )
-from reward_server.plan import Costs, Group, Ids, plan
+from reward_server.plan import Costs, Group, Ids, Key, companies, plan
 from rlaif.models import has_length_dependent_positions
-
-_LOG = logging.getLogger(__name__)
 
 _CPU_TOKENS = 1024
 """Of a pass, for each thread. With 14 M parameters on one core of an AMD EPYC, compiled: with twice as many tokens the
@@ -38,23 +31,27 @@ _GPU = Costs(overhead=1024, best_tokens=1 << 30)
 """An estimate: launching the kernels of a pass takes 10 to 20 ms, in which a GPU computes 500 to 3,000 tokens of a
 model of 8 B to 1 B parameters."""
 
-_PROBE = 24
+_COMPILED = 256
+"""Compiled versions of one function, over all loaded models: each takes some five. PyTorch's default is 8."""
 
 
-def scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Raw scores of sequences from one padded pass, (N,), float32: the head's output on the last (or [CLS]) token.
+def scores(model: PreTrainedModel, sequences: Sequence[Ids], key: Key | None = None) -> Tensor:
+    """Raw scores of sequences, (N,), float32: the head's output on the last (or [CLS]) token. Gradients flow.
 
-    Padding is on the right, so positions are those of the unpadded sequence. Gradients flow.
+    Padding is on the right, so positions are those of the unpadded sequence.
+
+    Args:
+        model: classifier with one output.
+        sequences: token ids, none empty.
+        key: of `key_of`, which cuts them into passes; without one they are computed in one padded pass.
     """
-    pad_id = model.config.get_text_config().pad_token_id
-    input_ids, attention_mask = pad(sequences, 0 if pad_id is None else pad_id)
-    output = model(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        **without_cache(model),
-    )
-    logits: Tensor = output.logits
-    return logits.squeeze(-1).float()
+    padded = Padded(model)
+    passes = companies(sequences, range(len(sequences)), key)
+    found = torch.cat([padded.logits([sequences[i] for i in rows], None) for rows in passes]).squeeze(-1)
+    if len(passes) > 1:
+        order = torch.tensor([i for rows in passes for i in rows], device=found.device)
+        found = found[order.argsort()]
+    return found.float()
 
 
 class BatchedForward:
@@ -63,6 +60,7 @@ class BatchedForward:
     Args:
         model: classifier with one output, dropout off.
         costs: of its device; by default those of a CPU core or a GPU.
+        separator: token between prompt and response, where the model is told which of them a token is of.
 
     Attributes:
         shares_prefixes: whether a prefix of several sequences is computed once. Causal models with full attention in
@@ -72,20 +70,34 @@ class BatchedForward:
             attention is PyTorch's; what they give in one row is compared once with what they give in several.
     """
 
-    def __init__(self, model: PreTrainedModel, costs: Costs | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, costs: Costs | None = None, *, separator: int | None = None
+    ) -> None:
         self._model = model
         self._pad_id = model.config.get_text_config().pad_token_id
         self._costs = costs or _costs(model.device)
-        self._stance: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self._pass: Pass = Padded(model)
-        self.shares_prefixes = _can_keep_a_prefix(model) and self._probe()
+        self._pass: Pass = Padded(model, separator)
+        self._key = key_of(model)
+        self._unit = probe_length(model)
+        self.shares_prefixes = (
+            self._key is None
+            and _can_keep_a_prefix(model)
+            and holds(model, self._keeps_a_prefix, "shares no prefixes")
+        )
         if self.shares_prefixes and may_be_padding_free(model):
             self._try_padding_free()
         self.pads = self._pass.pads
 
     def plan(self, sequences: Sequence[Ids]) -> list[Group]:
         """How `scores` computes these sequences."""
-        return plan(sequences, self._costs, share=self.shares_prefixes, pads=self.pads, pad_id=self._pad_id)
+        return plan(
+            sequences,
+            self._costs,
+            share=self.shares_prefixes,
+            pads=self.pads,
+            pad_id=self._pad_id,
+            key=self._key,
+        )
 
     def tokens(self, sequences: Sequence[Ids]) -> int:
         """Tokens that `scores` computes for these sequences, padding included."""
@@ -94,10 +106,6 @@ class BatchedForward:
     @torch.inference_mode()
     def scores(self, sequences: Sequence[Ids]) -> tuple[Tensor, list[int]]:
         """Raw scores, (N,), float32 on the CPU, and how many tokens of each were not computed for it."""
-        with self._stance():
-            return self._scores(sequences)
-
-    def _scores(self, sequences: Sequence[Ids]) -> tuple[Tensor, list[int]]:
         raw = torch.empty(len(sequences), dtype=torch.float32)
         cached = [0] * len(sequences)
         for group in self.plan(sequences):
@@ -128,40 +136,46 @@ class BatchedForward:
         pack_linear_layers(self._pass.module)
         self._pass.forward = torch.compile(self._pass.module, dynamic=True)
         try:
-            apart = (self._try_out() - before).abs().max().item()
+            with torch._dynamo.config.patch(recompile_limit=_COMPILED):
+                apart = (self._try_out() - before).abs().max().item()
             if not apart <= TOLERANCE * max(1.0, before.abs().max().item()):
                 raise RuntimeError(f"its scores are {apart:.1e} apart from those before")
         except Exception:
             unpack_linear_layers(self._pass.module)
             self._pass.forward = self._pass.module
             raise
-        self._stance = partial(torch.compiler.set_stance, "eager_on_recompile")
+        # What is compiled by now is used, and nothing more is compiled. The stance "eager_on_recompile" says the same,
+        # but to all threads: a model that is compiled while this one scores would be left as it is.
+        self._pass.forward = torch._dynamo.run(self._pass.module)
 
     @torch.inference_mode()
     def _try_out(self) -> Tensor:
         """Logits of made-up sequences, through every kind of pass."""
-        ids = [[3 + (7 * i + row) % 50 for i in range(_PROBE + 9 * row)] for row in range(3)]
-        batches: list[list[list[int]]] = [ids[:1], ids[1:2], ids[:2], ids]
+        unit = self._unit
+        rows = made_up(self._model, [unit + 3 * unit // 8 * row for row in range(3)])
+        batches: list[list[list[int]]] = [rows[:1], rows[1:2], rows[:2], rows]
         found = [self._pass.logits(batch, None) for batch in batches]
         if self.shares_prefixes:
-            for length in (_PROBE, 2 * _PROBE + 1):
-                kept = self._pass.keep([3 + i % 50 for i in range(length)])
+            for length in (unit, 2 * unit + 1):
+                (prefix,) = made_up(self._model, [length], start=5)
+                kept = self._pass.keep(prefix)
                 found += [self._pass.logits(batch, kept) for batch in batches]
         return torch.cat(found).float()
 
     @torch.inference_mode()
-    def _probe(self) -> bool:
+    def _keeps_a_prefix(self) -> bool:
         """Whether the scores after a kept prefix are those of the whole sequences."""
-        ids = [3 + (7 * i) % 50 for i in range(_PROBE)]  # any ids that all vocabularies have
-        kept = self._pass.keep(ids[: _PROBE // 2])
-        if not isinstance(kept, DynamicCache) or any(
-            type(layer) is not DynamicLayer for layer in kept.layers
-        ):
-            return False  # windows, states and the like forget what a later token would have to see
-        sequences = [ids, ids[:-5]]
-        whole = torch.cat([self._pass.logits([s], None) for s in sequences]).float()
-        after = self._pass.logits([s[_PROBE // 2 :] for s in sequences], kept).float()
-        return self._close(whole, after)
+        half = self._unit // 2
+        (ids,) = made_up(self._model, [self._unit])
+        kept = self._pass.keep(ids[:half])
+        # A subclass may keep more than is copied for each row; windows, states and the like forget what a later token
+        # would have to see.
+        if type(kept) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in kept.layers):
+            return False
+        sequences = [ids, ids[: self._unit - self._unit // 4]]
+        whole = torch.cat([self._pass.logits([s], None) for s in sequences])
+        after = self._pass.logits([s[half:] for s in sequences], kept)
+        return close(self._model, whole, after)
 
     def _try_padding_free(self) -> None:
         """Leave padding away if the model then gives the same."""
@@ -169,18 +183,13 @@ class BatchedForward:
         attention = self._model.config._attn_implementation
         self._model.set_attn_implementation(ATTENTION)
         self._pass = PaddingFree(self._model)
-        try:
-            same = self._close(self._try_out(), expected)
-        except Exception as err:  # whatever a model raises that cannot do it
-            _LOG.info("%s pads its batches: %s: %s", type(self._model).__name__, type(err).__name__, err)
-            same = False
-        if not same:
+
+        def gives_the_same() -> bool:
+            return close(self._model, self._try_out(), expected)
+
+        if not holds(self._model, gives_the_same, "pads its batches"):
             self._model.set_attn_implementation(attention)
             self._pass = padded
-
-    def _close(self, a: Tensor, b: Tensor) -> bool:
-        tolerance = 1e-4 if self._model.dtype == torch.float32 else 0.1
-        return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def _costs(device: torch.device) -> Costs:

@@ -144,8 +144,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list
 
 @torch.inference_mode()
 def _scores(model: PreTrainedModel, ids: Sequence[Sequence[int]]) -> list[float]:
-    found: list[float] = scores(model, ids).tolist()
-    return found
+    """Each alone, so that they depend on nothing else."""
+    return [scores(model, [own]).item() for own in ids]
 
 
 def _tolerance(model: PreTrainedModel) -> float:

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from reward_server import golden
+from reward_server.positions import context_length
 from reward_server.scorers.base import Normalization
 from rlaif.chat import ensure_pad_token, ensure_template, template_hash
 from rlaif.errors import ModelError
@@ -133,7 +134,7 @@ def read_reward_model(
             f"{name} has no trained scalar head ({', '.join(missing)} missing): train one with rlaif train rm"
         )
     ensure_template(tokenizer)
-    if model.config.get_text_config().pad_token_id is None:  # else it keeps the one that it was trained with
+    if not _has_pad(model):  # else it keeps the one that it was trained with
         _set_pad(model, tokenizer)
     card = read_card(Path(path))
     context = context_length(model)
@@ -151,13 +152,6 @@ def read_reward_model(
 def save_card(folder: Path, card: dict[str, Any]) -> None:
     """Write `reward_model.json`; it is the last file of a checkpoint, and its presence says that it is whole."""
     write_atomic(folder / CARD, json.dumps(card, indent=2, allow_nan=False) + "\n")
-
-
-def context_length(model: PreTrainedModel) -> int:
-    """Longest input in tokens that the model's configuration allows."""
-    config = model.config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return int(length) if length else 1 << 20
 
 
 def _load(path: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
@@ -217,6 +211,13 @@ def _set_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
+
+
+def _has_pad(model: PreTrainedModel) -> bool:
+    """Whether the configuration names a PAD; some write -1 where there is none."""
+    pad_id = model.config.get_text_config().pad_token_id
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    return pad_id is not None and 0 <= pad_id < rows
 
 
 def _init_head(model: PreTrainedModel, missing: Sequence[str]) -> None:

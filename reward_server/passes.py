@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from reward_server.last_layer import LastLayer
 from reward_server.padding_free import ATTENTION, bounds
 from reward_server.plan import Ids, pooled
+from reward_server.positions import forget_lengths
 
 
 class Pass(Protocol):
@@ -41,11 +42,18 @@ class Pass(Protocol):
 
 
 class Padded:
-    """A row for each sequence, padded on the right. Any model can do it."""
+    """A row for each sequence, padded on the right. Any model can do it.
+
+    Args:
+        model: classifier with one output.
+        separator: token after whose first the token types are 1; None leaves them to the model.
+    """
 
     pads = True
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, separator: int | None = None) -> None:
+        self._model = model
+        self._separator = separator
         self.module: nn.Module = model
         self.forward: Callable[..., Any] = model
         pad_id = model.config.get_text_config().pad_token_id
@@ -62,12 +70,15 @@ class Padded:
 
     def logits(self, sequences: Sequence[Ids], kept: DynamicCache | None) -> Tensor:
         """See `Pass`."""
+        forget_lengths(self._model)
         input_ids, mask = pad(sequences, self._pad_id)
         if kept is None:
             extra: dict[str, Any] = self._no_cache
         else:
             mask = torch.cat([mask.new_ones(len(sequences), kept.get_seq_length()), mask], dim=1)
             extra = {"past_key_values": _repeat(kept, len(sequences)), "use_cache": True}
+        if self._separator is not None:
+            extra = {**extra, "token_type_ids": token_types(input_ids, self._separator).to(self._device)}
         logits: Tensor = self.forward(
             input_ids=input_ids.to(self._device), attention_mask=mask.to(self._device), **extra
         ).logits
@@ -126,6 +137,12 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
         input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
         attention_mask[row, : len(ids)] = 1
     return input_ids, attention_mask
+
+
+def token_types(input_ids: Tensor, separator: int) -> Tensor:
+    """(N, T) int64 to the same: 0 up to the first separator of a row, 1 after it."""
+    separates = (input_ids == separator).long()
+    return (separates.cumsum(1) - separates).clamp(max=1)
 
 
 def without_cache(model: PreTrainedModel) -> dict[str, Any]:

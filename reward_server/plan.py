@@ -7,11 +7,14 @@ left is sorted by length and cut where padding would cost more than one more for
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 Ids = Sequence[int]
+
+Key = Callable[[Ids], Hashable]
+"""Sequences with equal keys may share a padded pass; of others, one would change the score of another."""
 
 _CUTS = 32
 """Places where a batch may be cut, at most: finding the best of all places takes quadratic time."""
@@ -57,7 +60,13 @@ class Group:
 
 
 def plan(
-    sequences: Sequence[Ids], costs: Costs, *, share: bool, pads: bool = True, pad_id: int | None = None
+    sequences: Sequence[Ids],
+    costs: Costs,
+    *,
+    share: bool,
+    pads: bool = True,
+    pad_id: int | None = None,
+    key: Key | None = None,
 ) -> list[Group]:
     """Every sequence in one pass of one group, at the least cost found.
 
@@ -67,17 +76,25 @@ def plan(
         share: whether the model can compute a prefix once.
         pads: whether the rows of a pass are as long as the longest.
         pad_id: PAD, which pooling by the last other token steps over.
+        key: which sequences may share a pass; None lets any. Those that share a prefix are not asked.
     """
     alone = [(0, [i]) for i in range(len(sequences))]
     found = families(sequences, costs.overhead, pad_id) if share else alone
     single = [i for prefix, rows in found if not prefix for i in rows]
     groups = [(prefix, rows) for prefix, rows in found if prefix]
-    if single:
-        groups.append((0, single))
+    groups += [(0, rows) for rows in companies(sequences, single, key)]
     return [
         Group(prefix, tuple(_passes(rows, [len(sequences[i]) - prefix for i in rows], costs, pads)), pads)
         for prefix, rows in groups
     ]
+
+
+def companies(sequences: Sequence[Ids], rows: Iterable[int], key: Key | None) -> list[list[int]]:
+    """Rows, as indices into the sequences, apart by their key; all together without one."""
+    found: dict[Hashable, list[int]] = {}
+    for i in rows:
+        found.setdefault(key and key(sequences[i]), []).append(i)
+    return list(found.values())
 
 
 def families(

@@ -92,10 +92,20 @@ class ModelRef:
         raise ModelError(f"{self} has no weights here: this task needs hf:NAME_OR_PATH or tinyworld:NAME")
 
 
+def length_dependent_positions(config: Any) -> list[dict[str, Any]]:
+    """Settings of those rotary embeddings of a model that change with the longest sequence of a batch.
+
+    Args:
+        config: of transformers. Models with several kinds of layers have settings for each kind.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    settings = [rope] if "rope_type" in rope else [own for own in rope.values() if isinstance(own, dict)]
+    return [own for own in settings if own.get("rope_type") in ("dynamic", "longrope")]
+
+
 def has_length_dependent_positions(config: Any) -> bool:
     """Whether a model's rotary embedding changes with the longest sequence of a batch, by its transformers config."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    return rope.get("rope_type") in ("dynamic", "longrope")
+    return bool(length_dependent_positions(config))
 
 
 def cannot_load(ref: ModelRef, err: Exception) -> ModelError:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from reward_server.company import key_of, made_up, probe_length
 from reward_server.forward import scores
+from reward_server.plan import Key
 from reward_server.training.config import RewardModelConfig
 from reward_server.training.data import PromptUnits, Unit, cut, plan_steps
 from reward_server.training.loss import centering_loss, preference_loss, regression_loss
@@ -39,7 +41,9 @@ def optimise(
     One step accumulates the gradient of sum / terms-of-the-step over micro-batches, so how the step is cut does not
     change it.
     """
+    model.eval()  # type: ignore[no-untyped-call]
     freeze(model, config.freeze_layers)
+    key = key_of(model)
     terms = [sum(unit.terms for unit in units) for units in prompts]
     steps = plan_steps(terms, config.per_device_train_batch_size, config.seed, config.num_train_epochs)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate)
@@ -55,7 +59,7 @@ def optimise(
         bar.advance(first)
         for done, (epoch, members) in enumerate(steps[first:], first + 1):
             units = [unit for i in members for unit in prompts[i]]
-            figures = accumulate_gradient(model, units, config)
+            figures = accumulate_gradient(model, units, config, key)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             learning_rate = float(schedule.get_last_lr()[0])
             optimizer.step()
@@ -76,14 +80,14 @@ def optimise(
 
 
 def accumulate_gradient(
-    model: PreTrainedModel, units: Sequence[Unit], config: RewardModelConfig
+    model: PreTrainedModel, units: Sequence[Unit], config: RewardModelConfig, key: Key | None = None
 ) -> StepFigures:
-    """Add the gradient of the step's mean loss to the parameters."""
+    """Add the gradient of the step's mean loss to the parameters; sequences with equal keys may share a pass."""
     terms = sum(unit.terms for unit in units)
     total = 0.0
     right: list[float] = []
     for micro_batch in cut(units, config.micro_batch_tokens):
-        rewards = scores(model, [sequence for unit in micro_batch for sequence in unit.sequences])
+        rewards = scores(model, [sequence for unit in micro_batch for sequence in unit.sequences], key)
         loss = summed_loss(rewards, micro_batch, config.center_rewards_coefficient) / terms
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
@@ -151,7 +155,7 @@ def learning_rate_factor(step: int, total_steps: int, config: RewardModelConfig)
 
 
 def freeze(model: PreTrainedModel, layers: int) -> None:
-    """Stop training the embeddings and the first `layers` layers; 0 changes nothing.
+    """Stop training the first `layers` layers and what comes before them, and all embeddings; 0 changes nothing.
 
     Raises:
         ConfigError: the model has fewer layers, or keeps them where they cannot be found.
@@ -163,12 +167,29 @@ def freeze(model: PreTrainedModel, layers: int) -> None:
     stack = next((s for s in stacks if len(s) == depth), None)
     if stack is None or layers > depth:
         raise ConfigError(f"--freeze_layers {layers}: the model has {depth} layers")
-    *_, last = stack[layers - 1].parameters()
-    # In order of registration, which puts embeddings of every kind first.
-    for parameter in model.parameters():
+    in_layers = {id(parameter) for parameter in stack.parameters()}
+    tables = [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
+    frozen = [p for p in tables if id(p) not in in_layers]
+    for module in _computed_until(model, stack[layers - 1]):
+        if stack not in module.modules():
+            frozen += module.parameters()
+    for parameter in frozen:
         parameter.requires_grad_(False)
-        if parameter is last:
-            return
+
+
+@torch.no_grad()
+def _computed_until(model: PreTrainedModel, last: nn.Module) -> list[nn.Module]:
+    """Modules whose work begins before that of `last` ends. Names and the order of registration do not tell."""
+    begun: list[nn.Module] = []
+    found: list[nn.Module] = []
+    hooks = [m.register_forward_pre_hook(lambda module, _: begun.append(module)) for m in model.modules()]
+    hooks.append(last.register_forward_hook(lambda *_: found.extend(begun)))
+    try:
+        scores(model, made_up(model, [probe_length(model)]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:

@@ -18,13 +18,13 @@ from reward_server.evaluation.report import render
 from reward_server.model import (
     CARD,
     RewardModel,
-    context_length,
     load_backbone,
     load_reward_model,
     quiet,
     read_card,
     save_card,
 )
+from reward_server.positions import context_length
 from reward_server.scorers.base import Normalization, Scored
 from reward_server.scorers.learned import LearnedScorer
 from reward_server.server import load_scorer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,3 +68,50 @@ def test_a_classifier_of_any_architecture_is_served_and_trained(name: str, tmp_p
     dataset = write(tmp_path / "pairs.jsonl", polite_rows(20))
     run(config(tmp_path / "model", dataset, tmp_path / "rm"))
     load_reward_model(str(tmp_path / "rm"), device="cpu")
+
+
+LONGEST: dict[str, tuple[dict[str, Any], int]] = {
+    "roberta": ({}, 64 - 3),  # its first token has the position after PAD's, which is 2
+    "xlm-roberta": ({}, 61),
+    "camembert": ({}, 61),
+    "data2vec-text": ({}, 61),
+    "roberta-prelayernorm": ({}, 61),
+    "esm": ({}, 61),
+    "ibert": ({}, 61),
+    "mpnet": ({}, 64 - 2),  # whatever its PAD, positions begin at 2
+    "longformer": ({"attention_window": [8, 8]}, 61),
+    "opt": ({"word_embed_proj_dim": 32, "ffn_dim": 64}, 64),
+    "mpt": ({"max_seq_len": 64, "max_position_embeddings": None}, 64),
+    "gpt2": ({}, 64),
+    "bert": ({}, 64),
+}
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_a_text_is_cut_to_what_the_positions_of_the_model_allow(name: str, tmp_path: Path) -> None:
+    changes, longest = LONGEST[name]
+    settings = AutoConfig.for_model(name, **{**SIZES, "max_position_embeddings": 64, **changes})
+    made = AutoModelForSequenceClassification.from_config(settings).eval()
+    made.save_pretrained(tmp_path)
+    tiny.byte_tokenizer().save_pretrained(tmp_path)
+
+    reward_model = load_reward_model(str(tmp_path), device="cpu")
+    assert reward_model.max_length == longest
+    scorer = LearnedScorer(name, reward_model)
+    turns = [(*user_prompt("p" * 300), Message("assistant", "r" * k)) for k in (1, 9)]
+    prepared = [scorer.prepare(ScoreTask(turn, "left")) for turn in turns]
+    assert [item.tokens for item in prepared] == [longest, longest]
+    for item, outcome in zip(prepared, asyncio.run(scorer.score(prepared)), strict=True):
+        with torch.no_grad():
+            alone = made(input_ids=torch.tensor([item.sequences[0]])).logits.item()
+        assert isinstance(outcome, Scored)
+        assert outcome.raw == pytest.approx(alone, abs=1e-5)
+
+
+def test_conversations_longer_than_a_roberta_reads_are_trained_on(tmp_path: Path) -> None:
+    settings = AutoConfig.for_model("roberta", **{**SIZES, "max_position_embeddings": 67})
+    AutoModelForSequenceClassification.from_config(settings).save_pretrained(tmp_path / "model")
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{**row, "prompt": row["prompt"] + "x" * 100} for row in polite_rows(20)]
+    run(config(tmp_path / "model", write(tmp_path / "pairs.jsonl", rows), tmp_path / "rm", max_length=1024))
+    assert load_reward_model(str(tmp_path / "rm"), device="cpu").max_length == 64

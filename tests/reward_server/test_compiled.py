@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import which
 
@@ -58,6 +60,42 @@ def test_compiled_scores_are_those_of_the_plain_model_and_shapes_to_come_compile
         assert not_computed == cached and max(cached) > 0
         assert torch.allclose(found, expected, rtol=0, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (which("g++") or which("clang++")), reason="there is no C++ compiler")
+def test_a_model_is_compiled_while_another_one_scores_and_however_many_there_are(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    serving, loaded, third = (
+        BatchedForward(load_reward_model(str(checkpoint), device="cpu").model) for _ in range(3)
+    )
+    graphs = torch._dynamo.utils.counters["stats"]
+    serving.compile()
+    made = graphs["unique_graphs"]
+    begun, compiled = threading.Event(), threading.Event()
+
+    class Held(list[int]):
+        """Is scored when the other model is compiled."""
+
+        def __len__(self) -> int:
+            begun.set()
+            assert compiled.wait(300)
+            return super().__len__()
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        scoring = thread.submit(serving.scores, [Held(range(3, 40))])
+        assert begun.wait(300)
+        try:
+            loaded.compile()
+        finally:
+            compiled.set()
+        scoring.result()
+    second = graphs["unique_graphs"]
+    assert second > made
+    third.compile()
+    assert graphs["unique_graphs"] > second
 
 
 @pytest.mark.slow

@@ -13,7 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    OPTConfig,
+    OPTForSequenceClassification,
+)
 
 from reward_server.forward import BatchedForward
 from reward_server.model import load_backbone, load_reward_model
@@ -318,6 +325,37 @@ def test_freezing_layers_of_an_encoder_freezes_its_positions_and_embedding_norm_
     trained = {name for name, p in encoder.named_parameters() if p.requires_grad}
     after = ("bert.encoder.layer.1.", "bert.pooler.", "classifier.")
     assert trained == {name for name, _ in encoder.named_parameters() if name.startswith(after)}
+
+
+def test_freezing_layers_freezes_what_comes_before_them_and_no_more_wherever_it_is_kept() -> None:
+    sizes = {
+        "vocab_size": 60,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "num_labels": 1,
+    }
+    opt = OPTForSequenceClassification(OPTConfig(**sizes, ffn_dim=16, word_embed_proj_dim=8, pad_token_id=1))
+    normed = OPTForSequenceClassification(
+        OPTConfig(**sizes, ffn_dim=16, word_embed_proj_dim=16, pad_token_id=1)
+    )
+    relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8}
+    deberta = DebertaV2ForSequenceClassification(DebertaV2Config(**sizes, intermediate_size=16, **relative))
+    after = {
+        opt: (
+            "model.decoder.layers.1.",
+            "model.decoder.final_layer_norm.",
+            "model.decoder.project_out.",
+            "score.",
+        ),
+        normed: ("model.decoder.layers.1.", "model.decoder.final_layer_norm.", "score."),
+        deberta: ("deberta.encoder.layer.1.", "pooler.", "classifier."),
+    }
+    for model, names in after.items():
+        freeze(model.eval(), 1)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == {name for name, _ in model.named_parameters() if name.startswith(names)}
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def test_data_that_cannot_be_used_is_named(backbone: Path, tmp_path: Path) -> None:
