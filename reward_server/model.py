@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -143,7 +144,7 @@ def read_reward_model(
         normalization = Normalization(card["mean"], card["std"], card["source"])
     else:
         normalization = Normalization(source=f"none: {name} has no {CARD}")
-    model.to(device)  # type: ignore[arg-type]
+    _move(model, name, device)
     model.eval()  # type: ignore[no-untyped-call]
     golden.check(Path(path), model, tokenizer)
     return RewardModel(model, tokenizer, length, normalization, card)
@@ -162,7 +163,7 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrai
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 path, num_labels=1, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
-    except (OSError, ValueError, KeyError) as err:
+    except (OSError, ValueError, KeyError, SafetensorError) as err:
         detail = " ".join(str(err).split())[:200]
         raise ModelError(
             f"cannot load {path} as a reward model; check the name or folder ({detail})"
@@ -177,6 +178,18 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrai
     if body:
         raise ModelError(f"{path} lacks weights of its body, such as {body[0]}: the checkpoint is incomplete")
     return model, tokenizer, missing
+
+
+def _move(model: PreTrainedModel, name: str, device: str) -> None:
+    try:
+        model.to(device)  # type: ignore[arg-type]
+    except torch.OutOfMemoryError as err:
+        raise ModelError(
+            f"{name} does not fit into the memory of {device}: free some, or use another one"
+        ) from err
+    except (RuntimeError, AssertionError) as err:  # no such device here; some builds of PyTorch assert
+        detail = " ".join(str(err).split())[:120]
+        raise ModelError(f"{name} cannot be moved to {device}: choose another --device ({detail})") from err
 
 
 @contextmanager
@@ -272,8 +285,11 @@ def read_card(folder: Path) -> dict[str, Any]:
         return {}
     try:
         card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not (math.isfinite(card["mean"]) and card["std"] > 0 and isinstance(card["source"], str)):
-            raise ValueError(f"mean {card['mean']}, std {card['std']}")
+        mean, std, length = card["mean"], card["std"], card.get("max_length")
+        if not (math.isfinite(mean) and math.isfinite(std) and std > 0 and isinstance(card["source"], str)):
+            raise ValueError(f"mean {mean}, std {std}")
+        if length is not None and not (type(length) is int and length > 1):
+            raise ValueError(f"max_length {length!r}")
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise ModelError(
             f"{path} is damaged ({err!r}); train the reward model again or remove the file"

@@ -226,10 +226,30 @@ def test_what_is_no_reward_model_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot load"):
         load_reward_model(str(tmp_path))  # no model in it
     damaged = tiny.save_classifier(tmp_path / "damaged")
-    for card in ('{"mean": 0.0, "std": 0.0, "source": ""}', '{"mean": 0.0, "std": 1.0}'):
+    for card in (
+        '{"mean": 0.0, "std": 0.0, "source": ""}',
+        '{"mean": 0.0, "std": 1.0}',
+        '{"mean": 0.0, "std": Infinity, "source": ""}',
+        '{"mean": 0.0, "std": 1.0, "source": "", "max_length": "64"}',
+    ):
         (damaged / "reward_model.json").write_text(card)
         with pytest.raises(ModelError, match=r"reward_model\.json is damaged"):
             load_reward_model(str(damaged))
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5], ids=["empty", "truncated"])
+def test_damaged_weights_are_one_line(kept: float, checkpoint: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
+    weights = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(weights[: int(kept * len(weights))])
+    with pytest.raises(ModelError, match="cannot load"):
+        load_reward_model(str(damaged))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "xpu"])
+def test_a_device_that_is_not_there_is_one_line(device: str, checkpoint: Path) -> None:
+    with pytest.raises(ModelError, match=f"cannot be moved to {device}: choose another --device"):
+        load_reward_model(str(checkpoint), device=device)
 
 
 def test_a_causal_language_model_gets_a_seeded_head_and_a_pad_of_its_own(tmp_path: Path) -> None:
@@ -246,6 +266,17 @@ def test_a_causal_language_model_gets_a_seeded_head_and_a_pad_of_its_own(tmp_pat
     other, _ = load_backbone(str(folder), chat_template="transcript", seed=4)
     assert torch.equal(again.score.weight, model.score.weight)
     assert not torch.equal(other.score.weight, model.score.weight)
+
+
+def test_a_pad_that_is_no_token_is_none(checkpoint: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    edit(other / "config.json", pad_token_id=-1)
+    model = load_reward_model(str(other), device="cpu").model
+    assert model.config.pad_token_id == tiny.byte_tokenizer().pad_token_id
+    batch = [[0, 70, 71, 1], [0, *range(60, 80)]]
+    with torch.no_grad():
+        alone = [scores(model, [ids]).item() for ids in batch]
+        assert scores(model, batch).tolist() == pytest.approx(alone, abs=1e-5)
 
 
 def test_the_last_token_is_read_even_when_it_is_eos(tmp_path: Path) -> None:
