@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from reward_server import golden
+from reward_server.passes import parameters
 from reward_server.positions import context_length
 from reward_server.scorers.base import Normalization
 from rlaif.chat import ensure_pad_token, ensure_template, template_hash
@@ -35,6 +36,15 @@ from rlaif.models import ModelRef
 from rlaif.storage import write_atomic
 
 CARD = "reward_model.json"
+
+_PAIR = (
+    "{{ cls_token }}"
+    "{% for message in messages %}"
+    "{% if loop.last and message['role'] == 'assistant' %}BETWEEN{% elif not loop.first %}{{ '\n' }}{% endif %}"
+    "{{ message['content'] }}"
+    "{% endfor %}"
+    "{{ sep_token }}"
+)
 
 _NO_SETTINGS = ("transformers_version", "peft_version", "dtype", "torch_dtype", "base_model_name_or_path")
 
@@ -49,6 +59,7 @@ class RewardModel:
         max_length: longest conversation in tokens.
         normalization: how raw scores become rewards.
         card: content of `reward_model.json`, empty where there is none.
+        separator: token between prompt and response, where token types tell the model which of them a token is of.
     """
 
     model: PreTrainedModel
@@ -56,6 +67,7 @@ class RewardModel:
     max_length: int
     normalization: Normalization
     card: dict[str, Any]
+    separator: int | None = None
 
     @property
     def version(self) -> str:
@@ -134,6 +146,7 @@ def read_reward_model(
         raise ModelError(
             f"{name} has no trained scalar head ({', '.join(missing)} missing): train one with rlaif train rm"
         )
+    separator = _read_as_pair(model, tokenizer)
     ensure_template(tokenizer)
     if not _has_pad(model):  # else it keeps the one that it was trained with
         _set_pad(model, tokenizer)
@@ -147,7 +160,7 @@ def read_reward_model(
     _move(model, name, device)
     model.eval()  # type: ignore[no-untyped-call]
     golden.check(Path(path), model, tokenizer)
-    return RewardModel(model, tokenizer, length, normalization, card)
+    return RewardModel(model, tokenizer, length, normalization, card, separator)
 
 
 def save_card(folder: Path, card: dict[str, Any]) -> None:
@@ -213,6 +226,26 @@ def _frame_with_encoder_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.bos_token = tokenizer.cls_token
     if tokenizer.eos_token is None and tokenizer.sep_token is not None:
         tokenizer.eos_token = tokenizer.sep_token
+
+
+def _read_as_pair(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Let an encoder that brings no template read what its publisher wrote as `tokenizer(prompt, response)`.
+
+    Such are DeBERTa and ELECTRA of OpenAssistant: `[CLS] prompt [SEP] response [SEP]`. Returns the separator if the
+    model was told by token types which of the two a token is of.
+    """
+    if tokenizer.chat_template or tokenizer.cls_token is None or tokenizer.sep_token is None:
+        return None
+    pair = tokenizer("a", "b", return_special_tokens_mask=True)
+    framed = [i for i, added in zip(pair["input_ids"], pair["special_tokens_mask"], strict=True) if added]
+    between = [tokenizer.sep_token_id] * (len(framed) - 2)
+    if not between or framed != [tokenizer.cls_token_id, *between, tokenizer.sep_token_id]:
+        return None  # XLNet, for one, has its CLS at the end
+    _frame_with_encoder_tokens(tokenizer)
+    tokenizer.chat_template = _PAIR.replace("BETWEEN", "{{ sep_token }}" * len(between))
+    told = 1 in pair.get("token_type_ids", []) and "token_type_ids" in parameters(model)
+    kinds = getattr(model.config.get_text_config(), "type_vocab_size", 0)
+    return tokenizer.sep_token_id if told and kinds > 1 else None
 
 
 def _set_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -35,7 +35,7 @@ class LearnedScorer:
         self.version = reward_model.version
         self.normalization = reward_model.normalization
         self.max_tokens_per_item = reward_model.max_length
-        self._forward = BatchedForward(reward_model.model)
+        self._forward = BatchedForward(reward_model.model, separator=reward_model.separator)
         self._torch_compile = torch_compile
         self.shares_prefixes = self._forward.shares_prefixes
         self._reader = Reader(reward_model.tokenizer, reward_model.max_length)

@@ -19,7 +19,7 @@ from reward_server.plan import Ids, common_prefix, pooled
 from reward_server.scorers.base import Failure, Kind, Outcome, Prepared, ScoreTask, Task
 from reward_server.scorers.reader import WARM_UP, Reader, outcomes
 from rlaif.engine import GRACE_S, engine_arguments, require_vllm, start_engine
-from rlaif.errors import ConfigError, EndpointError
+from rlaif.errors import ConfigError, EndpointError, ModelError
 from rlaif.models import ModelRef
 from rlaif.types import content_id
 
@@ -80,6 +80,8 @@ class VLLMScorer:
         require_vllm(ref)
         path, _ = engine_arguments(ref)
         reward_model = read_reward_model(path, max_length=config.max_length)
+        if reward_model.separator is not None:
+            raise ModelError(f"{ref} reads token types, which vLLM does not give it: serve it without vllm:")
         weights = reward_model.version
         reward_model.model.to("meta")  # type: ignore[arg-type] # the engine has its own
         arguments = {

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertTokenizer,
+    DebertaV2Tokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from reward_server.model import load_reward_model
 from reward_server.scorers.base import Scored, ScoreTask
@@ -115,3 +124,47 @@ def test_conversations_longer_than_a_roberta_reads_are_trained_on(tmp_path: Path
     rows = [{**row, "prompt": row["prompt"] + "x" * 100} for row in polite_rows(20)]
     run(config(tmp_path / "model", write(tmp_path / "pairs.jsonl", rows), tmp_path / "rm", max_length=1024))
     assert load_reward_model(str(tmp_path / "rm"), device="cpu").max_length == 64
+
+
+WORDS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(20))]
+
+
+def word_tokenizer(kind: str) -> PreTrainedTokenizerBase:
+    """One token for each word, framed as BERT, DeBERTa or RoBERTa frame a text or two."""
+    if kind == "deberta-v2":
+        pieces = [(word if word.startswith("[") else f"\u2581{word}", 0.0) for word in WORDS]
+        return DebertaV2Tokenizer(vocab=pieces, unk_id=0)
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    if kind == "bert":
+        return BertTokenizer(vocab=vocabulary)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.RobertaProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {"bos": "[CLS]", "cls": "[CLS]", "eos": "[SEP]", "sep": "[SEP]", "pad": "[PAD]", "unk": "[UNK]"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{f"{name}_token": token for name, token in names.items()}
+    )
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta-v2", "roberta"])
+def test_an_encoder_without_a_template_reads_prompt_and_response_as_two_texts(
+    name: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": 60, "pad_token_id": 1, "initializer_range": 0.5}
+    made = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(name, **sizes)).eval()
+    made.save_pretrained(tmp_path)
+    word_tokenizer(name).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    scorer = LearnedScorer(name, load_reward_model(str(tmp_path), device="cpu"))
+    asked = [("w1 w2", "w3"), ("w4", "w5 w6 w7 w8 w9"), ("w1 w2", "w9 w3")]
+    prepared = [scorer.prepare(ScoreTask((*user_prompt(q), Message("assistant", a)))) for q, a in asked]
+    outcomes = asyncio.run(scorer.score(prepared))
+    for (question, answer), item, outcome in zip(asked, prepared, outcomes, strict=True):
+        inputs = tokenizer(question, answer, return_tensors="pt")
+        assert item.sequences[0] == tuple(inputs["input_ids"][0].tolist())
+        assert 0 not in item.sequences[0]
+        with torch.no_grad():
+            expected = made(**inputs).logits.item()
+        assert isinstance(outcome, Scored)
+        assert outcome.raw == pytest.approx(expected, abs=1e-5)
