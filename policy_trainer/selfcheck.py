@@ -19,6 +19,7 @@ from policy_trainer.batching import SequenceBatch, collate, pad_right
 from policy_trainer.logprobs import token_logprobs
 from policy_trainer.reward_source import Reward, RewardSource
 from policy_trainer.rollout import RolloutEngine, Sampled, decode_response
+from rlaif.chat import render
 from rlaif.errors import SelfCheckError
 from rlaif.types import Conversation, with_response
 
@@ -91,7 +92,7 @@ def self_check(
         SelfCheckError: with the cause.
         RewardServerError: the reward server cannot be reached or used.
     """
-    check_tokens(tokenizer, eos_ids, prompt_ids)
+    check_tokens(tokenizer, eos_ids, prompts, prompt_ids)
     sampled = engine.generate(prompt_ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     batch = collate([prompt_ids[s.prompt_index] for s in sampled], [s.response_ids for s in sampled])
     batch = batch.to(policy.device)
@@ -107,24 +108,42 @@ def self_check(
 
 
 def check_tokens(
-    tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], prompt_ids: Sequence[Sequence[int]]
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: Sequence[int],
+    prompts: Sequence[Conversation],
+    prompt_ids: Sequence[Sequence[int]],
 ) -> None:
     """EOS and PAD differ, and prompts are open: a response can follow them.
 
     Raises:
         SelfCheckError: with the cause.
     """
-    if tokenizer.pad_token_id in eos_ids:
+    # Of several tokens that end a response, PAD may be one that the chat template does not write (Qwen's is).
+    if tokenizer.pad_token_id == tokenizer.eos_token_id or set(eos_ids) == {tokenizer.pad_token_id}:
         raise SelfCheckError(
             f"PAD and EOS are the same token ({tokenizer.pad_token!r}): whoever masks padding by its id would never "
             "learn to stop; give the tokenizer a PAD of its own"
         )
-    closed = [ids for ids in prompt_ids if len(ids) > 1 and ids[-1] in eos_ids]
+    closed = [
+        ids
+        for prompt, ids in zip(prompts, prompt_ids, strict=True)
+        if len(ids) > 1 and _is_closed(tokenizer, eos_ids, prompt, ids[-1])
+    ]
     if closed:
         raise SelfCheckError(
             f"{len(closed)} of {len(prompt_ids)} encoded prompts end with EOS, so the policy is asked to go on after "
             "the end: the chat template has no generation prompt; choose another with --chat_template"
         )
+
+
+def _is_closed(
+    tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], prompt: Conversation, last: int
+) -> bool:
+    if last == tokenizer.eos_token_id or last not in eos_ids:
+        return last == tokenizer.eos_token_id
+    # A generation prompt may be a token that ends a response as well (Phi-3's <|assistant|> is).
+    opened, as_it_is = (render(tokenizer, prompt, add_generation_prompt=asked) for asked in (True, False))
+    return opened == as_it_is
 
 
 def check_parity(

@@ -43,6 +43,7 @@ def check(
     rewards: Callable[..., Any] = tiny.share_of_w0,
     tokenizer: Any = None,
     temperature: float = 0.7,
+    eos_ids: Sequence[int] = (2,),
 ) -> SelfCheckReport:
     policy = policy or tiny.model()
     tokenizer = tokenizer or tiny.tokenizer()
@@ -51,8 +52,8 @@ def check(
         reference=reference or tiny.model(),  # type: ignore[arg-type]
         same_model=True,
         tokenizer=tokenizer,
-        eos_ids=[2],
-        engine=engine or HFRollout(tiny.model(), [2]),
+        eos_ids=eos_ids,
+        engine=engine or HFRollout(tiny.model(), eos_ids),
         source=FunctionReward(rewards),
         prompts=PROMPTS,
         prompt_ids=[encode_prompt(tokenizer, p, max_length=64) for p in PROMPTS],
@@ -117,6 +118,23 @@ def test_a_template_that_closes_the_prompt() -> None:
     tokenizer.chat_template = BUILTIN_TEMPLATES["plain"] + " {{ eos_token }}"
     with pytest.raises(SelfCheckError, match="no generation prompt"):
         check(tokenizer=tokenizer)
+
+
+def test_a_template_that_closes_the_prompt_with_an_eos_that_is_not_the_tokenizers() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = BUILTIN_TEMPLATES["plain"] + " <unk>"
+    with pytest.raises(SelfCheckError, match="no generation prompt"):
+        check(tokenizer=tokenizer, eos_ids=[2, 3])
+
+
+def test_pad_may_be_one_of_several_tokens_that_end_a_response() -> None:
+    """Qwen-Instruct: EOS <|im_end|> of the template, and <|endoftext|>, which is PAD too."""
+    assert len(check(eos_ids=[2, 0]).scores) == 12
+
+
+def test_the_generation_prompt_may_be_a_token_that_ends_a_response() -> None:
+    """Phi-3: <|assistant|> begins a turn, and a response that starts another one ends there."""
+    assert len(check(eos_ids=[2, 5]).scores) == 12
 
 
 @pytest.mark.parametrize(
