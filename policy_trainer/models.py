@@ -180,17 +180,24 @@ def _grow_vocabulary(model: Any, size: int) -> None:
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token that ends a response: the model's generation config first, else the tokenizer's EOS.
+    """Every token that ends a response: those of the model's generation config, and the tokenizer's EOS.
+
+    Both, because chat templates write the tokenizer's, also where the generation config is that of the base model.
 
     Raises:
         ModelError: neither names one, so no response could ever end.
     """
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    if configured is None:
-        configured = tokenizer.eos_token_id
-    if configured is None:
+    found = declared_eos(model, tokenizer)
+    if not found:
         raise ModelError("the model has no EOS token: set eos_token_id in its generation_config.json")
-    return (configured,) if isinstance(configured, int) else tuple(configured)
+    return found
+
+
+def declared_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """See `eos_token_ids`; empty if there are none."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    several = configured if isinstance(configured, list | tuple) else [configured]
+    return tuple(dict.fromkeys(i for i in (*several, tokenizer.eos_token_id) if i is not None))
 
 
 class ValueModel(nn.Module):

@@ -11,7 +11,7 @@ from policy_trainer import sft
 from policy_trainer.batching import collate
 from policy_trainer.config import PPOConfig, SFTConfig
 from policy_trainer.logprobs import token_logprobs
-from policy_trainer.models import build_critic, fingerprint, load_policy
+from policy_trainer.models import build_critic, eos_token_ids, fingerprint, load_policy
 from policy_trainer.optim import lr_factor, shuffled_stream
 from rlaif.errors import ConfigError, DataError, ModelError
 from tests.policy_trainer import tiny
@@ -233,3 +233,25 @@ def test_a_conversation_that_is_too_long_is_set_aside_with_its_reason(tmp_path: 
     assert "max_length 8" in quarantined[0]
     with pytest.raises(DataError, match="longer than max_length 4 tokens"):
         sft.load_examples(sft_config(tmp_path, max_length=4), tiny.tokenizer())
+
+
+# ---- tokens that end a response ----
+
+
+@pytest.mark.parametrize(
+    ("configured", "expected"), [(None, (2,)), (2, (2,)), (3, (3, 2)), ([2, 0], (2, 0)), ([3, 0], (3, 0, 2))]
+)
+def test_a_response_ends_at_every_eos_of_the_generation_config_and_at_the_tokenizers(
+    configured: int | list[int] | None, expected: tuple[int, ...]
+) -> None:
+    """A base model that was taught a chat template keeps its own EOS there, and its answers end with the template's."""
+    model = tiny.model()
+    model.generation_config.eos_token_id = configured
+    assert eos_token_ids(model, tiny.tokenizer()) == expected
+
+
+def test_a_model_whose_responses_could_never_end_is_refused() -> None:
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="no EOS token"):
+        eos_token_ids(model, tokenizer)
