@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Config fields of architectures that change logits after the head: they need the model's own forward."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -61,18 +59,40 @@ def response_hidden(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor,
     Returns:
         (N, R, H); arbitrary at padding.
     """
-    # The trunk reads rows without their padding on the left: a batch is then as wide as its longest row, and not as its
-    # longest prompt and its longest response together.
+    rows = _without_left_padding(input_ids, attention_mask, response_len)
+    hidden: Tensor = trunk(**trunk_inputs(trunk, rows.input_ids, rows.attention_mask)).last_hidden_state
+    return hidden.gather(1, rows.read_at.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
+class _Rows(NamedTuple):
+    """Rows that begin with their first token, padded on the right to L, the length of the longest.
+
+    Attributes:
+        input_ids: (N, L) int64.
+        attention_mask: (N, L) int64.
+        read_at: (N, R) int64, the column from which each response token is predicted; any column at padding.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    read_at: Tensor
+
+
+def _without_left_padding(input_ids: Tensor, attention_mask: Tensor, response_len: int) -> _Rows:
+    """The rows of a batch as a model reads them.
+
+    It is then as wide as its longest row, and not as its longest prompt and its longest response together; and no state
+    of a recurrent layer has seen padding.
+    """
     padding = attention_mask.argmax(dim=1, keepdim=True)  # (N, 1), on the left
     length = attention_mask.sum(dim=1, keepdim=True)  # (N, 1)
     column = torch.arange(int(length.max()), device=input_ids.device)
     moved = (padding + column).clamp(max=input_ids.shape[1] - 1)
     mask = (column < length).to(attention_mask.dtype)
-    hidden: Tensor = trunk(**trunk_inputs(trunk, input_ids.gather(1, moved), mask)).last_hidden_state
     first = input_ids.shape[1] - response_len - 1 - padding  # (N, 1), the last token of the prompt
     offset = torch.arange(response_len, device=input_ids.device)
-    at = (first + offset).clamp(max=len(column) - 1)  # (N, R)
-    return hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    at = (first + offset).clamp(max=len(column) - 1)
+    return _Rows(input_ids.gather(1, moved), mask, at)
 
 
 def gather_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -132,9 +152,43 @@ def logprobs_from_hidden(
     )
 
 
+_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether logits are exactly `output_embedding(hidden)`, with nothing done to them afterwards."""
-    return not any(getattr(model.config, name, None) for name in _LOGIT_TRANSFORMS)
+    """Whether logits are exactly what the output embedding says of the trunk's output; tried out once for each model.
+
+    Architectures cap, scale, shift or mask logits, or change what the head reads, under config fields of many names or
+    of none. Such a model has to be read through its own forward.
+    """
+    if model not in _plain:
+        _plain[model] = _try_head(model)
+    return _plain[model]
+
+
+@torch.no_grad()
+def _try_head(model: PreTrainedModel) -> bool:
+    """Whether the head gets the trunk's output and the caller the head's, on a few tokens."""
+    trunk: nn.Module = model.base_model
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is None or trunk is model:
+        return False
+    calls: list[tuple[Tensor, Tensor]] = []
+    hook = head.register_forward_hook(lambda _, given, output: calls.append((given[0], output)))
+    ids = torch.tensor([[0, 1, 2, 3]], device=model.device)  # any will do
+    inputs = trunk_inputs(model, ids, torch.ones_like(ids))
+    try:
+        logits = model(**inputs).logits
+    finally:
+        hook.remove()
+    if len(calls) != 1:
+        return False
+    ((given, output),) = calls
+    hidden = trunk(**trunk_inputs(trunk, ids, torch.ones_like(ids))).last_hidden_state
+    # Two forwards may round differently on a GPU; a norm, a projection or a scale before the head changes more.
+    if given.shape != hidden.shape or not torch.allclose(given.float(), hidden.float(), rtol=0.02, atol=0.02):
+        return False
+    return torch.equal(logits.float(), output.float())
 
 
 def token_logprobs(
@@ -168,8 +222,12 @@ def token_logprobs(
         return logprobs_from_hidden(
             model, hidden, targets, temperature, chunk=chunk, with_entropy=with_entropy
         )
-    logits = model(**trunk_inputs(model, input_ids, attention_mask), logits_to_keep=response_len + 1).logits[
-        :, :-1
-    ]
-    entropy = entropy_of(logits.detach(), temperature) if with_entropy else None
-    return TokenLogprobs(gather_logprobs(logits, targets, temperature), entropy)
+    rows = _without_left_padding(input_ids, attention_mask, response_len)
+    inputs = trunk_inputs(model, rows.input_ids, rows.attention_mask)
+    keep = rows.input_ids.shape[1] - int(rows.read_at.min())
+    # Cut once more: not every architecture knows `logits_to_keep`, and some take any argument.
+    logits = model(**inputs, logits_to_keep=keep).logits[:, -keep:-1]
+    at = (rows.read_at - rows.input_ids.shape[1] + keep).clamp(max=keep - 2)
+    logprobs = gather_logprobs(logits, rows.input_ids[:, 1 - keep :], temperature).gather(1, at)
+    entropy = entropy_of(logits.detach(), temperature).gather(1, at) if with_entropy else None
+    return TokenLogprobs(logprobs, entropy)

@@ -139,8 +139,10 @@ def check_tokens(
 def _is_closed(
     tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], prompt: Conversation, last: int
 ) -> bool:
-    if last == tokenizer.eos_token_id or last not in eos_ids:
-        return last == tokenizer.eos_token_id
+    if last == tokenizer.eos_token_id:
+        return True
+    if last not in eos_ids:
+        return False
     # A generation prompt may be a token that ends a response as well (Phi-3's <|assistant|> is).
     opened, as_it_is = (render(tokenizer, prompt, add_generation_prompt=asked) for asked in (True, False))
     return opened == as_it_is

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from policy_trainer.batching import collate, length_buckets
-from policy_trainer.logprobs import token_logprobs
+from policy_trainer.logprobs import has_plain_head, token_logprobs
 from policy_trainer.rollout import HFRollout
 from tests.policy_trainer import tiny
 
@@ -66,19 +67,51 @@ def test_recomputing_logits_chunk_by_chunk_gives_the_same_gradient() -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_an_architecture_that_transforms_its_logits_is_read_through_its_own_forward() -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+_WIDTH = {
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+_CAPPED = {**_WIDTH, "final_logit_softcapping": 2.0}
+_GEMMA4 = {**_CAPPED, "global_head_dim": 8, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
 
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "plain"),
+    [
+        ("llama", _WIDTH, True),
+        ("opt", {"vocab_size": 30, "hidden_size": 16, "ffn_dim": 32, "num_attention_heads": 2}, True),
+        ("gemma2", _CAPPED, False),
+        ("gemma4", {"text_config": {**_GEMMA4, "vocab_size_per_layer_input": 30}}, False),
+        ("recurrent_gemma", {**_WIDTH, "lru_width": 16, "logits_soft_cap": 2.0}, False),
+        ("granite", {**_WIDTH, "logits_scaling": 4.0}, False),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_architecture_that_changes_its_logits_is_read_through_its_own_forward(
+    kind: str, settings: dict[str, object], plain: bool
+) -> None:
+    config = AutoConfig.for_model(kind, **settings)
     torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, initializer_range=0.5, final_logit_softcapping=2.0,
-    )  # fmt: skip
-    model = Gemma2ForCausalLM(config).eval()
-    batch = collate([PROMPTS[0]], [RESPONSES[0]])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    torch.nn.init.normal_(model.get_output_embeddings().weight)
+    assert has_plain_head(model) is plain
+    batch = collate(PROMPTS, RESPONSES)
     with torch.no_grad():
-        found = token_logprobs(model, batch.input_ids, batch.attention_mask, batch.response_len, 1.0).logprobs
-        torch.testing.assert_close(found[0], alone(model, PROMPTS[0], RESPONSES[0], 1.0), atol=1e-5, rtol=0)
+        found = token_logprobs(
+            model, batch.input_ids, batch.attention_mask, batch.response_len, 0.7, with_entropy=True
+        )
+        assert found.entropy is not None
+        for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+            expected = alone(model, prompt, response, 0.7)
+            torch.testing.assert_close(found.logprobs[i, : len(response)], expected, atol=1e-5, rtol=0)
+            logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].float()
+            entropy = torch.distributions.Categorical(logits=logits / 0.7).entropy()
+            torch.testing.assert_close(found.entropy[i, : len(response)], entropy, atol=1e-5, rtol=0)
 
 
 def test_collate_pads_prompts_left_and_responses_right() -> None:
