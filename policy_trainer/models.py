@@ -142,38 +142,72 @@ def load_policy(
     """Load a causal language model in eval mode.
 
     Args:
-        model_name_or_path: a path, `hf:NAME_OR_PATH` or `tinyworld:policy` (`rlaif.models.ModelRef`).
+        model_name_or_path: a path, `hf:NAME_OR_PATH` or `tinyworld:policy` (`rlaif.models.ModelRef`). Where that holds
+            LoRA adapters, as a checkpoint of a run with `use_peft` does, they are added into the model they belong to.
         dtype: `float32` or `bfloat16`.
         chat_template: name of a built-in template or a file; None keeps the tokenizer's own.
         device: where the model goes; `default_device()` if None.
 
     Raises:
         ModelError: there is no such model, or it is not a causal language model.
+        ConfigError: it holds adapters and peft is not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar per shard and save would bury the progress of training
-    path = ModelRef.parse(model_name_or_path).pretrained_path()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
-    except (OSError, ValueError, KeyError) as err:
-        reason = " ".join(str(err).split())[:200]
-        raise ModelError(f"cannot load {model_name_or_path!r} as a causal language model: {reason}") from err
+    model, tokenizer = _pretrained(model_name_or_path, DTYPES[dtype])
     ensure_template(tokenizer, chat_template)
     ensure_pad_token(tokenizer)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        # Our own tensors never hold PAD, but whoever loads the saved model may pad with it.
-        _grow_vocabulary(model, len(tokenizer))
+    # Our own tensors never hold PAD, but whoever loads the saved model may pad with it.
+    _grow_vocabulary(model, len(tokenizer))
     model.eval()
     return LoadedPolicy(model.to(device or default_device()), tokenizer)
 
 
+def _pretrained(model_name_or_path: str, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model and the tokenizer of a folder or a hub name; adapters are merged into their model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    path = ModelRef.parse(model_name_or_path).pretrained_path()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        adapters = find_adapter_config_file(path)
+        if adapters is None:
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), tokenizer
+        base = json.loads(Path(adapters).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, KeyError) as err:
+        raise _cannot_load(model_name_or_path, err) from err
+    if not base:
+        raise ModelError(
+            f"{adapters} does not say what the adapters belong to: set base_model_name_or_path in it"
+        )
+    try:
+        model, _ = _pretrained(base, dtype)
+    except ModelError as err:
+        raise ModelError(f"{model_name_or_path!r} holds adapters to another model: {err}") from err
+    # A run that added a PAD has trained beside its row.
+    _grow_vocabulary(model, len(tokenizer))
+    try:
+        model = imported(f"the adapters in {path}").PeftModel.from_pretrained(model, path).merge_and_unload()
+    except (OSError, ValueError, RuntimeError) as err:
+        raise _cannot_load(model_name_or_path, err) from err
+    # What is trained further, and its adapters, start from here and not from the bare model.
+    model.name_or_path = model.config.name_or_path = path
+    return model.requires_grad_(True), tokenizer
+
+
+def _cannot_load(model_name_or_path: str, err: Exception) -> ModelError:
+    reason = " ".join(str(err).split())[:200]
+    return ModelError(f"cannot load {model_name_or_path!r} as a causal language model: {reason}")
+
+
 @torch.no_grad()
 def _grow_vocabulary(model: Any, size: int) -> None:
-    """Add embedding rows, each the mean of the others: policy and reference must get the same ones."""
+    """Add the embedding rows that are missing, each the mean of the others: policy and reference must get the same."""
     old = model.get_input_embeddings().weight.shape[0]
+    if size <= old:
+        return
     model.resize_token_embeddings(size, mean_resizing=False)
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
         embedding.weight[old:] = embedding.weight[:old].mean(dim=0)

@@ -91,8 +91,11 @@ def add_adapters(
     return adapted
 
 
-def imported() -> Any:
+def imported(needed_by: str = "--use_peft") -> Any:
     """The module peft.
+
+    Args:
+        needed_by: what cannot do without it.
 
     Raises:
         ConfigError: it is not installed.
@@ -100,5 +103,7 @@ def imported() -> Any:
     try:
         import peft
     except ImportError as err:
-        raise ConfigError("--use_peft needs the library peft: pip install 'rlaif[peft]'") from err
+        raise ConfigError(
+            f"{needed_by} cannot be used without the library peft: pip install 'rlaif[peft]'"
+        ) from err
     return peft
