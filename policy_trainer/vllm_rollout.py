@@ -255,17 +255,21 @@ def save_weights(policy: PreTrainedModel, folder: Path) -> None:
 
 def _without_adapters(policy: PreTrainedModel) -> dict[str, Tensor] | None:
     changes = {
-        f"{name}.base_layer.weight": sum(layer.get_delta_weight(a) for a in layer.active_adapters)
+        f"{name.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}": sum(
+            layer.get_delta_weight(adapter) for adapter in layer.active_adapters
+        )
         for name, layer in policy.named_modules()
         if hasattr(layer, "get_delta_weight")
     }
     if not changes:
         return None
-    return {
-        name.replace(".base_layer.", "."): weight + changes[name] if name in changes else weight
+    # peft wraps a layer once for each of its parameters with adapters; those of fused experts have other names.
+    weights = {
+        name.replace(".base_layer", ""): weight
         for name, weight in policy.state_dict().items()
         if ".lora_" not in name
     }
+    return {**weights, **{name: weights[name] + change for name, change in changes.items()}}
 
 
 class Colocated:
