@@ -25,7 +25,7 @@ from policy_trainer.logprobs import (
 )
 from rlaif.chat import ensure_pad_token, ensure_template
 from rlaif.errors import ConfigError, ModelError
-from rlaif.lora import add_adapters, imported
+from rlaif.lora import add_adapters, check_tied, imported
 from rlaif.models import ModelRef
 
 if TYPE_CHECKING:
@@ -188,10 +188,13 @@ def _pretrained(model_name_or_path: str, dtype: torch.dtype) -> tuple[Any, PreTr
         raise ModelError(f"{model_name_or_path!r} holds adapters to another model: {err}") from err
     # A run that added a PAD has trained beside its row.
     _grow_vocabulary(model, len(tokenizer))
+    peft = imported(f"the adapters in {path}")
     try:
-        model = imported(f"the adapters in {path}").PeftModel.from_pretrained(model, path).merge_and_unload()
+        adapted = peft.PeftModel.from_pretrained(model, path)
     except (OSError, ValueError, RuntimeError) as err:
         raise _cannot_load(model_name_or_path, err) from err
+    check_tied(model)
+    model = adapted.merge_and_unload()
     # What is trained further, and its adapters, start from here and not from the bare model.
     model.name_or_path = model.config.name_or_path = path
     return model.requires_grad_(True), tokenizer

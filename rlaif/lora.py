@@ -66,7 +66,7 @@ def add_adapters(
         `model` an ordinary one again, the adapters added in.
 
     Raises:
-        ConfigError: peft is not installed, or the target modules cannot be found.
+        ConfigError: peft is not installed, or the target modules cannot be found or changed alone.
     """
     peft = imported()
     targets = list(flags.lora_target_modules)
@@ -88,7 +88,26 @@ def add_adapters(
             f"LoRA cannot be applied to {', '.join(targets) or 'this architecture'}: give other "
             f"--lora_target_modules, names of layers or all-linear ({detail})"
         ) from err
+    check_tied(model)
     return adapted
+
+
+def check_tied(model: PreTrainedModel) -> None:
+    """The embedding and the head have no adapters where they are one tensor: merged into it, they would change both.
+
+    Args:
+        model: with its adapters.
+
+    Raises:
+        ConfigError: one of them has.
+    """
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[no-untyped-call]
+    tied = None not in ends and ends[0].weight is ends[1].weight
+    if tied and any(hasattr(end, "base_layer") for end in ends):
+        raise ConfigError(
+            "the embedding and the head of this model share their weight (tie_word_embeddings), and adapters to one of "
+            "them would end up in both: leave them out of --lora_target_modules"
+        )
 
 
 def imported(needed_by: str = "--use_peft") -> Any:

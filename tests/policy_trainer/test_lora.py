@@ -9,23 +9,44 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from policy_trainer import sft
 from policy_trainer.config import SFTConfig
 from policy_trainer.models import load_policy, load_trained
-from rlaif.errors import ModelError
+from policy_trainer.vllm_rollout import save_weights
+from rlaif.errors import ConfigError, ModelError
 from tests.policy_trainer import tiny
 
 IDS = torch.arange(4, 28).view(2, 12)
+_WIDTH = {
+    "vocab_size": len(tiny.VOCABULARY),
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+}
+_EXPERTS = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
 
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(IDS).logits
         return found
+
+
+def draw_adapters(model: torch.nn.Module) -> None:
+    """As after training: adapters begin at 0."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
 
 
 def first_loss(config: SFTConfig) -> float:
@@ -109,3 +130,72 @@ def test_adapters_whose_model_is_gone_are_one_clear_line(tmp_path: Path) -> None
     with pytest.raises(ModelError, match=r"adapters to another model: there is no folder .*policy") as caught:
         load_policy(str(config.output_dir / "checkpoint-000001"))
     assert "\n" not in str(caught.value)
+
+
+# ---- shared weights ----
+
+
+def save_tied_policy(folder: Path) -> Path:
+    config = tiny.model().config
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_adapters_to_one_use_of_a_shared_weight_are_refused(tmp_path: Path, target: str) -> None:
+    policy = save_tied_policy(tmp_path / "policy")
+    config = tiny.ppo_config(tmp_path, use_peft=True, lora_target_modules=("q_proj", target))
+    with pytest.raises(ConfigError, match="share their weight"):
+        load_trained(config, None)
+    # Those that somebody else has trained cannot be merged either.
+    adapters = LoraConfig(task_type="CAUSAL_LM", target_modules=[target])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(policy), adapters).save_pretrained(
+        tmp_path / "theirs"
+    )
+    tiny.tokenizer().save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match="share their weight"):
+        load_policy(str(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize(
+    ("tied", "targets"), [(True, ("q_proj",)), (True, ("all-linear",)), (False, ("embed_tokens", "lm_head"))]
+)
+def test_other_adapters_are_merged_into_what_was_trained(
+    tmp_path: Path, tied: bool, targets: tuple[str, ...]
+) -> None:
+    (save_tied_policy if tied else tiny.save_policy)(tmp_path / "policy")
+    trained = load_trained(tiny.ppo_config(tmp_path, use_peft=True, lora_target_modules=targets), None)
+    draw_adapters(trained.model)
+    expected = logits(trained.model)
+    assert (expected - logits(trained.base)).abs().max() > 0.1
+    assert_close(logits(trained.merged()), expected, atol=1e-4, rtol=1e-4)
+
+
+# ---- weights for vLLM ----
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen3_moe"])
+def test_the_weights_that_vllm_gets_have_the_adapters_in_them(tmp_path: Path, kind: str) -> None:
+    """peft gives fused experts an adapter for each of their two parameters, one around the other."""
+    config = AutoConfig.for_model(
+        kind,
+        **_WIDTH,
+        **(
+            {}
+            if kind == "llama"
+            else {"moe_intermediate_size": 8, "num_experts_per_tok": 2, _EXPERTS[kind]: 4}
+        ),
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "policy")
+    tiny.tokenizer().save_pretrained(tmp_path / "policy")
+    settings = tiny.ppo_config(tmp_path, use_peft=True, lora_target_modules=("all-linear",))
+    trained = load_trained(settings, None)
+    draw_adapters(trained.model)
+    assert (logits(trained.model) - logits(trained.base)).abs().max() > 0.1
+    save_weights(trained.model, tmp_path / "weights")
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "weights")
+    assert_close(logits(written), logits(trained.model), atol=1e-4, rtol=1e-4)
