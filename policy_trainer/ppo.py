@@ -213,6 +213,7 @@ class Trainer(OnlineTrainer):
                 quarantine=Quarantine(
                     config.output_dir / "quarantine-ptx.jsonl" if self.world.is_main else None
                 ),
+                eos_ids=self.eos_ids,
             )
         if config.max_staleness:
             if self.world.size > 1:

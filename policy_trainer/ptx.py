@@ -8,6 +8,7 @@ PPO-ptx. Here the second term is the log-likelihood per token.)
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -46,6 +47,7 @@ class TextMix:
         batch_size: int,
         seed: int,
         quarantine: Quarantine,
+        eos_ids: Collection[int] = (),
     ) -> Self:
         """Read rows of plain `text`, or of anything that `rlaif train sft` reads.
 
@@ -56,6 +58,7 @@ class TextMix:
             batch_size: examples in one optimiser step.
             seed: of the order.
             quarantine: for what cannot be used.
+            eos_ids: tokens that end a response beside the tokenizer's EOS.
 
         Raises:
             DataError: nothing usable is left.
@@ -63,7 +66,7 @@ class TextMix:
         if _is_plain_text(dataset):
             examples = read_texts(dataset, tokenizer, max_length, quarantine)
         else:
-            examples = read_examples(dataset, tokenizer, max_length, quarantine)
+            examples = read_examples(dataset, tokenizer, max_length, quarantine, eos_ids=eos_ids)
         if not examples:
             raise DataError(
                 f"ptx_dataset {dataset} has no row that fits {max_length} tokens (max_prompt_length + max_new_tokens, "

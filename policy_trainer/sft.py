@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -25,7 +25,7 @@ from policy_trainer.checkpoint import (
 )
 from policy_trainer.config import SFTConfig
 from policy_trainer.logprobs import token_logprobs
-from policy_trainer.models import load_trained
+from policy_trainer.models import declared_eos, load_trained
 from policy_trainer.parallel import ALONE, World, joined, run_directory
 from rlaif import shapes
 from rlaif.chat import EncodedPair, encode_pair
@@ -55,7 +55,7 @@ def run(config: SFTConfig) -> None:
         checkpoint = load_latest(config.output_dir, world)
         trained = load_trained(config, None if checkpoint is None else checkpoint.path)
         model, tokenizer = trained.model, trained.tokenizer
-        examples = load_examples(config, tokenizer, world)
+        examples = load_examples(config, tokenizer, world, eos_ids=declared_eos(model, tokenizer))
         data = data_id(ids for example in examples for ids in example)
         if checkpoint is not None:
             check_same_data(checkpoint, data, config.dataset)
@@ -174,30 +174,43 @@ def accumulate_gradients(
 
 
 def load_examples(
-    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, world: World = ALONE
+    config: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World = ALONE,
+    *,
+    eos_ids: Collection[int] = (),
 ) -> list[EncodedPair]:
     """Prompts and responses as token ids; what is unusable or too long goes to `quarantine.jsonl`.
+
+    `eos_ids` are tokens that end a response beside the tokenizer's EOS.
 
     Raises:
         DataError: nothing usable is left.
     """
     quarantine = Quarantine(config.output_dir / "quarantine.jsonl" if world.is_main else None)
-    return read_examples(config.dataset, tokenizer, config.max_length, quarantine)
+    return read_examples(config.dataset, tokenizer, config.max_length, quarantine, eos_ids=eos_ids)
 
 
 def read_examples(
-    dataset: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, quarantine: Quarantine
+    dataset: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    quarantine: Quarantine,
+    *,
+    eos_ids: Collection[int] = (),
 ) -> list[EncodedPair]:
     """Prompts and responses as token ids: of conversations, or of the chosen side of preferences.
 
     What is unusable, refused by the chat template or longer than `max_length` tokens is in quarantine.
+
+    `eos_ids` are tokens that end a response beside the tokenizer's EOS.
 
     Raises:
         DataError: the file is missing, unreadable, or has no usable row.
     """
 
     def encode(prompt: Conversation, response: str) -> EncodedPair:
-        example = encode_pair(tokenizer, prompt, response)
+        example = encode_pair(tokenizer, prompt, response, eos_ids=eos_ids)
         if len(example.prompt_ids) + len(example.response_ids) > max_length:
             raise DataError(f"longer than max_length {max_length} tokens")
         return example

@@ -6,6 +6,7 @@ without further special tokens, so a token that the template writes is never wri
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -190,12 +191,24 @@ def encode_conversation(
     return _fit(tokenizer, ids, max_length, truncation, "the conversation")
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, response: str) -> EncodedPair:
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Conversation,
+    response: str,
+    *,
+    eos_ids: Collection[int] = (),
+) -> EncodedPair:
     """Token ids to train on a written response: what follows the prompt's ids, up to and including one EOS.
 
     The two lists joined are the tokenised conversation wherever the template and the tokenizer allow a cut there.
     Where they do not (a token spans the boundary, or the template rewrites earlier turns) the response is tokenised
     by itself, which is what generation from these prompt ids would have to produce.
+
+    Args:
+        tokenizer: must have a chat template (`ensure_template`).
+        prompt: ends with a user turn.
+        response: of the assistant.
+        eos_ids: tokens that end a response beside the tokenizer's EOS, such as the end of a turn.
     """
     prompt_text = render(tokenizer, prompt, add_generation_prompt=True)
     whole_text = render(tokenizer, with_response(prompt, response), add_generation_prompt=False)
@@ -208,11 +221,11 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, respon
     else:
         response_ids = _tokens(tokenizer, response)
     eos = tokenizer.eos_token_id
-    if eos is None:
-        return EncodedPair(prompt_ids, response_ids)
-    if eos in response_ids:  # templates often write a newline after it, which generation never reaches
-        return EncodedPair(prompt_ids, response_ids[: response_ids.index(eos) + 1])
-    return EncodedPair(prompt_ids, [*response_ids, eos])
+    for at, token in enumerate(response_ids):
+        if token == eos or token in eos_ids:
+            # Templates often write a newline after it, which generation never reaches.
+            return EncodedPair(prompt_ids, response_ids[: at + 1])
+    return EncodedPair(prompt_ids, response_ids if eos is None else [*response_ids, eos])
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:

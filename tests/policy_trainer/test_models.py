@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import LlamaForSequenceClassification
 
-from policy_trainer import sft
+from policy_trainer import ppo, sft
 from policy_trainer.batching import collate
 from policy_trainer.config import PPOConfig, SFTConfig
 from policy_trainer.logprobs import token_logprobs
 from policy_trainer.models import build_critic, eos_token_ids, fingerprint, load_policy
 from policy_trainer.optim import lr_factor, shuffled_stream
+from policy_trainer.reward_source import FunctionReward
 from rlaif.errors import ConfigError, DataError, ModelError
 from tests.policy_trainer import tiny
 
@@ -223,6 +224,26 @@ def test_a_conversation_that_the_template_refuses_is_set_aside_with_its_line(tmp
     aside = [json.loads(line) for line in (config.output_dir / "quarantine.jsonl").read_text().splitlines()]
     assert [row["line"] for row in aside] == [2, 3]
     assert "no system turns here" in aside[0]["reason"] and "max_length 12" in aside[1]["reason"]
+
+
+def test_responses_that_are_learned_end_where_generation_would(tmp_path: Path) -> None:
+    """A turn ends with <unk>, which the generation config names, and the template writes on after it."""
+    folder = tiny.save_policy(tmp_path / "policy")
+    generation = folder / "generation_config.json"
+    generation.write_text(json.dumps({**json.loads(generation.read_text()), "eos_token_id": [2, 3]}))
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = tiny.TEMPLATE.replace("eos_token", "'<unk> w0'")
+    tokenizer.save_pretrained(folder)
+    config = sft_config(tmp_path, num_train_epochs=1, per_device_train_batch_size=24)
+    sft.run(config)
+    (row,) = (config.output_dir / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(row)["num_tokens"] == sum(1 + i % 5 + 1 for i in range(24))  # the words and <unk>
+    mixed = tiny.ppo_config(tmp_path, ptx_dataset=config.dataset, output_dir=tmp_path / "ppo")
+    trainer = ppo.Trainer.start(mixed, FunctionReward(tiny.share_of_w0))
+    assert trainer.text is not None
+    assert [e.response_ids.index(3) for e in trainer.text.examples] == [
+        len(e.response_ids) - 1 for e in trainer.text.examples
+    ]
 
 
 def test_a_conversation_that_is_too_long_is_set_aside_with_its_reason(tmp_path: Path) -> None:

@@ -184,6 +184,19 @@ def test_a_response_ends_at_its_first_eos_even_if_the_template_writes_on() -> No
     assert text(tokenizer, pair.response_ids) == "go</s>"
 
 
+def test_a_response_ends_where_its_turn_does_if_a_model_stops_there() -> None:
+    """Gemma-it: <end_of_turn> ends the turn and is in its generation config; the tokenizer's EOS is another."""
+    tokenizer = character_tokenizer(merged="<end>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end>")]
+    pair = chat.encode_pair(tokenizer, user_prompt("hi"), "go", eos_ids=ends)
+    assert text(tokenizer, pair.prompt_ids) == "u:hi<end>\na:"
+    assert text(tokenizer, pair.response_ids) == "go<end>"
+
+
 def test_a_response_gets_eos_where_the_template_writes_none() -> None:
     tokenizer = character_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
