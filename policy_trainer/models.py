@@ -164,6 +164,28 @@ def load_policy(
     return LoadedPolicy(model.to(device or default_device()), tokenizer)
 
 
+def load_reference(
+    model_name_or_path: str, policy: PreTrainedTokenizerBase, *, dtype: str = "float32"
+) -> PreTrainedModel:
+    """Load a model that reads the token ids that a policy has sampled.
+
+    Args:
+        model_name_or_path: as for `load_policy`.
+        policy: the policy's tokenizer.
+        dtype: `float32` or `bfloat16`.
+
+    Raises:
+        ModelError: it cannot be loaded, or other tokens have these ids: there is no KL to it.
+    """
+    reference = load_policy(model_name_or_path, dtype=dtype)
+    if reference.tokenizer.get_vocab() != policy.get_vocab():
+        raise ModelError(
+            f"the policy and its reference {model_name_or_path} have different vocabularies: there is no KL between "
+            "them; name another --ref_model"
+        )
+    return reference.model
+
+
 def _pretrained(model_name_or_path: str, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model and the tokenizer of a folder or a hub name; adapters are merged into their model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -304,9 +326,11 @@ class ActorCritic(nn.Module):
         return values
 
 
+@torch.no_grad()
 def hidden_size(model: PreTrainedModel) -> int:
-    """Width of the trunk's output."""
-    return int(model.config.get_text_config().hidden_size)
+    """Width of the trunk's output, as it is: OPT-350m's is another than its config's `hidden_size`."""
+    ids = torch.tensor([[0, 1]], device=model.device)  # any will do
+    return response_hidden(model.base_model, ids, torch.ones_like(ids), response_len=1).shape[-1]
 
 
 def build_value_head(policy: PreTrainedModel) -> nn.Linear:

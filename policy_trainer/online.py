@@ -35,7 +35,7 @@ from policy_trainer.checkpoint import (
 from policy_trainer.client import RewardClient
 from policy_trainer.config import OnlineConfig
 from policy_trainer.heldout import HeldOut, best_step, mark_best, reason_to_stop
-from policy_trainer.models import TrainedPolicy, eos_token_ids, fingerprint, load_policy, load_trained
+from policy_trainer.models import TrainedPolicy, eos_token_ids, fingerprint, load_reference, load_trained
 from policy_trainer.parallel import ALONE, SharedReward, World, joined, run_directory
 from policy_trainer.reward_source import Reward, RewardSource
 from policy_trainer.rollout import HFRollout, RolloutEngine, Sampled
@@ -143,7 +143,8 @@ class OnlineTrainer:
         """Load models and data, and the last checkpoint if there is one.
 
         Raises:
-            ModelError: a model cannot be loaded, or the reference is not the one that the run began with.
+            ModelError: a model cannot be loaded, or the reference has another vocabulary or is not the one that the run
+                began with.
             RewardServerError: the server serves other weights than those that the run began with.
         """
         checkpoint = load_latest(config.output_dir, world)
@@ -152,7 +153,8 @@ class OnlineTrainer:
         if trained.base is not None and config.ref_model is None:
             reference = trained.base
         else:
-            reference = load_policy(config.ref_model or config.model_name_or_path, dtype=config.dtype).model
+            name = config.ref_model or config.model_name_or_path
+            reference = load_reference(name, trained.tokenizer, dtype=config.dtype)
         reference.requires_grad_(False)
         trainer = cls(
             config=config,

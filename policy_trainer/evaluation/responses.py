@@ -11,10 +11,10 @@ from policy_trainer import optim
 from policy_trainer.branches import sequence_logprobs
 from policy_trainer.evaluation.config import EvaluatePolicyConfig
 from policy_trainer.evaluation.sides import Side, identity
-from policy_trainer.models import LoadedPolicy, eos_token_ids, load_policy
+from policy_trainer.models import eos_token_ids, load_policy, load_reference
 from policy_trainer.rollout import HFRollout, decode_response
 from rlaif.chat import encode_prompt
-from rlaif.errors import ConfigError, ModelError
+from rlaif.errors import ConfigError
 from rlaif.records import Quarantine, read_answers
 from rlaif.runs import progress
 from rlaif.storage import Journal
@@ -97,7 +97,9 @@ def _sampled(
 ) -> Iterator[list[Response]]:
     """Responses to the prompts from `start` on, chunk by chunk. A chunk's seed is its own."""
     policy, tokenizer = load_policy(side.source, dtype=config.dtype, chat_template=side.chat_template)
-    reference = _reference(side, config, tokenizer.get_vocab())
+    reference = None
+    if side.reference is not None and side.reference != side.source:
+        reference = load_reference(side.reference, tokenizer, dtype=config.dtype)
     eos_ids = eos_token_ids(policy, tokenizer)
     engine = HFRollout(policy, eos_ids, batch_size=config.generation_batch_size)
     ids = [encode_prompt(tokenizer, prompt, max_length=config.max_prompt_length) for prompt in prompts]
@@ -119,7 +121,7 @@ def _sampled(
         kls: Sequence[float | None] = [None] * len(chunk)
         if reference is not None:
             read = sequence_logprobs(
-                reference.model,
+                reference,
                 [(chunk[s.prompt_index], s.response_ids) for s in sampled],
                 config.temperature,
                 config.micro_batch_tokens,
@@ -134,15 +136,3 @@ def _sampled(
             )
             for s, kl in zip(sampled, kls, strict=True)
         ]
-
-
-def _reference(side: Side, config: EvaluatePolicyConfig, vocabulary: dict[str, int]) -> LoadedPolicy | None:
-    if side.reference is None or side.reference == side.source:
-        return None
-    reference = load_policy(side.reference, dtype=config.dtype)
-    if reference.tokenizer.get_vocab() != vocabulary:
-        raise ModelError(
-            f"{side.name} and its reference {side.reference} have different vocabularies: there is no KL between them; "
-            "name another --ref_model"
-        )
-    return reference

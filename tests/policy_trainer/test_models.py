@@ -276,3 +276,26 @@ def test_a_model_whose_responses_could_never_end_is_refused() -> None:
     model.generation_config.eos_token_id = tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no EOS token"):
         eos_token_ids(model, tokenizer)
+
+
+# ---- references ----
+
+
+def test_a_reference_with_other_tokens_under_the_same_ids_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save_policy(tmp_path / "reference")
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"w1"', '"x1"'))
+    config = tiny.ppo_config(tmp_path, ref_model=str(folder))
+    with pytest.raises(ModelError, match="different vocabularies"):
+        ppo.Trainer.start(config, FunctionReward(tiny.share_of_w0))
+
+
+def test_a_reference_may_have_rows_that_no_token_has(tmp_path: Path) -> None:
+    """Embeddings are padded to round numbers, and models of one family to different ones."""
+    folder = tiny.save_policy(tmp_path / "reference")
+    wider = tiny.model()
+    wider.resize_token_embeddings(64)
+    wider.save_pretrained(folder)
+    config = tiny.ppo_config(tmp_path, ref_model=str(folder))
+    trainer = ppo.Trainer.start(config, FunctionReward(tiny.share_of_w0))
+    assert trainer.reference.get_output_embeddings().weight.shape[0] == 64
