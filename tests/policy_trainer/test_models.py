@@ -5,13 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification, OPTConfig, OPTForCausalLM
 
 from policy_trainer import ppo, sft
 from policy_trainer.batching import collate
 from policy_trainer.config import PPOConfig, SFTConfig
 from policy_trainer.logprobs import token_logprobs
-from policy_trainer.models import build_critic, eos_token_ids, fingerprint, load_policy
+from policy_trainer.models import (
+    ActorCritic,
+    build_critic,
+    build_value_head,
+    eos_token_ids,
+    fingerprint,
+    load_policy,
+)
 from policy_trainer.optim import lr_factor, shuffled_stream
 from policy_trainer.reward_source import FunctionReward
 from rlaif.errors import ConfigError, DataError, ModelError
@@ -54,6 +61,20 @@ def test_a_critic_from_a_reward_model_values_a_whole_response_as_the_server_rewa
         batch = collate([ids[:3]], [[*ids[3:], 9]])
         values = critic(batch.input_ids, batch.attention_mask, batch.response_len)
     assert values[0, -1].item() == pytest.approx((raw.item() - 0.5) / 2.0, abs=1e-5)
+
+
+def test_values_are_read_from_a_trunk_whose_output_is_narrower_than_its_layers() -> None:
+    """OPT-350m: 24 layers of width 1024, and an output of width 512."""
+    config = OPTConfig(
+        vocab_size=30, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
+        word_embed_proj_dim=8, do_layer_norm_before=False,
+    )  # fmt: skip
+    policy = OPTForCausalLM(config).eval()
+    batch = collate([[1, 5, 6]], [[7, 8, 2]])
+    for model in (build_critic(policy, "policy"), ActorCritic(policy, build_value_head(policy))):
+        read = model.values if isinstance(model, ActorCritic) else model
+        values = read(batch.input_ids, batch.attention_mask, batch.response_len)
+        assert values is not None and values.tolist() == [[0.0, 0.0, 0.0]]
 
 
 def test_a_reward_model_with_another_vocabulary_cannot_be_a_critic(tmp_path: Path) -> None:
