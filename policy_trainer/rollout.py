@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,10 +13,10 @@ from policy_trainer.batching import PAD_FILL, length_buckets
 from policy_trainer.logprobs import gather_logprobs
 from policy_trainer.optim import step_seed
 from policy_trainer.parallel import ALONE, World
-from rlaif.errors import QualityError
+from rlaif.errors import ModelError, QualityError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Sampled(NamedTuple):
@@ -113,6 +114,7 @@ class HFRollout:
 
         Raises:
             ValueError: a prompt is empty or `temperature` is not positive.
+            ModelError: the model cannot be sampled from in this way.
             QualityError: the policy's logits are not finite.
         """
         if temperature <= 0 or not all(prompt_ids):
@@ -146,8 +148,14 @@ class HFRollout:
         longest = max(map(len, prompts))
         input_ids = torch.tensor([[PAD_FILL] * (longest - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        cache = DynamicCache(config=self._model.config)
-        logits = self._step(input_ids, mask, (mask.cumsum(1) - mask), cache)
+        # `reorder_cache` is the one way to repeat and choose rows that recurrent states have as well.
+        cache: Any = DynamicCache(config=self._model.config)
+        named: dict[str, Cache] = {cache_name(self._model): cache}
+        logits = self._step(input_ids, mask, (mask.cumsum(1) - mask), named)
+        recurrent = any(hasattr(layer, "recurrent_states") for layer in cache.layers)
+        if recurrent and not cache.has_previous_state():
+            # RecurrentGemma keeps its states to itself: which rows they follow cannot be chosen.
+            raise _cannot_sample(self._model)
         if not torch.isfinite(logits).all():
             raise QualityError(
                 "the policy's logits are not finite: training has diverged; start again from an earlier checkpoint "
@@ -156,7 +164,7 @@ class HFRollout:
         if copies > 1:
             logits = logits.repeat_interleave(copies, dim=0)
             mask = mask.repeat_interleave(copies, dim=0)
-            cache.batch_repeat_interleave(copies)
+            cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(copies))
 
         n = len(prompts) * copies
         tokens = torch.full((n, max_new_tokens), PAD_FILL, device=device)
@@ -180,10 +188,10 @@ class HFRollout:
                 break
             if alive <= len(rows) // 2:
                 keep = live.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)
                 rows, token, mask, live = rows[keep], token[keep], mask[keep], live[keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            logits = self._step(token.unsqueeze(1), mask, mask.sum(1, keepdim=True) - 1, cache)
+            logits = self._step(token.unsqueeze(1), mask, mask.sum(1, keepdim=True) - 1, named)
 
         return [
             (ids[:length], lps[:length], done)
@@ -192,18 +200,41 @@ class HFRollout:
             )
         ]
 
-    def _step(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: object) -> Tensor:
-        """Next-token logits after `input_ids` (N, S): (N, V). `cache` grows by S positions."""
+    def _step(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: dict[str, Cache]) -> Tensor:
+        """Next-token logits after `input_ids` (N, S): (N, V). `cache`, by its name, grows by S positions."""
+        # A model of recurrent states alone reads a mask of the new tokens, and after the prompt all are real.
+        every_token = "past_key_values" in cache or input_ids.shape[1] > 1
         out = self._model(
             input_ids=input_ids,
-            attention_mask=mask,
+            attention_mask=mask if every_token else None,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **cache,
         )
         logits: Tensor = out.logits[:, -1]
         return logits
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """What the model's forward calls its cache: most would ignore one under another name.
+
+    Raises:
+        ModelError: it takes none, or cannot be told what is padding.
+    """
+    known = inspect.signature(type(model).forward).parameters
+    if "past_key_values" in known:
+        return "past_key_values"
+    if "cache_params" in known and "attention_mask" in known:  # Mamba
+        return "cache_params"
+    raise _cannot_sample(model)
+
+
+def _cannot_sample(model: PreTrainedModel) -> ModelError:
+    return ModelError(
+        f"transformers cannot sample from {type(model).__name__} in batches, as it has no cache for that: use another "
+        "model, or --use_vllm if vLLM knows it"
+    )
 
 
 def decode_response(

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from policy_trainer.batching import collate, length_buckets, pad_right
 from policy_trainer.logprobs import token_logprobs
 from policy_trainer.rollout import HFRollout, Sampled, decode_response
+from rlaif.errors import ModelError
 from tests.policy_trainer import tiny
 
 PROMPTS = [[1, 4, 6 + i % 20, *range(7, 7 + i % 5), 5] for i in range(24)]
@@ -49,6 +51,69 @@ def test_log_probabilities_are_the_trainers(copies: int) -> None:
         ).logprobs
     engine = pad_right([torch.tensor(s.logprobs) for s in sampled], batch.response_len)
     torch.testing.assert_close(engine, ours * batch.response_mask, atol=2e-5, rtol=0)
+
+
+_WIDTH = {
+    "vocab_size": len(tiny.VOCABULARY),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
+}
+_DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "head_dim": 8,
+}
+_SSM = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("qwen3_5", {"text_config": {**_WIDTH, **_DELTA}}),
+        ("bamba", {**_WIDTH, **_SSM, "attn_layer_indices": [1, 3]}),
+        ("falcon_h1", {**_WIDTH, **_SSM, "mamba_d_ssm": 64}),
+        ("mamba", {"vocab_size": len(tiny.VOCABULARY), "hidden_size": 32, "num_hidden_layers": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_recurrent_states_follow_their_rows(kind: str, settings: dict[str, object]) -> None:
+    """Against the model's own forward, one sequence at a time: prompts of several lengths, copies, rows that leave."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).eval()
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
+    engine = HFRollout(model, range(2, 30, 3))
+    sampled = engine.generate(PROMPTS[:5], num_return_sequences=3, max_new_tokens=10, temperature=4.0, seed=0)
+    assert len({len(s.response_ids) for s in sampled}) > 3
+    for s in sampled:
+        ids = [*PROMPTS[s.prompt_index], *s.response_ids]
+        with torch.no_grad():
+            rows = model(torch.tensor([ids]), use_cache=False).logits[0].div(4).log_softmax(-1)
+        before = range(len(PROMPTS[s.prompt_index]) - 1, len(ids) - 1)
+        expected = [rows[at, ids[at + 1]].item() for at in before]
+        assert s.logprobs == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("openai-gpt", {"vocab_size": 30, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}),
+        ("recurrent_gemma", {**_WIDTH, "lru_width": 32}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_architecture_without_a_cache_for_batches_is_refused(
+    kind: str, settings: dict[str, object]
+) -> None:
+    config = AutoConfig.for_model(kind, **settings)
+    engine = HFRollout(AutoModelForCausalLM.from_config(config).eval(), [2])
+    with pytest.raises(ModelError, match="transformers cannot sample from"):
+        engine.generate(PROMPTS[:2], max_new_tokens=4, temperature=1.0, seed=0)
 
 
 def test_a_response_ends_at_its_first_eos_or_at_the_limit() -> None:
