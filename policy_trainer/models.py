@@ -196,7 +196,12 @@ def _pretrained(model_name_or_path: str, dtype: torch.dtype) -> tuple[Any, PreTr
         tokenizer = AutoTokenizer.from_pretrained(path)
         adapters = find_adapter_config_file(path)
         if adapters is None:
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), tokenizer
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            if missing := sorted(loaded[1]["missing_keys"]):
+                raise ModelError(
+                    f"{model_name_or_path!r} is no causal language model: it lacks weights, such as {missing[0]}"
+                )
+            return loaded[0], tokenizer
         base = json.loads(Path(adapters).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, KeyError) as err:
         raise _cannot_load(model_name_or_path, err) from err

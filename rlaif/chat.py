@@ -6,6 +6,7 @@ without further special tokens, so a token that the template writes is never wri
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -59,7 +60,7 @@ class EncodedPair(NamedTuple):
 
 
 def ensure_template(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
-    """Give the tokenizer a chat template: the one asked for, else its own, else `plain`.
+    """Give the tokenizer a chat template: the one asked for, else its own, else `plain`, which is said on stderr.
 
     Args:
         tokenizer: changed in place.
@@ -71,6 +72,11 @@ def ensure_template(tokenizer: PreTrainedTokenizerBase, template: str | None = N
     if template is None:
         if not tokenizer.chat_template:
             tokenizer.chat_template = BUILTIN_TEMPLATES["plain"]
+            print(
+                f"warning: {tokenizer.name_or_path} has no chat template: the turns of a conversation are joined with "
+                "nothing between them (give it one, or --chat_template where a command has it)",
+                file=sys.stderr,
+            )
         return
     if template in BUILTIN_TEMPLATES:
         tokenizer.chat_template = BUILTIN_TEMPLATES[template]

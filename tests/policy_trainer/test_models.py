@@ -89,6 +89,18 @@ def test_an_unknown_model_is_one_clear_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_reward_model_is_no_policy(tmp_path: Path) -> None:
+    """It has no head over the vocabulary: a random one would be trained."""
+    tiny.save_policy(tmp_path)
+    config = tiny.model().config
+    config.num_labels = 1
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"no causal language model: it lacks weights, such as lm_head\.weight"
+    ):
+        load_policy(str(tmp_path))
+
+
 def test_a_pad_beyond_the_embedding_gets_a_row_and_policies_stay_equal(tmp_path: Path) -> None:
     folder = tiny.save_policy(tmp_path)
     settings = json.loads((folder / "tokenizer_config.json").read_text())

@@ -91,6 +91,17 @@ def test_a_tokenizer_keeps_its_own_template_unless_another_is_asked_for(tmp_path
     assert chat.render(tokenizer, DIALOGUE, add_generation_prompt=False) == "hi"
 
 
+def test_a_tokenizer_without_a_template_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = character_tokenizer()
+    chat.ensure_template(tokenizer, "plain")
+    chat.ensure_template(tokenizer)
+    assert capsys.readouterr().err == ""
+    tokenizer.chat_template = None
+    chat.ensure_template(tokenizer)
+    assert tokenizer.chat_template == chat.BUILTIN_TEMPLATES["plain"]
+    assert "has no chat template" in capsys.readouterr().err
+
+
 def test_a_missing_or_broken_template_file_is_one_clear_line(tmp_path: Path) -> None:
     tokenizer = character_tokenizer()
     with pytest.raises(ConfigError, match="neither a readable file nor one of plain, transcript"):
