@@ -15,7 +15,6 @@ from labeler.audit.calibration import Calibration
 from labeler.audit.lineage import relatives
 from labeler.card import keep_rubric, write_card
 from labeler.config import JudgeConfig, PairsConfig
-from labeler.export.files import open_rows
 from labeler.judge import Judge
 from labeler.jury import Jury
 from labeler.loop import replay, side_by_side
@@ -27,6 +26,7 @@ from labeler.outputs import (
     write_unlabelled,
 )
 from labeler.preferences import SCHEMA, PreferenceReport, dataset_row, is_tie, open_row
+from labeler.row_files import open_rows
 from labeler.rubric import Rubric, load_rubric
 from labeler.session import Session, open_session
 from labeler.validation import Validation, write_validation

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 from labeler.card import read_source
 from labeler.export.card import export_card
 from labeler.export.config import SUFFIXES, ExportConfig
-from labeler.export.files import RowFile, open_rows
 from labeler.export.hub import check_login, push
 from labeler.export.shapes import (
     SCHEMAS,
@@ -26,6 +25,7 @@ from labeler.export.shapes import (
     with_extra_as_json,
 )
 from labeler.outputs import print_summary
+from labeler.row_files import RowFile, open_rows
 from labeler.validation import Validation, write_validation
 from rlaif.errors import DataError
 from rlaif.records import PREFERENCES_FILE, Quarantine, read_preferences
