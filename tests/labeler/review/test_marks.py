@@ -116,7 +116,7 @@ def test_marks_become_pairs_that_the_readers_read(tmp_path: Path) -> None:
         ("A", "B", 0.75), ("A", "B", 1.0), ("A", "C", 0.5), ("B", "C", 0.0), ("A", "B", 0.0),
     ]  # fmt: skip
     assert rows[0]["annotators"] == ["ann", "bob"]
-    assert read[0].human_votes == (Vote("annotator1", 1.0), Vote("annotator2", 0.5))
+    assert read[0].human_votes == (Vote("ann", 1.0), Vote("bob", 0.5))
 
 
 def test_grades_become_scores_that_the_readers_read(tmp_path: Path) -> None:
