@@ -49,7 +49,7 @@ FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 5.0
 PROBE_TIMEOUT_S = 5.0
 UNANNOUNCED_WAIT_S = 1.0
-ANNOUNCED_AFTER_S = 5.0
+ANNOUNCED_AFTER_S = 3.0
 """A call that has waited so long for its server says so."""
 REQUEST_OVERHEAD_BYTES = 1024
 """Room left in a request for everything that is not an item (version, flags, framing)."""
