@@ -11,11 +11,13 @@ import asyncio
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from enum import IntEnum
+from statistics import median
 
 from reward_server.observe import Observer
 from reward_server.plan import families
@@ -132,20 +134,20 @@ class _Waiting:
 
 @dataclass(slots=True)
 class _Rate:
-    """Tokens per second over recent batches that left others waiting, for estimates.
+    """Tokens per second, for estimates: the median over the last batches that left others waiting.
 
-    A batch that takes all there is tells what was asked for, not what the device can do.
+    A batch that takes all there is tells what was asked for, not what the device can do; nor does one that the machine
+    held up, which is why it is the median, of three at least.
     """
 
-    tokens_per_s: float = 0.0
+    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=9))
 
     def update(self, tokens: int, seconds: float) -> None:
-        current = tokens / max(seconds, 1e-6)
-        self.tokens_per_s = current if self.tokens_per_s == 0 else 0.8 * self.tokens_per_s + 0.2 * current
+        self._recent.append(tokens / max(seconds, 1e-6))
 
-    def seconds(self, tokens: int) -> float:
-        """How long so many tokens take; 0 as long as nothing was measured."""
-        return tokens / self.tokens_per_s if self.tokens_per_s else 0.0
+    def seconds(self, tokens: int) -> float | None:
+        """How long so many tokens take; None as long as too little was measured."""
+        return tokens / median(self._recent) if len(self._recent) >= 3 else None
 
 
 class Batcher:
@@ -312,8 +314,10 @@ class Batcher:
     def _enqueue(self, entries: list[_Entry], cost: int) -> bool:
         """Let the items wait for their turn; False if their deadline comes before it, and nothing is queued."""
         request = entries[0].request
-        ahead = cost + sum(e.item.tokens for p in Priority if p <= request.priority for e in self._queues[p])
-        if time.monotonic() + self._rate.seconds(ahead) > request.deadline:
+        ahead = sum(e.item.tokens for p in Priority if p <= request.priority for e in self._queues[p])
+        # With nobody ahead it is tried: an estimate by which all were refused would never be made anew.
+        needed = self._rate.seconds(ahead + cost) if ahead else None
+        if time.monotonic() + (needed or 0.0) > request.deadline:
             return False
         if self._gone is not None:
             for entry in entries:
@@ -349,9 +353,8 @@ class Batcher:
         return items <= self._max_queue_items and tokens <= self._max_queue_tokens
 
     def _retry_after(self) -> float:
-        if self._rate.tokens_per_s == 0:
-            return 1.0
-        return min(max(self._rate.seconds(self._queued_tokens) / 2, 0.05), 30.0)
+        needed = self._rate.seconds(self._queued_tokens)
+        return 1.0 if needed is None else min(max(needed / 2, 0.05), 30.0)
 
     def _drop(self, request: _Request) -> None:
         gone = {id(e) for e in self._queues[request.priority] if e.request is request}

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import pytest
 from hypothesis import given, settings
@@ -26,6 +27,25 @@ def task(length: int, *, alone: bool = False) -> Task:
 def batcher(scorer: LengthScorer, **limits: int) -> Batcher:
     defaults = {"max_batch_tokens": 64, "max_queue_tokens": 10**6, "max_queue_items": 10**6}
     return Batcher(scorer, **{**defaults, **limits})
+
+
+@asynccontextmanager
+async def busy(scorer: LengthScorer, first: Task | None = None, **limits: int) -> AsyncIterator[Batcher]:
+    """A queue whose scorer computes one item, of one token unless another is given, until its gate is set."""
+    scorer.gate.clear()
+    queue = batcher(scorer, **limits)
+    queue.start()
+    running = asyncio.ensure_future(queue.submit([first or task(1)]))
+    await scorer.started.wait()
+    yield queue
+    await running
+    await queue.stop()
+
+
+async def queued(queue: Batcher, tokens: int) -> None:
+    """Wait until so many tokens wait for their turn."""
+    while queue.queued_tokens != tokens:
+        await asyncio.sleep(0.001)
 
 
 @settings(max_examples=40, deadline=None)
@@ -52,17 +72,11 @@ def test_each_item_is_computed_once_within_the_budget_and_answered_in_order(
 def test_a_batch_takes_the_oldest_item_and_those_of_its_length() -> None:
     async def scenario() -> None:
         scorer = LengthScorer()
-        scorer.gate.clear()
-        queue = batcher(scorer, max_batch_tokens=40)
-        queue.start()
-        first = asyncio.ensure_future(queue.submit([task(1)]))
-        await scorer.started.wait()
-        waiting = asyncio.ensure_future(queue.submit([task(n) for n in (20, 3, 19, 4, 5)]))
-        while queue.queued_tokens != 51:
-            await asyncio.sleep(0.001)
-        scorer.gate.set()
-        await asyncio.gather(first, waiting)
-        await queue.stop()
+        async with busy(scorer, max_batch_tokens=40) as queue:
+            waiting = asyncio.ensure_future(queue.submit([task(n) for n in (20, 3, 19, 4, 5)]))
+            await queued(queue, 51)
+            scorer.gate.set()
+            await waiting
         assert [[len(r) for r in batch] for batch in scorer.batches] == [[1], [20, 19], [3, 4, 5]]
 
     asyncio.run(scenario())
@@ -94,8 +108,7 @@ def test_an_idle_queue_takes_a_request_larger_than_its_bounds() -> None:
         running = asyncio.ensure_future(queue.submit([task(1)]))
         await scorer.started.wait()
         waiting = asyncio.ensure_future(queue.submit([task(9)]))
-        while queue.queued_tokens != 9:
-            await asyncio.sleep(0.001)
+        await queued(queue, 9)
         with pytest.raises(Overloaded) as refused:
             await queue.submit([task(2)])
         assert refused.value.retry_after_s > 0
@@ -109,36 +122,42 @@ def test_an_idle_queue_takes_a_request_larger_than_its_bounds() -> None:
 def test_an_item_whose_time_is_up_when_its_turn_comes_is_not_computed() -> None:
     async def scenario() -> None:
         scorer = LengthScorer()
-        scorer.gate.clear()
-        queue = batcher(scorer)
-        queue.start()
-        running = asyncio.ensure_future(queue.submit([task(1)]))
-        await scorer.started.wait()
-        late = asyncio.ensure_future(queue.submit([task(5)], time_left_s=0.05))
-        while queue.queued_tokens != 5:
-            await asyncio.sleep(0.001)
-        await asyncio.sleep(0.06)
-        scorer.gate.set()
-        await running
-        outcome = (await late).outcomes[0]
-        await queue.stop()
+        async with busy(scorer) as queue:
+            late = asyncio.ensure_future(queue.submit([task(5)], time_left_s=0.05))
+            await queued(queue, 5)
+            await asyncio.sleep(0.06)
+            scorer.gate.set()
+            outcome = (await late).outcomes[0]
         assert isinstance(outcome, Failure) and outcome.problem == "expired"
         assert scorer.computed == ["x"]
 
     asyncio.run(scenario())
 
 
-def test_a_request_that_cannot_be_done_in_time_is_refused_before_it_is_queued() -> None:
+@pytest.mark.parametrize(("ahead", "time_left_s"), [(0, 0.0), (100, 1.0)])
+def test_a_request_that_cannot_be_done_in_time_is_refused_before_it_is_queued(
+    ahead: int, time_left_s: float
+) -> None:
+    class Slow(LengthScorer):
+        async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
+            await asyncio.sleep(0.05)
+            return await super().score(batch)
+
     async def scenario() -> None:
-        scorer = LengthScorer()
-        queue = batcher(scorer)
+        scorer = Slow()
+        queue = batcher(scorer, max_batch_tokens=1)  # one item a batch: 20 tokens a second
         queue.start()
-        await queue.submit([task(10)])  # from now on the rate is known
-        before = len(scorer.computed)
+        await queue.submit([task(1)] * 5)  # from now on the rate is known
+        others = asyncio.ensure_future(queue.submit([task(1)] * ahead)) if ahead else None
+        while queue.queued_tokens < ahead - 1:
+            await asyncio.sleep(0.001)
+        before = queue.queued_tokens
         with pytest.raises(TooLate):
-            await queue.submit([task(5)], time_left_s=0.0)
+            await queue.submit([task(2)], time_left_s=time_left_s)
+        assert queue.queued_tokens <= before and "xx" not in scorer.computed
+        if others:
+            others.cancel()
         await queue.stop()
-        assert len(scorer.computed) == before and queue.queued_tokens == 0
 
     asyncio.run(scenario())
 
@@ -160,13 +179,73 @@ def test_no_request_is_refused_for_a_deadline_that_the_device_can_meet(
             return await super().score(batch)
 
     async def scenario() -> None:
-        queue = batcher(Slow(), max_batch_tokens=10**4)
+        scorer = Slow()
+        queue = batcher(scorer, max_batch_tokens=10**4)
         queue.start()
         # One token in 0.01 s, by one lane, would make 38 s of the first case and 3 s of the second.
-        await queue.submit([task(n) for n in before])
-        report = await queue.submit([task(n) for n in then], time_left_s=2.5)
+        for _ in range(3):
+            await queue.submit([task(n) for n in before])
+        scorer.gate.clear()
+        scorer.started.clear()
+        running = asyncio.ensure_future(queue.submit([task(1)] * lanes))
+        await scorer.started.wait()
+        while queue.queued_tokens:
+            await asyncio.sleep(0.001)
+        ahead = asyncio.ensure_future(queue.submit([task(1)]))
+        while not queue.queued_tokens:
+            await asyncio.sleep(0.001)
+        late = asyncio.ensure_future(queue.submit([task(n) for n in then], time_left_s=2.5))
+        await asyncio.sleep(0.01)
+        scorer.gate.set()
+        report = (await asyncio.gather(running, ahead, late))[2]
         await queue.stop()
         assert len(report.outcomes) == len(then)
+
+    asyncio.run(scenario())
+
+
+class HeldUp(LengthScorer):
+    """Its first batches take 0.2 s: two tokens each are 10 a second, by which 60 tokens would take 6 s."""
+
+    def __init__(self, slow: int) -> None:
+        super().__init__()
+        self._slow = slow
+
+    async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
+        if len(self.batches) < self._slow:
+            await asyncio.sleep(0.2)
+            self.batches.append(["x" * item.tokens for item in batch])
+            return [Scored(2.0, item.tokens) for item in batch]
+        return await super().score(batch)
+
+
+def test_one_batch_that_the_machine_held_up_tells_nothing_of_those_to_come() -> None:
+    async def scenario() -> None:
+        scorer = HeldUp(1)
+        scorer.gate.clear()
+        queue = batcher(scorer, max_batch_tokens=2)
+        queue.start()
+        running = asyncio.ensure_future(queue.submit([task(2)] * 12))
+        while not scorer.started.is_set():  # the second batch
+            await asyncio.sleep(0.001)
+        then = asyncio.ensure_future(queue.submit([task(2)] * 30, time_left_s=3.0))
+        await asyncio.sleep(0.01)
+        scorer.gate.set()
+        _, report = await asyncio.gather(running, then)
+        assert all(isinstance(outcome, Scored) for outcome in report.outcomes)
+        await queue.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_machine_that_was_held_up_for_long_refuses_nobody_for_good() -> None:
+    async def scenario() -> None:
+        queue = batcher(HeldUp(5), max_batch_tokens=2)
+        queue.start()
+        await queue.submit([task(2)] * 5)
+        report = await queue.submit([task(2)] * 30, time_left_s=3.0)  # nobody is ahead of it
+        assert all(isinstance(outcome, Scored) for outcome in report.outcomes)
+        await queue.stop()
 
     asyncio.run(scenario())
 
@@ -174,20 +253,13 @@ def test_no_request_is_refused_for_a_deadline_that_the_device_can_meet(
 def test_interactive_items_go_first_and_bulk_is_not_starved() -> None:
     async def scenario() -> None:
         scorer = LengthScorer()
-        scorer.gate.clear()
-        queue = batcher(scorer, max_batch_tokens=1)  # one item a batch
-        queue.start()
-        first = asyncio.ensure_future(queue.submit([task(1)]))
-        await scorer.started.wait()
-        bulk = asyncio.ensure_future(queue.submit([task(2)] * 2, priority=Priority.BULK))
-        while queue.queued_tokens != 4:
-            await asyncio.sleep(0.001)
-        quick = asyncio.ensure_future(queue.submit([task(3)] * 20))
-        while queue.queued_tokens != 64:
-            await asyncio.sleep(0.001)
-        scorer.gate.set()
-        await asyncio.gather(first, bulk, quick)
-        await queue.stop()
+        async with busy(scorer, max_batch_tokens=1) as queue:  # one item a batch
+            bulk = asyncio.ensure_future(queue.submit([task(2)] * 2, priority=Priority.BULK))
+            await queued(queue, 4)
+            quick = asyncio.ensure_future(queue.submit([task(3)] * 20))
+            await queued(queue, 64)
+            scorer.gate.set()
+            await asyncio.gather(bulk, quick)
         order = [len(text) for text in scorer.computed][1:]
         assert order[:7] == [3] * 7, "interactive first"
         assert order.index(2) == 7, "the eighth batch is the bulk's turn"
@@ -199,18 +271,12 @@ def test_interactive_items_go_first_and_bulk_is_not_starved() -> None:
 def test_items_that_must_not_depend_on_neighbours_have_a_batch_of_their_own() -> None:
     async def scenario() -> None:
         scorer = LengthScorer()
-        scorer.gate.clear()
-        queue = batcher(scorer)
-        queue.start()
-        first = asyncio.ensure_future(queue.submit([task(1)]))
-        await scorer.started.wait()
-        together = asyncio.ensure_future(queue.submit([task(4)] * 3))
-        apart = asyncio.ensure_future(queue.submit([task(5, alone=True)] * 2))
-        while queue.queued_tokens != 22:
-            await asyncio.sleep(0.001)
-        scorer.gate.set()
-        await asyncio.gather(first, together, apart)
-        await queue.stop()
+        async with busy(scorer) as queue:
+            together = asyncio.ensure_future(queue.submit([task(4)] * 3))
+            apart = asyncio.ensure_future(queue.submit([task(5, alone=True)] * 2))
+            await queued(queue, 22)
+            scorer.gate.set()
+            await asyncio.gather(together, apart)
         assert [[len(text) for text in batch] for batch in scorer.batches] == [[1], [4, 4, 4], [5], [5]]
 
     asyncio.run(scenario())
@@ -219,20 +285,14 @@ def test_items_that_must_not_depend_on_neighbours_have_a_batch_of_their_own() ->
 def test_a_waiting_request_is_let_in_when_there_is_room() -> None:
     async def scenario() -> None:
         scorer = LengthScorer()
-        scorer.gate.clear()
-        queue = batcher(scorer, max_queue_items=2)
-        queue.start()
-        first = asyncio.ensure_future(queue.submit([task(1)]))
-        await scorer.started.wait()
-        full = asyncio.ensure_future(queue.submit([task(2)] * 2))
-        while queue.queued_tokens != 4:
-            await asyncio.sleep(0.001)
-        with pytest.raises(Overloaded):
-            await queue.submit([task(3)])
-        patient = asyncio.ensure_future(queue.submit([task(3)], wait_s=math.inf))
-        scorer.gate.set()
-        report = (await asyncio.gather(first, full, patient))[2]
-        await queue.stop()
+        async with busy(scorer, max_queue_items=2) as queue:
+            full = asyncio.ensure_future(queue.submit([task(2)] * 2))
+            await queued(queue, 4)
+            with pytest.raises(Overloaded):
+                await queue.submit([task(3)])
+            patient = asyncio.ensure_future(queue.submit([task(3)], wait_s=math.inf))
+            scorer.gate.set()
+            _, report = await asyncio.gather(full, patient)
         assert [o.raw for o in report.outcomes if isinstance(o, Scored)] == [3.0]
 
     asyncio.run(scenario())
@@ -329,28 +389,22 @@ def test_who_waits_for_room_is_told_when_it_is_too_late_or_patience_ends_and_lea
 ):
     async def scenario() -> None:
         scorer = LengthScorer()
-        scorer.gate.clear()
-        queue = batcher(scorer, max_queue_items=2)
-        queue.start()
-        first = asyncio.ensure_future(queue.submit([task(1)]))
-        await scorer.started.wait()
-        full = asyncio.ensure_future(queue.submit([task(2)] * 2))
-        while queue.queued_tokens != 4:
-            await asyncio.sleep(0.001)
-        late = asyncio.ensure_future(queue.submit([task(3)], time_left_s=0.05, wait_s=math.inf))
-        with pytest.raises(Overloaded):
-            await queue.submit([task(4)], wait_s=0.1)
-        gone = asyncio.ensure_future(queue.submit([task(5)], wait_s=math.inf))
-        patient = asyncio.ensure_future(queue.submit([task(6)], wait_s=60.0))
-        await asyncio.sleep(0.02)
-        gone.cancel()
-        scorer.gate.set()
-        await asyncio.gather(first, full, patient)
-        with pytest.raises(TooLate):
-            await late
-        with pytest.raises(asyncio.CancelledError):
-            await gone
-        await queue.stop()
+        async with busy(scorer, max_queue_items=2) as queue:
+            full = asyncio.ensure_future(queue.submit([task(2)] * 2))
+            await queued(queue, 4)
+            late = asyncio.ensure_future(queue.submit([task(3)], time_left_s=0.05, wait_s=math.inf))
+            with pytest.raises(Overloaded):
+                await queue.submit([task(4)], wait_s=0.1)
+            gone = asyncio.ensure_future(queue.submit([task(5)], wait_s=math.inf))
+            patient = asyncio.ensure_future(queue.submit([task(6)], wait_s=60.0))
+            await asyncio.sleep(0.02)
+            gone.cancel()
+            scorer.gate.set()
+            await asyncio.gather(full, patient)
+            with pytest.raises(TooLate):
+                await late
+            with pytest.raises(asyncio.CancelledError):
+                await gone
         assert [len(text) for text in scorer.computed] == [1, 2, 2, 6]
 
     asyncio.run(scenario())
@@ -359,22 +413,16 @@ def test_who_waits_for_room_is_told_when_it_is_too_late_or_patience_ends_and_lea
 def test_no_more_items_wait_for_room_than_the_queue_holds() -> None:
     async def scenario() -> None:
         scorer = LengthScorer()
-        scorer.gate.clear()
-        queue = batcher(scorer, max_queue_items=2)
-        queue.start()
-        first = asyncio.ensure_future(queue.submit([task(1)]))
-        await scorer.started.wait()
-        full = asyncio.ensure_future(queue.submit([task(2)] * 2))
-        while queue.queued_tokens != 4:
-            await asyncio.sleep(0.001)
-        patient = asyncio.ensure_future(queue.submit([task(3)] * 2, wait_s=60.0))
-        with pytest.raises(Overloaded):
-            while True:  # until the patient ones have come as far as the queue
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(queue.submit([task(4)], wait_s=60.0), 0.01)
-        scorer.gate.set()
-        await asyncio.gather(first, full, patient)
-        await queue.stop()
+        async with busy(scorer, max_queue_items=2) as queue:
+            full = asyncio.ensure_future(queue.submit([task(2)] * 2))
+            await queued(queue, 4)
+            patient = asyncio.ensure_future(queue.submit([task(3)] * 2, wait_s=60.0))
+            with pytest.raises(Overloaded):
+                while True:  # until the patient ones have come as far as the queue
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(queue.submit([task(4)], wait_s=60.0), 0.01)
+            scorer.gate.set()
+            await asyncio.gather(full, patient)
         assert len(scorer.computed) == 5
 
     asyncio.run(scenario())
@@ -426,21 +474,14 @@ def test_bad_items_fail_alone_after_few_passes(bad: set[int]) -> None:
 def test_a_cancelled_request_leaves_the_queue_and_is_not_computed() -> None:
     async def scenario() -> None:
         scorer = LengthScorer()
-        scorer.gate.clear()
-        queue = batcher(scorer)
-        queue.start()
-        running = asyncio.ensure_future(queue.submit([task(1)]))
-        await scorer.started.wait()
-        gone = asyncio.ensure_future(queue.submit([task(9), task(9)]))
-        while queue.queued_tokens != 18:
-            await asyncio.sleep(0.001)
-        gone.cancel()
-        await asyncio.gather(gone, return_exceptions=True)
-        assert queue.queued_tokens == 0
-        scorer.gate.set()
-        await running
-        await queue.submit([task(2)])
-        await queue.stop()
+        async with busy(scorer) as queue:
+            gone = asyncio.ensure_future(queue.submit([task(9), task(9)]))
+            await queued(queue, 18)
+            gone.cancel()
+            await asyncio.gather(gone, return_exceptions=True)
+            assert queue.queued_tokens == 0
+            scorer.gate.set()
+            await queue.submit([task(2)])
         assert [len(r) for r in scorer.computed] == [1, 2]
 
     asyncio.run(scenario())
@@ -466,18 +507,12 @@ def test_responses_to_one_prompt_are_computed_together_as_far_as_the_budget_goes
 
     async def scenario() -> None:
         scorer = Sharing()
-        scorer.gate.clear()
-        queue = batcher(scorer, max_batch_tokens=600)
-        queue.start()
-        first = asyncio.ensure_future(queue.submit([response("x", 1)]))
-        await scorer.started.wait()
-        mixed = [response(prompt, 40 + n) for n in range(3) for prompt in "abc"]
-        waiting = asyncio.ensure_future(queue.submit([*mixed, response("d", 30)]))
-        while queue.queued_tokens != 9 * 241 + 230:
-            await asyncio.sleep(0.001)
-        scorer.gate.set()
-        _, report = await asyncio.gather(first, waiting)
-        await queue.stop()
+        async with busy(scorer, response("x", 1), max_batch_tokens=600) as queue:
+            mixed = [response(prompt, 40 + n) for n in range(3) for prompt in "abc"]
+            waiting = asyncio.ensure_future(queue.submit([*mixed, response("d", 30)]))
+            await queued(queue, 9 * 241 + 230)
+            scorer.gate.set()
+            report = await waiting
         # three of one prompt take 200 + 3 * 41 tokens; what is left would hold a part of the next three, or the d
         prompts = ["".join(text[0] for text in batch) for batch in scorer.batches]
         assert prompts == ["x", "aaad", "bbb", "ccc"]
@@ -489,18 +524,12 @@ def test_responses_to_one_prompt_are_computed_together_as_far_as_the_budget_goes
 def test_the_older_of_equals_goes_first_and_who_was_passed_over_before_the_nearer() -> None:
     async def scenario() -> None:
         scorer = LengthScorer()
-        scorer.gate.clear()
-        queue = batcher(scorer, max_batch_tokens=20)  # two items of 10
-        queue.start()
-        first = asyncio.ensure_future(queue.submit([task(10)]))
-        await scorer.started.wait()
-        lengths = [10] * 7 + [3] + [10] * 6
-        waiting = [asyncio.ensure_future(queue.submit([task(n)])) for n in lengths]
-        while queue.queued_tokens != sum(lengths):
-            await asyncio.sleep(0.001)
-        scorer.gate.set()
-        await asyncio.gather(first, *waiting)
-        await queue.stop()
+        async with busy(scorer, task(10), max_batch_tokens=20) as queue:  # two items of 10
+            lengths = [10] * 7 + [3] + [10] * 6
+            waiting = [asyncio.ensure_future(queue.submit([task(n)])) for n in lengths]
+            await queued(queue, sum(lengths))
+            scorer.gate.set()
+            await asyncio.gather(*waiting)
         batches = [[len(text) for text in batch] for batch in scorer.batches]
         # three batches took a nearer item in its place; the fourth takes the 3 beside its foremost
         assert batches == [[10], [10, 10], [10, 10], [10, 10], [10, 3], [10, 10], [10, 10], [10, 10]]
@@ -541,18 +570,12 @@ def test_equals_are_computed_in_the_order_of_their_arrival_whatever_they_say() -
 def test_interactive_items_fill_a_batch_before_bulk_items_nearer_in_length() -> None:
     async def scenario() -> None:
         scorer = LengthScorer()
-        scorer.gate.clear()
-        queue = batcher(scorer, max_batch_tokens=40)
-        queue.start()
-        first = asyncio.ensure_future(queue.submit([task(1)]))
-        await scorer.started.wait()
-        bulk = asyncio.ensure_future(queue.submit([task(20)], priority=Priority.BULK))
-        quick = asyncio.ensure_future(queue.submit([task(20), task(9)]))
-        while queue.queued_tokens != 49:
-            await asyncio.sleep(0.001)
-        scorer.gate.set()
-        await asyncio.gather(first, bulk, quick)
-        await queue.stop()
+        async with busy(scorer, max_batch_tokens=40) as queue:
+            bulk = asyncio.ensure_future(queue.submit([task(20)], priority=Priority.BULK))
+            quick = asyncio.ensure_future(queue.submit([task(20), task(9)]))
+            await queued(queue, 49)
+            scorer.gate.set()
+            await asyncio.gather(bulk, quick)
         assert [[len(text) for text in batch] for batch in scorer.batches] == [[1], [20, 9], [20]]
 
     asyncio.run(scenario())
@@ -572,8 +595,7 @@ def test_what_waits_for_a_model_that_is_gone_is_told_so_and_computing_ends() -> 
         queue = batcher(scorer, max_batch_tokens=10)
         broken = queue.start()
         requests = [asyncio.ensure_future(queue.submit([task(9)] * 2)) for _ in range(3)]
-        while queue.queued_tokens != 45:
-            await asyncio.sleep(0.001)
+        await queued(queue, 45)
         scorer.gate.set()
         gone = Failure("unavailable", "the engine has ended")
         for report in await asyncio.gather(*requests):
