@@ -33,6 +33,7 @@ from rlaif.types import (
     Pair,
     PreferenceRow,
     ScoredRow,
+    to_dicts,
     user_prompt,
 )
 
@@ -345,16 +346,29 @@ def parse_candidates(row: Row) -> CandidateSet:
 def one_response_each(row: Row) -> list[dict[str, Any]]:
     """A row that lists several responses, as a row for each of them, with what the list says of it. Others as they are.
 
+    Each has the row's own prompt, whatever an entry of the list calls so. Where the prompt's column goes on with an
+    assistant turn, which is none of the responses, `prompt` takes its place.
+
     Raises:
         RowError: the list has no known shape (`CANDIDATE_SHAPES`).
     """
     given = row.get("completions") if row.get("completions") is not None else row.get("responses")
     if given is None:
         return [dict(row)]
+    found = parse_candidates(row)
     shared = {key: value for key, value in row.items() if key not in ("completions", "responses", "rewards")}
+    key = _prompt_key(row)
+    if key is not None and _turns(row, key) != found.prompt:
+        del shared[key]
+        shared["prompt"] = to_dicts(found.prompt)
+    taken = {*_PROMPT_KEYS, *_SYSTEM_KEYS}
+    said = [
+        {name: item[name] for name in item if name not in taken} if isinstance(item, dict) else {}
+        for item in given
+    ]
     return [
-        {**shared, **(item if isinstance(item, dict) else {}), "response": candidate.response}
-        for item, candidate in zip(given, parse_candidates(row).candidates, strict=True)
+        {**shared, **more, "response": candidate.response}
+        for more, candidate in zip(said, found.candidates, strict=True)
     ]
 
 

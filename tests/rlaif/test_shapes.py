@@ -341,6 +341,26 @@ def test_scored_completions_of_others_keep_their_scores(row: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, BLUE], "responses": ["It is grey.", "It is green."]},
+        {
+            "text": "\n\nHuman: What colour is the sky?\n\nAssistant: It is blue.",
+            "responses": ["It is grey.", "It is green."],
+        },
+        {
+            "question": "What colour is the sky?",
+            "completions": [{"response": "It is grey.", "prompt": "Why?"}, {"response": "It is green."}],
+        },
+    ],
+    ids=["answered", "answered-transcript", "an-entry-with-a-prompt"],
+)
+def test_each_response_of_a_list_answers_the_prompt_of_its_row(row: dict[str, Any]) -> None:
+    found = [shapes.parse_conversation(one) for one in shapes.one_response_each(row)]
+    assert found == [(*PROMPT, Message("assistant", text)) for text in ("It is grey.", "It is green.")]
+
+
+@pytest.mark.parametrize(
     ("row", "reason"),
     [
         pytest.param({"prompt": "q"}, "no completions or responses", id="none"),
