@@ -271,7 +271,9 @@ def _read(config: EvaluateConfig, folder: Path) -> Report:
         gold = defaultdict(list)
         for pair in _pairs(config):
             gold[pair_key(pair)].append(pair)
-    rows = list(islice(_labelled(Path(config.labels), quarantine), config.limit))
+    # A limit is one on the dataset, where there is one: its pairs may be anywhere among the labels.
+    limit = config.limit if gold is None else None
+    rows = list(islice(_labelled(Path(config.labels), quarantine), limit))
     seen = [o for row in rows for o in _matched(row, gold)]
     if gold is not None and not seen:
         raise DataError(

@@ -13,6 +13,14 @@ from labeler.audit.calibration import Calibration
 from rlaif.cli import main
 from tests.labeler.commands import label, pair, preferences, replies, report, scripted, write_lines
 
+LOCKED_ON_TWO = [
+    {"text": " So.", "prefix": "Comparison"},
+    {"user": r"(?s)question [01]\b", "probs": [0.7, 0.2]},
+    {"user": r"(?s)RESPONSE 1 >>>\ngood", "probs": [0.7, 0.2]},
+    {"probs": [0.2, 0.7]},
+]
+"""A judge that is right by 7/9, but for two questions, of which it prefers number 1 in both orders."""
+
 
 def evaluate(out: Path, *flags: str) -> int:
     return main(["eval", "judge", "--output_dir", str(out), "--resamples", "50", *flags])
@@ -193,14 +201,8 @@ def test_labels_of_an_earlier_run_give_the_same_findings(tmp_path: Path) -> None
 
 def test_pairs_that_a_run_left_out_of_its_dataset_are_measured_too(tmp_path: Path) -> None:
     """The judge is locked to number 1 on two of six pairs, which are ties; two of the eight have no label."""
-    rules = [
-        {"text": " So.", "prefix": "Comparison"},
-        {"user": r"(?s)question [01]\b", "probs": [0.7, 0.2]},
-        {"user": r"(?s)RESPONSE 1 >>>\ngood", "probs": [0.7, 0.2]},
-        {"probs": [0.2, 0.7]},
-    ]
     data = write_lines(tmp_path / "pairs.jsonl", pairs(8))
-    judge = scripted(tmp_path, rules)
+    judge = scripted(tmp_path, LOCKED_ON_TWO)
     assert label(judge, data, tmp_path / "labelled", "--limit", "6") == 0
     assert pq.read_table(tmp_path / "labelled" / "preferences.parquet").num_rows == 4
     assert pq.read_table(tmp_path / "labelled" / "dropped.parquet").num_rows == 2
@@ -215,6 +217,19 @@ def test_pairs_that_a_run_left_out_of_its_dataset_are_measured_too(tmp_path: Pat
     assert read["agreement"]["value"] == new["agreement"]["value"] == pytest.approx((4 + 2 / 2) / 6)
     assert (read["pairs"], read["ties"], read["without_label"]) == (6, 2, 2)
     assert "2 pairs of" in (tmp_path / "read" / "report.md").read_text()
+
+
+def test_a_limit_measures_the_labels_of_the_first_pairs_of_the_dataset(tmp_path: Path) -> None:
+    """Two of the first four are ties, which are not among the first rows of the labels."""
+    data = write_lines(tmp_path / "pairs.jsonl", pairs(8))
+    judge = scripted(tmp_path, LOCKED_ON_TWO)
+    assert label(judge, data, tmp_path / "labelled") == 0
+    four = ("--dataset", str(data), "--limit", "4")
+    assert evaluate(tmp_path / "read", "--labels", str(tmp_path / "labelled"), *four) == 0
+    assert evaluate(tmp_path / "asked", "--judge", judge, *four) == 0
+    read, new = report(tmp_path / "read"), report(tmp_path / "asked")
+    assert (read["pairs"], read["ties"], read["without_label"]) == (4, 2, 0)
+    assert read["agreement"]["value"] == new["agreement"]["value"] == pytest.approx((2 + 2 / 2) / 4)
 
 
 def test_labels_that_share_no_pair_with_the_people_are_named(
