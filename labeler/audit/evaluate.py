@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from labeler.audit.assess import assess, difference
 from labeler.audit.baselines import BaselineJudge
 from labeler.audit.calibration import Method, fit
@@ -31,7 +33,7 @@ from labeler.recorded import Recorded
 from labeler.rubric import Rubric, load_rubric
 from labeler.session import Session, open_session
 from rlaif.errors import ConfigError, DataError
-from rlaif.records import Quarantine, read_pairs, read_preferences
+from rlaif.records import PREFERENCES_FILE, Quarantine, read_pairs, read_preferences
 from rlaif.runs import Run
 from rlaif.storage import write_atomic
 from rlaif.types import Pair, Preference, PreferenceRow
@@ -305,9 +307,11 @@ def _read(config: EvaluateConfig, folder: Path) -> Report:
 
 def _labelled(path: Path, quarantine: Quarantine) -> Iterator[PreferenceRow]:
     """All pairs that a run labelled, those that it left out of its dataset too; or the rows of a file."""
-    yield from read_preferences(path, quarantine)
-    if (path / DROPPED_FILE).is_file():
-        yield from read_preferences(path / DROPPED_FILE, quarantine)
+    dropped = path / DROPPED_FILE
+    if not (dropped.is_file() and pq.read_metadata(path / PREFERENCES_FILE).num_rows == 0):
+        yield from read_preferences(path, quarantine)
+    if dropped.is_file():
+        yield from read_preferences(dropped, quarantine)
 
 
 def _matched(row: PreferenceRow, gold: dict[str, list[Pair]] | None) -> list[Observation]:

@@ -219,6 +219,16 @@ def test_pairs_that_a_run_left_out_of_its_dataset_are_measured_too(tmp_path: Pat
     assert "2 pairs of" in (tmp_path / "read" / "report.md").read_text()
 
 
+def test_a_run_that_left_everything_out_of_its_dataset_can_be_measured(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "pairs.jsonl", pairs(4))
+    judge = scripted(tmp_path, [{"text": " So.", "prefix": "Comparison"}, {"probs": [0.7, 0.2]}])
+    assert label(judge, data, tmp_path / "labelled") == 0
+    assert preferences(tmp_path / "labelled") == []
+    assert evaluate(tmp_path / "read", "--labels", str(tmp_path / "labelled"), "--dataset", str(data)) == 0
+    found = report(tmp_path / "read")
+    assert (found["pairs"], found["ties"], found["position"]["same_position_rate"]) == (4, 4, 1.0)
+
+
 def test_a_limit_measures_the_labels_of_the_first_pairs_of_the_dataset(tmp_path: Path) -> None:
     """Two of the first four are ties, which are not among the first rows of the labels."""
     data = write_lines(tmp_path / "pairs.jsonl", pairs(8))
