@@ -135,6 +135,10 @@ class BatchStore:
             ),
         )
 
+    def fail(self, request: str, reason: str) -> None:
+        """Note that what came back is no answer, so that the next run asks again."""
+        self._file.write("UPDATE requests SET reply = NULL, error = ? WHERE id = ?", (reason, request))
+
     def cut(self, most_requests: int, most_bytes: int, afford: Callable[[Usage], bool]) -> int:
         """Make batches of what waits: each of one model and one path, within both limits.
 

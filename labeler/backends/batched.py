@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from openai import AsyncOpenAI
@@ -72,7 +73,14 @@ class BatchedEndpoint(OpenAIModel):
         return self._found
 
     async def _complete(
-        self, path: str, body: Json, messages: Conversation, max_tokens: int, *, urgent: bool = False
+        self,
+        path: str,
+        body: Json,
+        messages: Conversation,
+        max_tokens: int,
+        *,
+        check: Callable[[Choice], object] | None = None,
+        urgent: bool = False,
     ) -> Choice:
         request = content_id(self.name, path, body)
         found = self._store.find(request)
@@ -85,4 +93,11 @@ class BatchedEndpoint(OpenAIModel):
             raise RequestFailed(error)
         if reply is None:
             raise Postponed(WAITING)
-        return read_choice(reply)
+        try:
+            choice = read_choice(reply)
+            if check is not None:
+                check(choice)
+        except RequestFailed as err:
+            self._store.fail(request, str(err))
+            raise
+        return choice

@@ -257,6 +257,17 @@ def written_text(choice: Choice, *, continued: bool) -> str:
     return ""
 
 
+def listed_tokens(choice: Choice) -> tuple[tuple[str, float], ...]:
+    """The likeliest tokens of the first position, as `Choice.top`.
+
+    Raises:
+        RequestFailed: the reply has no log-probabilities.
+    """
+    if not choice.top:
+        raise RequestFailed("the endpoint left out the log-probabilities of this answer")
+    return choice.top
+
+
 def _piece(entry: Mapping[str, Any]) -> bytes:
     return bytes(entry["bytes"]) if entry.get("bytes") is not None else str(entry["token"]).encode()
 
@@ -274,9 +285,8 @@ def read_recorded(reply: object, labels: Sequence[str]) -> LabelReading:
         RequestFailed: the reply has no log-probabilities, or no label is among its likeliest tokens.
     """
     choice = read_choice(reply)
-    if not choice.top:
-        raise RequestFailed("the endpoint left out the log-probabilities of this answer")
-    return LabelReading(read_top_tokens(choice.top, labels), *choice.usage, top=choice.top)
+    top = listed_tokens(choice)
+    return LabelReading(read_top_tokens(top, labels), *choice.usage, top=top)
 
 
 def read_ids(choice: Choice, ids: Sequence[int]) -> dict[int, float]:

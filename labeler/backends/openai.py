@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from labeler.backends.abilities import check_model, describe, find_features, tokenize
@@ -24,6 +25,7 @@ from labeler.backends.completions import (
     ask_ids,
     ask_top,
     ids_body,
+    listed_tokens,
     read_choice,
     read_ids,
     request_body,
@@ -132,8 +134,9 @@ class OpenAIModel:
             body["return_token_ids"] = True
             if stop:  # the tokens' bytes show where the stop string begins
                 body.update(ask_top(replace(features, top_logprobs=0), features.route))
-        choice = await self._complete(PATHS[features.route], body, messages, max_tokens)
-        whole = text = written_text(choice, continued=bool(prefix) and features.continues)
+        written = partial(written_text, continued=bool(prefix) and features.continues)
+        choice = await self._complete(PATHS[features.route], body, messages, max_tokens, check=written)
+        whole = text = written(choice)
         for end in stop:  # some servers include the stop string
             text = text.split(end, 1)[0]
         ids = text_ids(replace(choice, text=whole), text)
@@ -261,9 +264,9 @@ class OpenAIModel:
         """The likeliest tokens after `prefix`, and the reply that they are from."""
         body = self._one_token(features, messages, prefix)
         body.update(ask_top(features, features.route))
-        choice = await self._complete(PATHS[features.route], body, messages, 1, urgent=True)
-        if not choice.top:
-            raise RequestFailed("the endpoint left out the log-probabilities of this answer")
+        choice = await self._complete(
+            PATHS[features.route], body, messages, 1, check=listed_tokens, urgent=True
+        )
         # vLLM lists the sampled token beyond those asked for; it may be far less likely than what is left out.
         return choice.top[: features.top_logprobs], choice
 
@@ -289,8 +292,16 @@ class OpenAIModel:
         return request_body(features, self._ref.name, messages, prefix, max_tokens=1, temperature=1.0)
 
     async def _complete(
-        self, path: str, body: Json, messages: Conversation, max_tokens: int, *, urgent: bool = False
+        self,
+        path: str,
+        body: Json,
+        messages: Conversation,
+        max_tokens: int,
+        *,
+        check: Callable[[Choice], object] | None = None,
+        urgent: bool = False,
     ) -> Choice:
+        """The reply to a request, which `check` refuses by a `RequestFailed` if it is no answer."""
         characters = sum(len(m.content) for m in messages)
         reply = await self._endpoints.ask(
             path,
@@ -302,6 +313,8 @@ class OpenAIModel:
         choice = read_choice(reply)
         if choice.prompt_tokens and characters:
             self._tokens_per_char += 0.05 * (choice.prompt_tokens / characters - self._tokens_per_char)
+        if check is not None:
+            check(choice)
         return choice
 
     async def _ask(self, path: str, body: Mapping[str, Any] | None) -> Any:

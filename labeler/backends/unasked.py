@@ -96,7 +96,14 @@ class UnaskedEndpoint(OpenAIModel):
             return False
 
     async def _complete(
-        self, path: str, body: Json, messages: Conversation, max_tokens: int, *, urgent: bool = False
+        self,
+        path: str,
+        body: Json,
+        messages: Conversation,
+        max_tokens: int,
+        *,
+        check: Callable[[Choice], object] | None = None,
+        urgent: bool = False,
     ) -> Choice:
         features = await self._features()
         tokens = await self._ids(body) if features.token_ids else self._layout(body)

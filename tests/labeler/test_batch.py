@@ -158,6 +158,25 @@ def test_failed_items_stay_open_with_their_reason_and_the_next_run_asks_for_them
     assert labels(tmp_path / "out") == online[False]
 
 
+def test_a_reply_that_is_no_answer_is_asked_for_again_by_the_next_run(tmp_path: Path, online: Online) -> None:
+    data = rows(tmp_path)
+    filtering = True
+
+    def amend(body: dict[str, Any], choice: dict[str, Any]) -> None:
+        if filtering and body["max_tokens"] > 1 and "bad 1" in body["messages"][0]["content"]:
+            choice.update(message={"role": "assistant", "content": None}, finish_reason="content_filter")
+
+    with BatchServer(judges, amend=amend) as server:
+        assert label(server.ref, data, tmp_path / "out", *BATCH) == 8
+        assert report(tmp_path / "out")["unlabelled"] == {
+            "the endpoint ended the reply with 'content_filter'": 1
+        }
+        filtering = False
+        assert label(server.ref, data, tmp_path / "out", *BATCH) == 0
+        assert [b["request_counts"]["total"] for b in server.batches.values()] == [12, 10, 2, 2]
+    assert labels(tmp_path / "out") == online[True]
+
+
 @pytest.mark.parametrize("status", ["expired", "cancelled"])
 def test_what_a_batch_answered_before_its_end_is_kept(tmp_path: Path, status: str, online: Online) -> None:
     data = rows(tmp_path)
