@@ -68,8 +68,8 @@ class Budget:
 
     A request is sent only if the limit holds even when it, and all that are in flight, cost the most they can. If
     not, it waits for those to end, which shows their real cost; with none in flight, the budget is reached. So the
-    limit is kept to the cent, and what is left of it is less than one request may cost. Requests that fail are not
-    counted: no endpoint tells what it charges for them.
+    limit is kept to the cent, and what is left of it is less than one request may cost. A reply that is no answer
+    counts by the tokens that it tells; requests that fail without one do not: no endpoint tells what it charges.
 
     Args:
         price: what tokens cost.

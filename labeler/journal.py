@@ -24,6 +24,8 @@ CREATE TABLE IF NOT EXISTS replies (
     id INTEGER PRIMARY KEY, key INTEGER NOT NULL UNIQUE, kind TEXT NOT NULL, prompt_tokens INTEGER NOT NULL,
     completion_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL, reply TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS failures (key INTEGER PRIMARY KEY, reason TEXT NOT NULL, count INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS lost (
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS paces (replies INTEGER NOT NULL, seconds REAL NOT NULL);
 """
 
@@ -47,9 +49,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a journal holds: replies by kind, their tokens, and how often each reason keeps a request open.
+    """What a journal holds: replies by kind, tokens, and how often each reason keeps a request open.
 
-    `pace` is replies per second over all the time that was spent asking; None before a first run has ended.
+    The tokens are those of the replies, and of others that were paid for and held no answer. `pace` is replies per
+    second over all the time that was spent asking; None before a first run has ended.
     """
 
     replies: Mapping[str, int] = field(default_factory=dict)
@@ -127,6 +130,13 @@ class ReplyJournal:
             (key, reason),
         )
 
+    def lose(self, usage: Usage) -> None:
+        """Note the tokens of a reply that is no answer."""
+        self._file.write(
+            "INSERT INTO lost VALUES (?, ?, ?)",
+            (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens),
+        )
+
     def failure(self, key: int) -> str | None:
         """Why a request has no reply; None if it was never asked or has one."""
         found = self._file.all("SELECT reason FROM failures WHERE key = ?", (key,))
@@ -144,15 +154,22 @@ class ReplyJournal:
     def totals(self) -> Totals:
         """Counts over the whole journal of this directory."""
         kinds = dict(self._file.all("SELECT kind, COUNT(*) FROM replies GROUP BY kind ORDER BY kind"))
-        [tokens] = self._file.all(
-            "SELECT TOTAL(prompt_tokens), TOTAL(completion_tokens), TOTAL(cached_tokens) FROM replies"
-        )
+        usage = self._usage("replies")
+        # A journal of an older version, opened to be read alone, has no such table.
+        if self._file.all("SELECT 1 FROM sqlite_master WHERE name = 'lost'"):
+            usage += self._usage("lost")
         reasons = dict(
             self._file.all("SELECT reason, COUNT(*) AS n FROM failures GROUP BY reason ORDER BY n DESC")
         )
         [(replies, seconds)] = self._file.all("SELECT TOTAL(replies), TOTAL(seconds) FROM paces")
         pace = replies / seconds if replies and seconds else None
-        return Totals(kinds, Usage(*map(int, tokens)), reasons, pace)
+        return Totals(kinds, usage, reasons, pace)
+
+    def _usage(self, table: str) -> Usage:
+        [tokens] = self._file.all(
+            f"SELECT TOTAL(prompt_tokens), TOTAL(completion_tokens), TOTAL(cached_tokens) FROM {table}"
+        )
+        return Usage(*map(int, tokens))
 
     def mean_completion_tokens(self, kind: str) -> float | None:
         """Mean length of the replies of one kind, in tokens; None without any."""

@@ -25,6 +25,24 @@ class Postponed(RequestFailed):
     """A request that was not sent, or not answered yet; that is no failure of its own."""
 
 
+class NoAnswer(RequestFailed):
+    """A reply came and is no answer: filtered, broken off, cut before any text. It is paid for like any other.
+
+    Attributes:
+        prompt_tokens: as `Generation` has them.
+        completion_tokens: as `Generation` has them.
+        cached_tokens: as `Generation` has them.
+    """
+
+    def __init__(
+        self, reason: str, prompt_tokens: int = 0, completion_tokens: int = 0, cached_tokens: int = 0
+    ) -> None:
+        super().__init__(reason)
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = completion_tokens
+        self.cached_tokens = cached_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """Generated text.

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from labeler.backends.labels import read_top_tokens
 from labeler.budget import Budget, most_label_tokens, most_tokens
 from labeler.journal import ReplyJournal, Usage, request_key
-from labeler.llm import LLM, Abilities, Generation, LabelReading, Postponed, RequestFailed
+from labeler.llm import LLM, Abilities, Generation, LabelReading, NoAnswer, Postponed, RequestFailed
 from rlaif.types import Conversation, LabelDistribution
 
 R = TypeVar("R", Abilities, Generation, LabelReading)
@@ -183,13 +183,19 @@ class Recorded:
             self._journal.put(key, kind, to_record(answer), usage)
             self.used += usage
             self.replies += kind != "probe"
+        except NoAnswer as err:
+            if err.prompt_tokens:  # a reply that was broken off may not tell
+                usage = _usage(err)
+                self._journal.lose(usage)
+                self.used += usage
+            raise
         finally:
             if budget is not None:
                 budget.settle(held, usage)
         return answer
 
 
-def _usage(answer: Abilities | Generation | LabelReading) -> Usage:
+def _usage(answer: Abilities | Generation | LabelReading | NoAnswer) -> Usage:
     if isinstance(answer, Abilities):
         return Usage()
     return Usage(answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from labeler.backends.labels import read_top_tokens
-from labeler.llm import LabelReading, RequestFailed
+from labeler.llm import LabelReading, NoAnswer, RequestFailed
 from rlaif.types import Conversation, to_dicts
 
 Json = dict[str, Any]
@@ -240,20 +240,22 @@ def written_text(choice: Choice, *, continued: bool) -> str:
             where vLLM's reasoning parser takes it for thinking (vllm-project/vllm#38749).
 
     Raises:
-        RequestFailed: the reply was filtered or broken off, or has no text.
+        NoAnswer: the reply was filtered or broken off, or has no text.
     """
     if choice.finish_reason not in ("stop", "length"):
-        raise RequestFailed(f"the endpoint ended the reply with {choice.finish_reason!r}")
+        raise NoAnswer(f"the endpoint ended the reply with {choice.finish_reason!r}", *choice.usage)
     if choice.text:
         return choice.text
     if continued and choice.thought:
         return choice.thought
     if choice.finish_reason == "length":
-        raise RequestFailed("the reply was cut before any text, as by long thinking: allow it more tokens")
+        raise NoAnswer(
+            "the reply was cut before any text, as by long thinking: allow it more tokens", *choice.usage
+        )
     if choice.thought:
-        raise RequestFailed("the reply is thinking without an answer")
+        raise NoAnswer("the reply is thinking without an answer", *choice.usage)
     if choice.text is None:
-        raise RequestFailed("the endpoint's answer has no text")
+        raise NoAnswer("the endpoint's answer has no text", *choice.usage)
     return ""
 
 
@@ -261,10 +263,10 @@ def listed_tokens(choice: Choice) -> tuple[tuple[str, float], ...]:
     """The likeliest tokens of the first position, as `Choice.top`.
 
     Raises:
-        RequestFailed: the reply has no log-probabilities.
+        NoAnswer: the reply has no log-probabilities.
     """
     if not choice.top:
-        raise RequestFailed("the endpoint left out the log-probabilities of this answer")
+        raise NoAnswer("the endpoint left out the log-probabilities of this answer", *choice.usage)
     return choice.top
 
 

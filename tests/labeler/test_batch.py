@@ -166,8 +166,11 @@ def test_a_reply_that_is_no_answer_is_asked_for_again_by_the_next_run(tmp_path: 
         if filtering and body["max_tokens"] > 1 and "bad 1" in body["messages"][0]["content"]:
             choice.update(message={"role": "assistant", "content": None}, finish_reason="content_filter")
 
+    prices = ("--price_per_million", "1", "1")
     with BatchServer(judges, amend=amend) as server:
-        assert label(server.ref, data, tmp_path / "out", *BATCH) == 8
+        assert label(server.ref, data, tmp_path / "out", *BATCH, *prices) == 8
+        labelled = sum(row["cost_usd"] for row in preferences(tmp_path / "out"))
+        assert report(tmp_path / "out")["cost_usd"] > labelled
         assert report(tmp_path / "out")["unlabelled"] == {
             "the endpoint ended the reply with 'content_filter'": 1
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from labeler.backends.scripted import Asked, ScriptedModel
 from labeler.budget import Budget, Price, most_label_tokens, most_tokens
 from labeler.journal import ReplyJournal, Usage
-from labeler.llm import Generation
+from labeler.llm import Generation, NoAnswer
 from labeler.recorded import Recorded
 from labeler.status import read_status
 from rlaif.errors import BudgetReached, EndpointError
@@ -127,6 +128,34 @@ def test_an_endpoint_that_hides_its_tokens_cannot_be_kept_to_a_limit(tmp_path: P
         assert journal.totals().replies == {"generate": 1}  # paid for, so kept
 
 
+def test_a_reply_that_is_no_answer_costs_what_it_says_and_is_not_forgotten(tmp_path: Path) -> None:
+    def reply(asked: Asked) -> Generation:
+        raise NoAnswer("cut before any text", 3, 2, 1)
+
+    with ReplyJournal(tmp_path) as journal:
+        budget = Budget(DOLLARS, 1000, Usage())
+        recorded = Recorded(ScriptedModel(reply), journal, budget)
+        for _ in range(2):
+            with pytest.raises(NoAnswer):
+                asyncio.run(recorded.generate(Q, max_tokens=5))
+        assert budget.spent == 10
+        assert recorded.used == Usage(6, 4, 2)
+    with ReplyJournal(tmp_path, read_only=True) as journal:
+        totals = journal.totals()
+    assert (totals.usage, totals.replies) == (Usage(6, 4, 2), {})
+
+
+def test_a_reply_that_was_broken_off_need_not_tell_its_tokens(tmp_path: Path) -> None:
+    def reply(asked: Asked) -> Generation:
+        raise NoAnswer("aborted")
+
+    with ReplyJournal(tmp_path) as journal:
+        budget = Budget(DOLLARS, 1000, Usage())
+        with pytest.raises(NoAnswer):
+            asyncio.run(Recorded(ScriptedModel(reply), journal, budget).generate(Q, max_tokens=5))
+    assert budget.spent == 0
+
+
 def test_replies_on_record_cost_nothing(tmp_path: Path) -> None:
     def reply(asked: Asked) -> Generation:
         return Generation("text", "stop", 3, 2)
@@ -180,6 +209,26 @@ def test_a_run_stops_at_its_budget_keeps_what_it_has_and_goes_on_with_a_larger_o
     assert preferences(out) == whole
     assert replies(out) == 120 > kept
     assert report(out)["cost_usd"] == pytest.approx(cost)
+
+
+def test_rationales_that_were_cut_before_any_text_count_in_the_budget(tmp_path: Path) -> None:
+    def thinks(body: dict[str, Any], choice: dict[str, Any]) -> None:
+        if body["max_tokens"] > 1 and "bad 1" in body["messages"][0]["content"]:
+            choice.update(message={"role": "assistant", "content": ""}, finish_reason="length")
+
+    data = write_lines(tmp_path / "pairs.jsonl", [pair(i) for i in range(3)])
+    out = tmp_path / "out"
+    prices = ("--price_per_million", "1000", "2000")
+    with ScriptedServer(prefers_good, amend=thinks) as server:
+        assert label(server.ref, data, out, *prices) == 8
+        once = report(out)["cost_usd"]
+        for_labels = sum(row["cost_usd"] for row in preferences(out))
+        assert once > for_labels
+        assert label(server.ref, data, out, *prices) == 8  # asks for both rationales of that pair again
+        assert report(out)["cost_usd"] - once == pytest.approx(once - for_labels)
+        asked = len(server.asked)
+        assert label(server.ref, data, out, *prices, "--max_cost", str(once)) == 10
+        assert len(server.asked) == asked
 
 
 def test_rows_and_report_say_what_they_cost(tmp_path: Path) -> None:

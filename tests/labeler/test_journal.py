@@ -86,6 +86,16 @@ def test_replies_come_back_as_they_were(
         assert journal.totals().usage == sum(used, Usage())
 
 
+def test_a_journal_of_an_older_version_can_be_read(tmp_path: Path) -> None:
+    with ReplyJournal(tmp_path) as journal:
+        journal.put(7, "label", {}, Usage(10, 1, 4))
+    with sqlite3.connect(tmp_path / "journal.sqlite") as file:
+        file.execute("DROP TABLE lost")
+    file.close()
+    with ReplyJournal(tmp_path, read_only=True) as journal:
+        assert journal.totals().usage == Usage(10, 1, 4)
+
+
 def test_failures_are_counted_by_reason_until_there_is_a_reply(tmp_path: Path) -> None:
     with ReplyJournal(tmp_path) as journal:
         for key in (1, 2, 3):
