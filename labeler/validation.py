@@ -83,7 +83,7 @@ class Suspect:
 def orders_disagree(row: Row) -> Finding | None:
     """Both orders prefer one position, and by far: the label in the middle hides two opposite ones."""
     first, second = row.get("chosen_prob_first"), row.get("chosen_prob_second")
-    if first is None or second is None or (first > 0.5) == (second > 0.5) or abs(first - second) < _GAP:
+    if first is None or second is None or (first - 0.5) * (second - 0.5) >= 0 or abs(first - second) < _GAP:
         return None
     return Finding(
         "orders_disagree",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from labeler.audit.observations import Observation
 from labeler.preferences import is_tie
-from rlaif.agreement import estimate_mean
+from rlaif.agreement import estimate_mean, same_position
 from rlaif.types import Vote
 
 MOST_NAMED = 10
@@ -64,7 +64,7 @@ def said(observation: Observation) -> float:
     """The judge's word: 1 for A, 0 for B, 1/2 for a tie or where both orders prefer the same position."""
     assert observation.p is not None
     ab, ba = observation.first_ab, observation.first_ba
-    contradicted = ab is not None and ba is not None and (ab > 0.5) == (ba > 0.5)
+    contradicted = ab is not None and ba is not None and bool(same_position(ab, ba))
     return 0.5 if contradicted or is_tie(observation.p) else float(observation.p > 0.5)
 
 

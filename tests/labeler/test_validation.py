@@ -90,6 +90,8 @@ def test_each_thing_that_goes_wrong_is_found_alone(check: str, change: dict[str,
     "change",
     [
         pytest.param({"chosen_prob_first": 0.55, "chosen_prob_second": 0.45}, id="orders-differ-a-little"),
+        pytest.param({"chosen_prob_first": 0.95, "chosen_prob_second": 0.5}, id="a-tie-when-shown-second"),
+        pytest.param({"chosen_prob_first": 0.5, "chosen_prob_second": 0.95}, id="a-tie-when-shown-first"),
         pytest.param(
             {"chosen_prob_first": 0.98, "chosen_prob_second": 0.55}, id="orders-agree-on-the-response"
         ),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from labeler.audit.annotators import by_annotator
+from labeler.audit.annotators import by_annotator, said
 from labeler.audit.observations import Observation
 from rlaif.cli import main
 from rlaif.types import Vote
@@ -212,3 +212,9 @@ def test_rewardbench_2_is_the_best_of_four(tmp_path: Path, capsys: pytest.Captur
     assert found["human_pairs"] == 9
     assert {f["name"]: f["value"] for f in found["best_of"]} == {"Math": 0.5, "Focus": 0.5, "score": 0.5}
     assert "## Best of several" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("ab", "ba"), [(0.5, 0.4), (0.6, 0.5), (0.5, 0.6), (0.4, 0.5)])
+def test_a_tie_in_one_order_contradicts_no_word_in_the_other(ab: float, ba: float) -> None:
+    p = (ab + 1 - ba) / 2
+    assert said(Observation("q", "", p, p, None, first_ab=ab, first_ba=ba)) == float(p > 0.5)
