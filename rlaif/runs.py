@@ -218,7 +218,12 @@ class Run:
 
     def close(self) -> None:
         """Flush the trackers, and let other processes write the directory."""
-        self._release()
+        try:
+            self._flush()
+        finally:
+            self._release()
+
+    def _flush(self) -> None:
         trackers, self._trackers = self._trackers or (), None
         for tracker in trackers:
             tracker.close()
@@ -229,9 +234,12 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-        if isinstance(error, RlaifError) and not self.resumed and not self._has_results():
-            self.disown()  # nothing to protect, so the mended command may use the same directory
+        try:
+            self._flush()
+            if isinstance(error, RlaifError) and not self.resumed and not self._has_results():
+                self.disown()  # nothing to protect, so the mended command may use the same directory
+        finally:
+            self._release()
 
     def _has_results(self) -> bool:
         """Whether the directory holds more than what every run writes at its start."""

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -110,6 +111,34 @@ def test_a_run_that_another_process_writes_is_refused_and_left_as_it_is(tmp_path
         with pytest.raises(StorageError, match="being written by another process"):
             open_run(tmp_path, max_in_flight=9)
         assert (tmp_path / "run.json").read_bytes() == before
+    assert open_run(tmp_path).resumed
+
+
+class SlowTracker:
+    """Tries to open the run a second time while it flushes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.refused = folder, False
+
+    def log(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Nothing to buffer."""
+
+    def close(self) -> None:
+        with pytest.raises(StorageError, match="being written by another process"):
+            open_run(self.folder)
+        self.refused = True
+
+
+@pytest.mark.parametrize("how", ["close", "exit"])
+def test_a_run_is_held_until_its_trackers_have_flushed(tmp_path: Path, how: str) -> None:
+    run, tracker = open_run(tmp_path), SlowTracker(tmp_path)
+    run._trackers = [tracker]
+    if how == "close":
+        run.close()
+    else:
+        with run:
+            pass
+    assert tracker.refused
     assert open_run(tmp_path).resumed
 
 
