@@ -106,6 +106,22 @@ def test_plain_responses_become_rows_and_a_broken_list_is_set_aside(tmp_path: Pa
     assert set_aside["line"] == 2 and "at least one response" in set_aside["reason"]
 
 
+def test_listed_responses_are_scored_and_not_the_answer_that_the_messages_end_with(tmp_path: Path) -> None:
+    """As for whoever else reads candidates, such an answer is no part of the prompt."""
+    turns = [{"role": "user", "content": "say a number"}, {"role": "assistant", "content": "9"}]
+    row = {"messages": turns, "responses": ["1", "2"]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    numbers = NumberServer()
+    with serving(numbers) as at:
+        run(config(tmp_path, at))
+    assert [(row["response"], row["reward_raw"]) for row in read_rows(tmp_path / "out.jsonl")] == [
+        ("1", 1.0),
+        ("2", 2.0),
+    ]
+    asked = [[message.content for message in item.conversation.messages] for item in numbers.calls[0].items]
+    assert asked == [["say a number", "1"], ["say a number", "2"]]
+
+
 def test_a_file_of_another_origin_is_not_overwritten(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", ["1"])
     mine = write_rows(tmp_path / "out.jsonl", ["years of work"])
