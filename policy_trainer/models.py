@@ -152,16 +152,9 @@ def load_policy(
         ModelError: there is no such model, or it is not a causal language model.
         ConfigError: it holds adapters and peft is not installed.
     """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar per shard and save would bury the progress of training
-    model, tokenizer = _pretrained(model_name_or_path, DTYPES[dtype])
-    ensure_template(tokenizer, chat_template)
-    ensure_pad_token(tokenizer)
-    # Our own tensors never hold PAD, but whoever loads the saved model may pad with it.
-    _grow_vocabulary(model, len(tokenizer))
-    model.eval()
-    return LoadedPolicy(model.to(device or default_device()), tokenizer)
+    loaded = _load(model_name_or_path, dtype, device)
+    ensure_template(loaded.tokenizer, chat_template)
+    return loaded
 
 
 def load_reference(
@@ -177,13 +170,26 @@ def load_reference(
     Raises:
         ModelError: it cannot be loaded, or other tokens have these ids: there is no KL to it.
     """
-    reference = load_policy(model_name_or_path, dtype=dtype)
+    reference = _load(model_name_or_path, dtype, None)
     if reference.tokenizer.get_vocab() != policy.get_vocab():
         raise ModelError(
             f"the policy and its reference {model_name_or_path} have different vocabularies: there is no KL between "
             "them; name another --ref_model"
         )
     return reference.model
+
+
+def _load(model_name_or_path: str, dtype: str, device: torch.device | None) -> LoadedPolicy:
+    """See `load_policy`; the tokenizer may have no chat template."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar per shard and save would bury the progress of training
+    model, tokenizer = _pretrained(model_name_or_path, DTYPES[dtype])
+    ensure_pad_token(tokenizer)
+    # Our own tensors never hold PAD, but whoever loads the saved model may pad with it.
+    _grow_vocabulary(model, len(tokenizer))
+    model.eval()
+    return LoadedPolicy(model.to(device or default_device()), tokenizer)
 
 
 def _pretrained(model_name_or_path: str, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:

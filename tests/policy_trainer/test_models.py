@@ -323,6 +323,17 @@ def test_a_reference_with_other_tokens_under_the_same_ids_is_refused(tmp_path: P
         ppo.Trainer.start(config, FunctionReward(tiny.share_of_w0))
 
 
+@pytest.mark.parametrize(("template", "warnings"), [("transcript", 0), (None, 1)], ids=["given", "none"])
+def test_a_missing_chat_template_is_the_policys_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str | None, warnings: int
+) -> None:
+    """A reference reads the ids that the policy's template made."""
+    config = tiny.ppo_config(tmp_path, chat_template=template)
+    (Path(config.model_name_or_path) / "chat_template.jinja").unlink()
+    ppo.Trainer.start(config, FunctionReward(tiny.share_of_w0))
+    assert capsys.readouterr().err.count("has no chat template") == warnings
+
+
 def test_a_reference_may_have_rows_that_no_token_has(tmp_path: Path) -> None:
     """Embeddings are padded to round numbers, and models of one family to different ones."""
     folder = tiny.save_policy(tmp_path / "reference")
