@@ -50,7 +50,7 @@ MAX_BACKOFF_S = 5.0
 PROBE_TIMEOUT_S = 5.0
 UNANNOUNCED_WAIT_S = 1.0
 ANNOUNCED_AFTER_S = 3.0
-"""A call that has waited so long for its server says so."""
+"""A client that has waited so long for any word of its server says so."""
 REQUEST_OVERHEAD_BYTES = 1024
 """Room left in a request for everything that is not an item (version, flags, framing)."""
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -196,6 +196,7 @@ class AsyncRewardClient:
         access = access or Access.from_environment()
         self._metadata = access.metadata()
         self._with_tls = access.ca is not None
+        self._heard_at = time.monotonic()
         self._away_since: float | None = None
         self._info: ServerInfo | None = None
         self._asking_info = asyncio.Lock()
@@ -343,7 +344,7 @@ class AsyncRewardClient:
             try:
                 metadata = (*self._metadata, *trace_headers())
                 answer = await call(request, timeout=self._timeout_s, metadata=metadata)
-                self._tell_that_it_is_back()
+                self._hear()
                 return answer
             except (grpc.aio.AioRpcError, grpc.aio.UsageError) as err:
                 self._check_open(err)
@@ -356,27 +357,33 @@ class AsyncRewardClient:
                 waited = time.monotonic() - started
                 if waited + wait > self._give_up_after_s:
                     raise self._gave_up(err, waited, method) from err
-                self._tell_that_it_is_away(err, waited)
+                if err.code() is grpc.StatusCode.RESOURCE_EXHAUSTED or refused_early(err):
+                    self._hear()  # it has too many calls, but it is there
+                else:
+                    self._tell_that_it_is_away(err, started)
             except asyncio.CancelledError as err:
                 self._check_open(err)  # closing the channel cancels its calls
                 raise
             await self._pause(wait)
             pause = min(2 * pause, MAX_BACKOFF_S)
 
-    def _tell_that_it_is_away(self, err: grpc.aio.AioRpcError, waited: float) -> None:
+    def _tell_that_it_is_away(self, err: grpc.aio.AioRpcError, asked_at: float) -> None:
         """Say once, on stderr, that calls wait; a server that is restarted quickly is not worth a line."""
-        if waited < ANNOUNCED_AFTER_S or self._away_since is not None:
+        since = max(asked_at, self._heard_at)
+        if time.monotonic() - since < ANNOUNCED_AFTER_S or self._away_since is not None:
             return
-        self._away_since = time.monotonic() - waited
+        self._away_since = since
         print(
             f"waiting up to {self._give_up_after_s:.0f} s for the reward server at {self.address} ({details(err)})",
             file=sys.stderr,
             flush=True,
         )
 
-    def _tell_that_it_is_back(self) -> None:
+    def _hear(self) -> None:
+        """Note a word of the server, and say if it was told to be away."""
+        self._heard_at = time.monotonic()
         if self._away_since is not None:
-            away, self._away_since = time.monotonic() - self._away_since, None
+            away, self._away_since = self._heard_at - self._away_since, None
             print(
                 f"the reward server at {self.address} answers again, after {away:.0f} s",
                 file=sys.stderr,

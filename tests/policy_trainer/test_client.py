@@ -3,7 +3,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -266,6 +266,35 @@ def test_a_server_that_is_away_in_the_middle_of_a_run_is_announced_once_and_its_
             assert [reward.raw for call in pending for reward in call.result(60)] == [2.0, 2.0]
         said += capsys.readouterr().err
     assert said.count("waiting up to 60 s") == 1 and said.count("answers again, after") == 1
+
+
+def test_a_full_queue_is_not_a_server_that_is_away(
+    client: RewardClient, numbers: NumberServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers.moods = [overloaded(0.9)] * 5  # together longer than the wait that is told of
+    assert client.score([conversation("2")])[0].raw == 2.0
+    assert len(numbers.calls) == 6 and capsys.readouterr().err == ""
+
+
+def test_a_server_that_answers_other_calls_is_not_away(capsys: pytest.CaptureFixture[str]) -> None:
+    let_go = threading.Event()
+
+    class StuckOnce(NumberServer):
+        def Score(
+            self, request: reward_pb2.ScoreRequest, context: grpc.ServicerContext
+        ) -> reward_pb2.ScoreResponse:
+            if request.items[0].conversation.messages[-1].content == "2" and not let_go.is_set():
+                let_go.wait(60)
+            return super().Score(request, context)
+
+    with serving(StuckOnce()) as at, RewardClient(at, timeout_s=4.0, give_up_after_s=60.0) as client:
+        stuck = client.submit([conversation("2")])
+        for _ in range(9):  # until its first deadline has passed
+            wait([stuck], timeout=0.5)
+            client.score([conversation("1")])
+        let_go.set()
+        assert stuck.result(60)[0].raw == 2.0
+    assert capsys.readouterr().err == ""
 
 
 def test_an_http_port_is_said_to_be_one_and_is_not_waited_for() -> None:
