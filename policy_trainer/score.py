@@ -40,13 +40,14 @@ def run(config: ScoreConfig) -> None:
         DataError: the input cannot be read or has no conversation.
         RewardServerError: the server cannot be reached, or serves another model than an earlier run of this
             output.
-        StorageError: the output cannot be written, or is a file of another origin.
+        StorageError: the output cannot be written, or exists without its journal.
         QualityError: no conversation at all got a reward.
     """
     journal_path = config.output.with_name(config.output.name + ".journal")
     if config.output.exists() and not journal_path.exists():
         raise StorageError(
-            f"{config.output} exists and was not written by `rlaif score`; choose another --output or remove it"
+            f"{config.output} exists with no {journal_path.name} beside it and may be the work of somebody else; "
+            "choose another --output or remove it"
         )
     quarantine = Quarantine(config.output.with_name(config.output.stem + ".quarantine.jsonl"))
     schema = _schema(config) if config.output.suffix == ".parquet" else None

@@ -126,9 +126,25 @@ def test_a_file_of_another_origin_is_not_overwritten(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", ["1"])
     mine = write_rows(tmp_path / "out.jsonl", ["years of work"])
     before = mine.read_text()
-    with serving(NumberServer()) as at, pytest.raises(StorageError, match="was not written by"):
+    with serving(NumberServer()) as at, pytest.raises(StorageError, match=r"no out\.jsonl\.journal"):
         run(config(tmp_path, at))
     assert mine.read_text() == before
+
+
+def test_another_model_is_asked_for_everything_once_journal_and_output_are_removed(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", ["1"])
+    with serving(NumberServer()) as at:
+        run(config(tmp_path, at))
+    with serving(NumberServer(version="v2")) as at:
+        with pytest.raises(StorageError, match="remove that file to ask for everything again"):
+            run(config(tmp_path, at))
+        (tmp_path / "out.jsonl.journal").unlink()
+        with pytest.raises(StorageError, match=r"no out\.jsonl\.journal beside it .* remove it"):
+            run(config(tmp_path, at))
+        (tmp_path / "out.jsonl").unlink()
+        run(config(tmp_path, at))
+    (row,) = read_rows(tmp_path / "out.jsonl")
+    assert row["reward_model"] == "v2"
 
 
 def test_bad_rows_are_set_aside_with_their_line(tmp_path: Path) -> None:
