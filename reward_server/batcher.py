@@ -48,8 +48,8 @@ _BULK_TURN = 8
 """Every so many batches the oldest bulk item goes first, so that interactive load cannot starve it."""
 
 _WAITING_TURN = 8
-"""Once so many batches let nobody in that waits for room, room is kept for the oldest: else a large request would wait
-for as long as small ones take every place that falls free."""
+"""Once so many batches did not let in the oldest request that waits for room, room is kept for it: else a large one
+would wait for as long as small ones take every place that falls free."""
 
 
 class Priority(IntEnum):
@@ -125,11 +125,15 @@ class _Entry:
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A request that waits for room. `admitted` tells whether it is queued, or came too late to be."""
+    """A request that waits for room. `admitted` tells whether it is queued, or came too late to be.
+
+    `passed_over` counts the batches that did not let it in while it was the oldest.
+    """
 
     entries: list[_Entry]
     cost: int
     admitted: asyncio.Future[bool]
+    passed_over: int = 0
 
 
 @dataclass(slots=True)
@@ -173,7 +177,6 @@ class Batcher:
         self._preparing_items = 0
         self._patient_items = 0
         self._waiting: list[_Waiting] = []  # oldest first
-        self._since_let_in = 0
         self._since_bulk = 0
         self._arrived = asyncio.Event()
         self._tokenizer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-tokenize")
@@ -294,8 +297,6 @@ class Batcher:
         left = patience - time.monotonic()
         if left <= 0:
             raise Overloaded(self._retry_after())
-        if not self._waiting:
-            self._since_let_in = 0
         waiting = _Waiting(entries, cost, asyncio.get_running_loop().create_future())
         patient = 0 if math.isinf(left) else len(entries)  # streams bound themselves
         self._patient_items += patient
@@ -334,7 +335,6 @@ class Batcher:
         for waiting in tuple(self._waiting):
             if self._has_room(len(waiting.entries), waiting.cost, waiting):
                 self._waiting.remove(waiting)
-                self._since_let_in = 0
                 waiting.admitted.set_result(self._enqueue(waiting.entries, waiting.cost))
 
     def _has_room(self, items: int, tokens: int, waiting: _Waiting | None = None) -> bool:
@@ -342,7 +342,8 @@ class Batcher:
 
         An empty queue takes any, since waiting would not make it fit better.
         """
-        kept_for = self._waiting[0] if self._waiting and self._since_let_in >= _WAITING_TURN else None
+        oldest = self._waiting[0] if self._waiting else None
+        kept_for = oldest if oldest is not None and oldest.passed_over >= _WAITING_TURN else None
         if not self._queued_items and (kept_for is waiting if kept_for else not self._preparing_items):
             return True
         items += self._queued_items + self._preparing_items
@@ -397,7 +398,8 @@ class Batcher:
             self._deliver(entry, Failure("expired", "the deadline passed before this item's turn"))
         self._remove({id(e) for e in expired})
         batch = self._choose()
-        self._since_let_in += bool(batch)
+        if batch and self._waiting:
+            self._waiting[0].passed_over += 1
         for entry in batch:
             if entry.request.first_cut is None:
                 entry.request.first_cut = now

@@ -384,6 +384,46 @@ def test_large_requests_get_into_a_queue_whose_places_small_ones_take_as_they_fa
     asyncio.run(scenario())
 
 
+def test_a_large_request_that_waits_is_not_passed_over_for_ever_by_small_ones_that_wait_behind_it() -> None:
+    class Slow(LengthScorer):
+        """Computes for so long that each client has called again."""
+
+        called = 0
+
+        def prepare(self, task: Task) -> Prepared:
+            prepared = super().prepare(task)
+            self.called += prepared.tokens == 1
+            return prepared
+
+        async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
+            while self.called < 16 + self.computed.count("x"):
+                await asyncio.sleep(0.001)
+            return await super().score(batch)
+
+    async def scenario() -> None:
+        scorer = Slow()
+        queue = batcher(scorer, max_batch_tokens=1, max_queue_items=4)  # one item a batch
+        queue.start()
+
+        async def small() -> None:
+            while True:
+                await queue.submit([task(1)], wait_s=math.inf)
+
+        clients = [asyncio.ensure_future(small()) for _ in range(16)]
+        while len(scorer.batches) < 4:
+            await asyncio.sleep(0.001)
+        large = asyncio.ensure_future(queue.submit([task(2)] * 4, wait_s=math.inf))
+        while not large.done() and len(scorer.batches) < 200:
+            await asyncio.sleep(0.001)
+        for client in clients:
+            client.cancel()
+        assert large.done()
+        await asyncio.gather(*clients, return_exceptions=True)
+        await queue.stop()
+
+    asyncio.run(scenario())
+
+
 def test_who_waits_for_room_is_told_when_it_is_too_late_or_patience_ends_and_leaves_the_others_theirs() -> (
     None
 ):
