@@ -140,14 +140,17 @@ class _Waiting:
 class _Rate:
     """Tokens per second, for estimates: the median over the last batches that left others waiting.
 
-    A batch that takes all there is tells what was asked for, not what the device can do; nor does one that the machine
-    held up, which is why it is the median, of three at least.
+    A batch that takes all there is tells what was asked for: the device can do at least as much. One that the machine
+    held up tells nothing, which is why it is the median, of three at least.
     """
 
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=9))
 
-    def update(self, tokens: int, seconds: float) -> None:
-        self._recent.append(tokens / max(seconds, 1e-6))
+    def update(self, tokens: int, seconds: float, *, at_least: bool) -> None:
+        """Take a measurement into account; one that is `at_least` so much only if it is more than was thought."""
+        measured = tokens / max(seconds, 1e-6)
+        if not at_least or (self._recent and measured > median(self._recent)):
+            self._recent.append(measured)
 
     def seconds(self, tokens: int) -> float | None:
         """How long so many tokens take; None as long as too little was measured."""
@@ -501,8 +504,8 @@ class Batcher:
         seconds = time.monotonic() - started
         tokens = sum(item.tokens for item in items)
         padded = self.scorer.cost(items)
-        if busy:  # then all lanes are
-            self._rate.update(tokens * self.scorer.parallel_batches, seconds)
+        lanes = self.scorer.parallel_batches if busy else 1  # where others wait, all lanes are busy
+        self._rate.update(tokens * lanes, seconds, at_least=not busy)
         requests = {id(e.request): e.request for e in batch}.values()
         self._observer.batch(len(batch), tokens, padded, seconds, [r.context for r in requests])
         for request in requests:

@@ -250,6 +250,31 @@ def test_a_machine_that_was_held_up_for_long_refuses_nobody_for_good() -> None:
     asyncio.run(scenario())
 
 
+def test_calls_of_one_batch_each_show_that_a_machine_is_as_fast_again_as_it_was() -> None:
+    async def scenario() -> None:
+        scorer = HeldUp(5)
+        queue = batcher(scorer, max_batch_tokens=2)
+        queue.start()
+        await queue.submit([task(2)] * 6)
+        for _ in range(9):  # none leaves another one waiting
+            await queue.submit([task(60)])
+        scorer.gate.clear()
+        scorer.started.clear()
+        running = asyncio.ensure_future(queue.submit([task(1)]))
+        await scorer.started.wait()
+        ahead = asyncio.ensure_future(queue.submit([task(1)]))
+        await queued(queue, 1)
+        then = asyncio.ensure_future(queue.submit([task(60)], time_left_s=3.0))
+        while queue.queued_tokens != 61 and not then.done():
+            await asyncio.sleep(0.001)
+        scorer.gate.set()
+        *_, report = await asyncio.gather(running, ahead, then)
+        assert isinstance(report.outcomes[0], Scored)
+        await queue.stop()
+
+    asyncio.run(scenario())
+
+
 def test_interactive_items_go_first_and_bulk_is_not_starved() -> None:
     async def scenario() -> None:
         scorer = LengthScorer()
