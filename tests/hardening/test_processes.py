@@ -41,13 +41,11 @@ def test_two_hundred_calls_in_flight_at_sigterm_are_all_answered(tmp_path: Path)
             late = reward_pb2_grpc.RewardServiceStub(other)  # type: ignore[no-untyped-call]
             health: Any = health_pb2_grpc.HealthStub(other)  # type: ignore[no-untyped-call]
             assert await code_of(late.GetInfo(pb.GetInfoRequest())) == "OK"
+            ahead = asyncio.ensure_future(stub.Score(score_request("y" * 5000, "y" * 5000)))
+            await until(lambda: server.metric("rlaif_queue_tokens") == 5000)  # and one is being computed
             calls = [asyncio.ensure_future(stub.Score(score_request("x" * 10))) for _ in range(200)]
-            waiting = [0.0, 1.0]
-            while (
-                waiting[-1] != waiting[-2] or waiting[-1] < 1000
-            ):  # all have arrived; some are being computed
-                await asyncio.sleep(0.05)
-                waiting.append(server.metric("rlaif_queue_tokens"))
+            # All have arrived, while the first batch was computed or while the second was.
+            await until(lambda: server.metric("rlaif_queue_tokens") in (5000 + 2000, 2000))
             os.kill(server.pid, signal.SIGTERM)
             said = None
             while said != health_pb2.HealthCheckResponse.NOT_SERVING:
@@ -55,6 +53,7 @@ def test_two_hundred_calls_in_flight_at_sigterm_are_all_answered(tmp_path: Path)
             assert await code_of(late.Score(score_request("late"))) == "UNAVAILABLE"
             assert not all(call.done() for call in calls), "health and refusals came before the last answer"
             assert {a.outcomes[0].score.raw for a in await asyncio.gather(*calls)} == {10.0}
+            assert [o.score.raw for o in (await ahead).outcomes] == [5000.0] * 2
         assert await asyncio.to_thread(server.end) == 0
 
     with server_process(tmp_path, model="length:1.5", max_batch_tokens=2000) as running:

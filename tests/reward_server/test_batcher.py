@@ -123,9 +123,9 @@ def test_an_item_whose_time_is_up_when_its_turn_comes_is_not_computed() -> None:
     async def scenario() -> None:
         scorer = LengthScorer()
         async with busy(scorer) as queue:
-            late = asyncio.ensure_future(queue.submit([task(5)], time_left_s=0.05))
+            late = asyncio.ensure_future(queue.submit([task(5)], time_left_s=1.0))
             await queued(queue, 5)
-            await asyncio.sleep(0.06)
+            await asyncio.sleep(1.0)
             scorer.gate.set()
             outcome = (await late).outcomes[0]
         assert isinstance(outcome, Failure) and outcome.problem == "expired"
@@ -175,14 +175,14 @@ def test_no_request_is_refused_for_a_deadline_that_the_device_can_meet(
         max_batch_items = 0 if lanes == 1 else 1
 
         async def score(self, batch: Sequence[Prepared]) -> list[Outcome]:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
             return await super().score(batch)
 
     async def scenario() -> None:
         scorer = Slow()
         queue = batcher(scorer, max_batch_tokens=10**4)
         queue.start()
-        # One token in 0.01 s, by one lane, would make 38 s of the first case and 3 s of the second.
+        # One token in 0.05 s, by one lane, would make 192 s of the first case and 15 s of the second.
         for _ in range(3):
             await queue.submit([task(n) for n in before])
         scorer.gate.clear()
@@ -194,7 +194,7 @@ def test_no_request_is_refused_for_a_deadline_that_the_device_can_meet(
         ahead = asyncio.ensure_future(queue.submit([task(1)]))
         while not queue.queued_tokens:
             await asyncio.sleep(0.001)
-        late = asyncio.ensure_future(queue.submit([task(n) for n in then], time_left_s=2.5))
+        late = asyncio.ensure_future(queue.submit([task(n) for n in then], time_left_s=12.5))
         await asyncio.sleep(0.01)
         scorer.gate.set()
         report = (await asyncio.gather(running, ahead, late))[2]
@@ -458,6 +458,7 @@ def test_who_waits_for_room_is_told_when_it_is_too_late_or_patience_ends_and_lea
             full = asyncio.ensure_future(queue.submit([task(2)] * 2))
             await queued(queue, 4)
             late = asyncio.ensure_future(queue.submit([task(3)], time_left_s=0.05, wait_s=math.inf))
+            await asyncio.sleep(0)  # so that its time has begun before the next one's, which is longer
             with pytest.raises(Overloaded):
                 await queue.submit([task(4)], wait_s=0.1)
             gone = asyncio.ensure_future(queue.submit([task(5)], wait_s=math.inf))
