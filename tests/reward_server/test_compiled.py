@@ -30,6 +30,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_classifier(tmp_path_factory.mktemp("model") / "rm", num_hidden_layers=1)
 
 
+@pytest.fixture(scope="module")
+def compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the compiler keeps what it has compiled, so that each graph is compiled once for all tests."""
+    return tmp_path_factory.mktemp("inductor")
+
+
 def sequences(seed: int) -> list[list[int]]:
     """Some alone, some after a common prefix, and several of one length."""
     rng = random.Random(seed)
@@ -45,9 +51,9 @@ def sequences(seed: int) -> list[list[int]]:
 @pytest.mark.slow
 @pytest.mark.skipif(not (which("g++") or which("clang++")), reason="there is no C++ compiler")
 def test_compiled_scores_are_those_of_the_plain_model_and_shapes_to_come_compile_nothing(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, compiled_code: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled_code))
     plain = BatchedForward(load_reward_model(str(checkpoint), device="cpu").model)
     forward = BatchedForward(load_reward_model(str(checkpoint), device="cpu").model)
     forward.compile()
@@ -65,9 +71,9 @@ def test_compiled_scores_are_those_of_the_plain_model_and_shapes_to_come_compile
 @pytest.mark.slow
 @pytest.mark.skipif(not (which("g++") or which("clang++")), reason="there is no C++ compiler")
 def test_a_model_is_compiled_while_another_one_scores_and_however_many_there_are(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, compiled_code: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled_code))
     serving, loaded, third = (
         BatchedForward(load_reward_model(str(checkpoint), device="cpu").model) for _ in range(3)
     )
