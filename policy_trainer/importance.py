@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from policy_trainer.batching import collate, pad_right
+from policy_trainer.batching import collate, forward_batches
 from policy_trainer.config import ImportanceSamplingMode
 from policy_trainer.kl import MAX_LOG_RATIO
 from policy_trainer.logprobs import token_logprobs
@@ -80,9 +80,9 @@ def difference(logprobs: Tensor, engine_logprobs: Tensor, response_mask: Tensor)
     """How far the engine's log-probabilities are from the trainer's.
 
     Args:
-        logprobs: (N, R), by the trainer's own forward.
-        engine_logprobs: (N, R), as the engine reported them.
-        response_mask: (N, R) bool, True for the tokens that count; there must be one.
+        logprobs: (N, R) or of any one shape, by the trainer's own forward.
+        engine_logprobs: as `logprobs`, as the engine reported them.
+        response_mask: as `logprobs`, bool, True for the tokens that count; there must be one.
     """
     apart = (logprobs - engine_logprobs)[response_mask].abs()
     return Difference(float(apart.mean()), float(apart.max()))
@@ -94,6 +94,7 @@ def probed_difference(
     prompt_ids: Sequence[Sequence[int]],
     sampled: Sequence[Sampled],
     temperature: float,
+    micro_batch_tokens: int,
 ) -> Difference:
     """`difference` over a few of the responses, spread evenly over them.
 
@@ -102,18 +103,24 @@ def probed_difference(
         prompt_ids: of each response's prompt.
         sampled: N responses, with what the engine said of each token.
         temperature: of sampling.
+        micro_batch_tokens: padded tokens in one forward pass.
     """
-    rows = range(0, len(sampled), max(1, len(sampled) // PROBED_RESPONSES))
-    batch = collate([prompt_ids[i] for i in rows], [sampled[i].response_ids for i in rows])
-    engine = pad_right([torch.tensor(sampled[i].logprobs) for i in rows], batch.response_len)
-    of_trainer = token_logprobs(
-        policy,
-        batch.input_ids.to(policy.device),
-        batch.attention_mask.to(policy.device),
-        batch.response_len,
-        temperature,
-    ).logprobs
-    return difference(of_trainer.cpu(), engine, batch.response_mask)
+    probed = range(0, len(sampled), max(1, len(sampled) // PROBED_RESPONSES))
+    lengths = [len(ids) + len(s.response_ids) for ids, s in zip(prompt_ids, sampled, strict=True)]
+    of_trainer, of_engine = [], []
+    for rows in forward_batches(lengths, max_tokens=micro_batch_tokens, device=policy.device, indices=probed):
+        batch = collate([prompt_ids[i] for i in rows], [sampled[i].response_ids for i in rows])
+        read = token_logprobs(
+            policy,
+            batch.input_ids.to(policy.device),
+            batch.attention_mask.to(policy.device),
+            batch.response_len,
+            temperature,
+        ).logprobs
+        of_trainer.append(read.cpu()[batch.response_mask])
+        of_engine += [torch.tensor(sampled[i].logprobs) for i in rows]
+    tokens = torch.cat(of_trainer)
+    return difference(tokens, torch.cat(of_engine), torch.ones_like(tokens, dtype=torch.bool))
 
 
 def weight_metrics(weights: Tensor, response_mask: Tensor) -> dict[str, float]:

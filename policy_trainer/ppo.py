@@ -297,7 +297,13 @@ class Trainer(OnlineTrainer):
             return True, {"sample/staleness_mean": self.step - episodes.sampled[0].policy_version}
         if config.reuse_logprobs_tolerance is None:
             return False, {}
-        found = probed_difference(self.policy, episodes.prompt_ids, episodes.sampled, config.temperature)
+        found = probed_difference(
+            self.policy,
+            episodes.prompt_ids,
+            episodes.sampled,
+            config.temperature,
+            config.micro_batch_tokens,
+        )
         reused = found.max <= config.reuse_logprobs_tolerance
         return reused, {**found.metrics(), "sampling/logprobs_reused": float(reused)}
 

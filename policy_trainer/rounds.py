@@ -199,7 +199,9 @@ def collect_round(
     if read_mismatched:
         crossed = [(mismatched_prompt(prompts, rows[s.prompt_index]), s.response_ids) for s in sampled]
         of_mismatched = sequence_logprobs(log_ratios_to, crossed, *how)
-    engine = probed_difference(trainer.policy, prompt_ids, sampled, config.temperature)
+    engine = probed_difference(
+        trainer.policy, prompt_ids, sampled, config.temperature, config.micro_batch_tokens
+    )
     read_at = time.perf_counter()
 
     # 4. Rewards. A missing one stays missing; an unfinished response pays its penalty in both units.

@@ -75,8 +75,11 @@ def test_metrics_by_hand() -> None:
     assert list(ratios.values()) == pytest.approx([0.5, 7.0 / 5, 2.5], abs=1e-12)
 
 
+@pytest.mark.parametrize("micro_batch_tokens", [1, 10, 10**6])
 @pytest.mark.parametrize(("responses", "read"), [(3, [0, 1, 2]), (16, [0, 2, 4, 6, 8, 10, 12, 14])])
-def test_a_few_responses_spread_over_a_step_are_probed(responses: int, read: list[int]) -> None:
+def test_a_few_responses_spread_over_a_step_are_probed(
+    responses: int, read: list[int], micro_batch_tokens: int
+) -> None:
     """The engine is wrong by 0.25 nats at the second token of response 1, and by 0.5 at that of response 2."""
     policy, prompts = tiny.model(), [[1, 6, 7], [8]]
     prompt_ids = [prompts[i % 2] for i in range(responses)]
@@ -88,7 +91,13 @@ def test_a_few_responses_spread_over_a_step_are_probed(responses: int, read: lis
         at = len(prompt) - 1
         first, second = (float(logits[at + k].log_softmax(-1)[ids[k]]) for k in (0, 1))
         sampled.append(Sampled(i % 2, ids, [first, second + {1: 0.25, 2: 0.5}.get(i, 0.0)], True))
-    found = probed_difference(policy, prompt_ids, sampled, 0.7)
+    passes: list[torch.Size] = []
+    policy.model.register_forward_pre_hook(
+        lambda _, args, given: passes.append((args[0] if args else given["input_ids"]).shape),
+        with_kwargs=True,
+    )
+    found = probed_difference(policy, prompt_ids, sampled, 0.7, micro_batch_tokens)
+    assert all(rows == 1 or rows * width <= micro_batch_tokens for rows, width in passes)
     wrong = [{1: 0.25, 2: 0.5}.get(i, 0.0) for i in read]
     assert found.mean == pytest.approx(sum(wrong) / (2 * len(read)), abs=1e-5)
     assert found.max == pytest.approx(max(wrong), abs=1e-5)
