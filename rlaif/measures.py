@@ -20,7 +20,9 @@ ECE_BINS = 10
 
 
 def brier(p: ArrayLike, label: ArrayLike) -> float:
-    """Mean squared distance of predictions to labels (Brier 1950), in [0, 1]; 1/4 for a coin; NaN for no pairs.
+    """Mean squared distance of predictions to labels (Brier 1950), in [0, 1]; NaN for no pairs.
+
+    A coin has 1/4 where all labels are 0 or 1, and less where they are not: compare with `brier(1/2, label)`.
 
     Args:
         p: (N,) P(A preferred) as predicted, by a judge or a reward model.

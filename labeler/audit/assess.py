@@ -183,6 +183,7 @@ def calibration(labelled: Sequence[Observation]) -> Findings:
     return {
         "pairs": len(table),
         "brier": finite(brier(p, human)),
+        "coin_brier": finite(brier(np.full_like(human, 0.5), human)),
         "ece": finite(expected_calibration_error(p, human)),
         "ece_bins": ECE_BINS,
         "log_loss": finite(log_loss(p, human)),

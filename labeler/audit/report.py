@@ -112,8 +112,9 @@ def _calibration(report: Found) -> str:
     if not found["pairs"]:
         return ""
     text = (
-        f"## Calibration\n\nBrier score {number(found['brier'])}, expected calibration error {number(found['ece'])} "
-        f"({found['ece_bins']} bins), log loss {number(found['log_loss'])}; a coin has 0.250, 0 and 0.693.\n\n"
+        f"## Calibration\n\nBrier score {number(found['brier'])}, where a coin has {number(found['coin_brier'])}; "
+        f"log loss {number(found['log_loss'])}, where a coin has 0.693; expected calibration "
+        f"error {number(found['ece'])} ({found['ece_bins']} bins).\n\n"
     )
     rows = [
         (f"{b['low']:.2f} - {b['high']:.2f}", b["count"], percent(b["confidence"]), percent(b["agreement"]))

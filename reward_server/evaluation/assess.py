@@ -183,6 +183,7 @@ def calibration(pairs: Sequence[LabelledPair]) -> Findings:
     p = 1 / (1 + np.exp(-np.clip(d, -700, 700)))
     return {
         "brier": finite(brier(p, y)),
+        "coin_brier": finite(brier(np.full_like(y, 0.5), y)),
         "ece": finite(expected_calibration_error(p, y)),
         "ece_bins": ECE_BINS,
         "reliability": [asdict(b) for b in reliability(p, y)],

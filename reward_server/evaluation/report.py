@@ -114,7 +114,7 @@ def _calibration(findings: Found) -> str:
         for b in found["reliability"]
     ]
     return (
-        f"## Calibration\n\nBrier score {number(found['brier'])}, expected calibration error {number(found['ece'])} "
-        f"({found['ece_bins']} bins); a coin has 0.250 and 0 on hard labels.\n\n"
+        f"## Calibration\n\nBrier score {number(found['brier'])}, where a coin has {number(found['coin_brier'])}; "
+        f"expected calibration error {number(found['ece'])} ({found['ece_bins']} bins).\n\n"
         + table(("confidence", "pairs", "mean, %", "labels agree, %"), rows)
     )

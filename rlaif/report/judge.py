@@ -52,7 +52,8 @@ def judge(source: Source) -> Findings:
         Tile(
             decimal(calibration["ece"]),
             "calibration error",
-            f"expected, {calibration['ece_bins']} bins; Brier score {decimal(calibration['brier'])}",
+            f"expected, {calibration['ece_bins']} bins; Brier score {decimal(calibration['brier'])}, "
+            f"a coin has {decimal(calibration.get('coin_brier'))}",
         ),
         Tile(figure(found["label_mass"]["mean"]), "label mass", "mean probability of all labels together"),
     ]

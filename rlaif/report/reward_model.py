@@ -97,7 +97,8 @@ def tiles(found: Facts) -> list[Tile]:
         ),
         Tile(
             decimal(calibration.get("ece")), "calibration error",
-            f"expected, {calibration.get('ece_bins')} bins; Brier score {decimal(calibration.get('brier'))}",
+            f"expected, {calibration.get('ece_bins')} bins; Brier score {decimal(calibration.get('brier'))}, "
+            f"a coin has {decimal(calibration.get('coin_brier'))}",
         ),
     ]  # fmt: skip
 

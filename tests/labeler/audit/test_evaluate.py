@@ -44,6 +44,7 @@ def test_findings_of_a_judge_with_known_answers(tmp_path: Path, capsys: pytest.C
     assert found["kappa"]["value"] == pytest.approx(0.6)
     # Labels are 7/9 for the good one: right eight times, wrong twice.
     assert found["calibration"]["brier"] == pytest.approx((8 * (2 / 9) ** 2 + 2 * (7 / 9) ** 2) / 10)
+    assert found["calibration"]["coin_brier"] == pytest.approx(1 / 4)
     assert found["calibration"]["ece"] == pytest.approx(abs(0.8 - 7 / 9))
     # 8/9 with the good one first and 6/9 with it second: the position never decides.
     assert found["position"]["same_position_rate"] == 0.0

@@ -48,6 +48,7 @@ def test_log_loss_and_calibration_by_hand() -> None:
     entropy = -0.8 * math.log(0.8) - 0.2 * math.log(0.2) + math.log(2)
     assert found["lowest_log_loss"] == pytest.approx(entropy / 4)
     assert found["calibration"]["brier"] == pytest.approx((0.25**2 + 0.75**2 + 0.15**2 + 0) / 4)
+    assert found["calibration"]["coin_brier"] == pytest.approx((0.5**2 + 0.5**2 + 0.3**2 + 0) / 4)
     assert found["calibration"]["ece"] == pytest.approx((2 * 0.25 + 1 * 0.15 + 0) / 4)
     assert ranking([pair(-800.0, 1.0)])["log_loss"] == pytest.approx(800.0)  # no overflow, no floor
 
