@@ -12,12 +12,10 @@ import json
 import os
 import random
 import shutil
-import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -208,39 +206,6 @@ def restore_rng(state: Mapping[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
-
-
-class StopRequest:
-    """Whether somebody asked this process to end."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def __bool__(self) -> bool:
-        return self.received is not None
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT into a request that a loop reads between steps; a second one acts at once.
-
-    The loop saves a checkpoint and raises KeyboardInterrupt, which the command line reports.
-    """
-    request = StopRequest()
-    previous: dict[signal.Signals, Any] = {}
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        request.received = signal.Signals(number)
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        previous[signum] = signal.signal(signum, on_signal)
-    try:
-        yield request
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 def _partial(final: Path) -> Path:

@@ -24,13 +24,11 @@ from policy_trainer.batching import data_id
 from policy_trainer.card import write_card
 from policy_trainer.checkpoint import (
     Checkpoint,
-    StopRequest,
     check_same_data,
     load_latest,
     restore_rng,
     save_checkpoint,
     save_final,
-    stop_on_signal,
 )
 from policy_trainer.client import RewardClient
 from policy_trainer.config import OnlineConfig
@@ -47,6 +45,7 @@ from rlaif.fields import Row
 from rlaif.records import Quarantine, read_as
 from rlaif.runs import Progress, Run, progress
 from rlaif.shapes import PROMPT_SHAPES, parse_prompt
+from rlaif.signals import StopRequest, stop_on_signal
 from rlaif.types import Conversation
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ from policy_trainer.checkpoint import (
     restore_rng,
     save_checkpoint,
     save_final,
-    stop_on_signal,
 )
 from policy_trainer.config import SFTConfig
 from policy_trainer.logprobs import token_logprobs
@@ -33,6 +32,7 @@ from rlaif.errors import ConfigError, DataError
 from rlaif.fields import Row
 from rlaif.records import Quarantine, read_as, read_rows
 from rlaif.runs import progress
+from rlaif.signals import stop_on_signal
 from rlaif.types import Conversation
 
 if TYPE_CHECKING:

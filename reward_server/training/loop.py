@@ -21,6 +21,7 @@ from reward_server.training.loss import centering_loss, preference_loss, regress
 from rlaif.agreement import agreements
 from rlaif.errors import ConfigError
 from rlaif.runs import Run, progress
+from rlaif.signals import stop_on_signal
 from rlaif.storage import storing
 
 CHECKPOINT = "checkpoint.pt"
@@ -40,6 +41,9 @@ def optimise(
 
     One step accumulates the gradient of sum / terms-of-the-step over micro-batches, so how the step is cut does not
     change it.
+
+    Raises:
+        KeyboardInterrupt: SIGTERM or SIGINT asked for an end; a checkpoint has been written.
     """
     model.eval()  # type: ignore[no-untyped-call]
     freeze(model, config.freeze_layers)
@@ -55,7 +59,7 @@ def optimise(
     first = load_checkpoint(checkpoint, model, optimizer, schedule)
     run.truncate_metrics(first)
     model.train(not config.disable_dropout)  # in transformers the mode decides about dropout alone
-    with progress(len(steps), "training the reward model") as bar:
+    with stop_on_signal() as stop, progress(len(steps), "training the reward model") as bar:
         bar.advance(first)
         for done, (epoch, members) in enumerate(steps[first:], first + 1):
             units = [unit for i in members for unit in prompts[i]]
@@ -74,9 +78,12 @@ def optimise(
                     "epoch": config.num_train_epochs * done / len(steps),
                 }
                 run.log(done, logged)
-            if done % config.save_steps == 0 or done == len(steps) or steps[done][0] != epoch:
+            stopping = bool(stop)
+            if stopping or done % config.save_steps == 0 or done == len(steps) or steps[done][0] != epoch:
                 save_checkpoint(checkpoint, done, model, optimizer, schedule)
             bar.advance(1, loss=figures.loss)
+            if stopping and done < len(steps):
+                raise KeyboardInterrupt
 
 
 def accumulate_gradient(

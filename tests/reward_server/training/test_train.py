@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import random
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -259,6 +261,42 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, dropout: bool)
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text()
     assert (tmp_path / "killed" / "metrics.jsonl").read_text() == lines
     assert not (tmp_path / "killed" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_at_a_checkpoint_and_the_run_goes_on_to_the_same_weights(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Long before a checkpoint is due, in the middle of an epoch, with dropout drawing from the generator."""
+    backbone = tiny.save_language_model(tmp_path / "backbone", attention_dropout=0.3)
+    dataset = write(tmp_path / "pairs.jsonl", polite_rows(60))
+    whole = config(
+        backbone, dataset, tmp_path / "whole", num_train_epochs=3, logging_steps=1, disable_dropout=False
+    )
+    stopped = replace(whole, output_dir=tmp_path / "stopped")
+    run(whole)
+
+    model, tokenizer = load_backbone(str(backbone), chat_template="transcript", seed=0)
+    training, _ = read_split(stopped, tmp_path / "quarantine.jsonl")
+    prompts = by_prompt(training, tokenizer, 64, "soft_cross_entropy")
+
+    class SignalledRun(Run):
+        def log(self, step: int, metrics: Any) -> None:
+            super().log(step, metrics)
+            if step == 8:
+                os.kill(os.getpid(), number)
+
+    handler = signal.getsignal(number)
+    with _open(SignalledRun, stopped) as directory, pytest.raises(KeyboardInterrupt):
+        optimise(model, prompts, stopped, directory)
+    assert signal.getsignal(number) == handler
+    steps = plan_steps([sum(u.terms for u in units) for units in prompts], 8, 0, 3)
+    assert steps[8][0] == steps[7][0]  # no epoch ends there
+    assert torch.load(stopped.output_dir / "checkpoint.pt", weights_only=True)["step"] == 8
+    run(stopped)
+
+    for name in ("model.safetensors", "golden.json", "metrics.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
 
 
 def _open(kind: type[Run], settings: RewardModelConfig) -> Run:
