@@ -117,6 +117,8 @@ class OnlineConfig(TrainingConfig):
     """Deadline of one request to the reward server, in seconds; a request that hangs is made again."""
     reward_give_up_after_s: float = 300.0
     """How long a reward server that is unavailable or hangs is waited for, in seconds; a restart is ridden out."""
+    reward_truncation: Literal["reject", "left"] = "reject"
+    """A conversation longer than the reward model's context is a missing reward, or loses its oldest tokens there."""
     self_check: bool = True
     """Check sampling, log-probabilities and the reward server before the first step."""
     samples_per_step: int = 8

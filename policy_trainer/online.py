@@ -35,9 +35,9 @@ from policy_trainer.config import OnlineConfig
 from policy_trainer.heldout import HeldOut, best_step, mark_best, reason_to_stop
 from policy_trainer.models import TrainedPolicy, eos_token_ids, fingerprint, load_reference, load_trained
 from policy_trainer.parallel import ALONE, SharedReward, World, joined, run_directory
-from policy_trainer.reward_source import Reward, RewardSource
+from policy_trainer.reward_source import Reward, RewardSource, main_cause
 from policy_trainer.rollout import HFRollout, RolloutEngine, Sampled
-from policy_trainer.selfcheck import self_check
+from policy_trainer.selfcheck import TRUNCATION, self_check
 from policy_trainer.vllm_rollout import open_vllm
 from rlaif.chat import encode_prompt
 from rlaif.errors import ConfigError, DataError, ModelError, QualityError, RewardServerError
@@ -98,6 +98,7 @@ class OnlineTrainer:
         world: the processes of the run.
         step: completed steps.
         updates: optimiser steps taken in the step under way, as far as a run may be interrupted between them.
+        told_missing: whether it was said that rewards are missing.
     """
 
     config: OnlineConfig
@@ -113,6 +114,7 @@ class OnlineTrainer:
     data_id: str = field(init=False)
     eos_ids: tuple[int, ...] = field(init=False)
     engine: RolloutEngine = field(init=False)
+    told_missing: bool = field(init=False, default=False)
     engine_lock: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -254,6 +256,40 @@ class OnlineTrainer:
         )
         if self.world.is_main:
             print(report, file=sys.stderr)
+
+    def check_missing(self, rewards: Sequence[Reward], kept: Sequence[int]) -> None:
+        """Refuse to learn from this step if too little is known of it; say on stderr when rewards are first missing.
+
+        Args:
+            rewards: of the step.
+            kept: the responses that are left to learn from.
+
+        Raises:
+            QualityError: more than `max_missing_rewards` are missing, or fewer than two responses are left; the message
+                has the most frequent reason.
+        """
+        cause = main_cause(rewards)
+        missing = sum(r.value is None for r in rewards)
+        found = f"{missing} of {len(rewards)} rewards are missing at step {self.step + 1}" + (
+            "" if cause is None else f", {cause}"
+        )
+        if missing > self.config.max_missing_rewards * len(rewards) or len(kept) < 2:
+            remedy = "mend the reward server and run the same command again"
+            if cause is not None and cause.too_long:
+                remedy = (
+                    f"begin anew, in another --output_dir, with {TRUNCATION} left or against a reward model that is "
+                    "served with a larger --max_length: the run goes on with these settings alone"
+                )
+            raise QualityError(f"{found}; the run stopped at a checkpoint: {remedy}")
+        if cause is not None and not self.told_missing:
+            self.told_missing = True
+            if self.world.is_main:
+                print(
+                    f"{found}{cause.advice(TRUNCATION)}; these responses are left out, and reward/missing counts them "
+                    "in every step",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     @property
     def untrained(self) -> bool:
@@ -475,6 +511,7 @@ def served_reward(config: OnlineConfig) -> Iterator[RewardClient]:
         config.reward_server,
         timeout_s=config.reward_timeout_s,
         give_up_after_s=config.reward_give_up_after_s,
+        truncation=config.reward_truncation,
     ) as source:
         source.wait_ready(config.reward_give_up_after_s)
         yield source
@@ -544,25 +581,3 @@ def comparable(scored: Sequence[int], groups: Sequence[int]) -> list[int]:
     """Those of the responses `scored` that are not alone in their group; `groups` has the group of every response."""
     sizes = Counter(groups[i] for i in scored)
     return [i for i in scored if sizes[groups[i]] > 1]
-
-
-def check_missing(rewards: Sequence[Reward], kept: Sequence[int], allowed: float, step: int) -> None:
-    """Refuse to learn from a step of which too little is known.
-
-    Args:
-        rewards: of one step.
-        kept: the responses that are left to learn from.
-        allowed: largest share that may be missing.
-        step: for the message.
-
-    Raises:
-        QualityError: more are missing, or fewer than two are left; the message has the most frequent reason.
-    """
-    reasons = Counter(r.reason or "no reason given" for r in rewards if r.value is None)
-    missing = reasons.total()
-    if missing > allowed * len(rewards) or len(kept) < 2:
-        reason, count = reasons.most_common(1)[0]
-        raise QualityError(
-            f"{missing} of {len(rewards)} rewards are missing at step {step}, {count} because: {reason}; the run "
-            "stopped at a checkpoint: mend the reward server and run the same command again"
-        )

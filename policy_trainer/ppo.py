@@ -29,7 +29,6 @@ from policy_trainer.online import (
     OnlineTrainer,
     Purpose,
     Snapshot,
-    check_missing,
     comparable,
     context_length,
     served_reward,
@@ -85,7 +84,7 @@ def train(config: PPOConfig, source: RewardSource) -> None:
                 clock.lap("reward")
                 scored = [i for i, r in enumerate(rewards) if r.value is not None]
                 kept = comparable(scored, episodes.groups) if config.grouped else scored
-                check_missing(rewards, kept, config.max_missing_rewards, trainer.step + 1)
+                trainer.check_missing(rewards, kept)
             except (RewardServerError, QualityError):
                 trainer.save()
                 raise

@@ -6,6 +6,7 @@ A trainer sees the protocol alone and cannot tell a served reward from a local f
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -162,6 +163,42 @@ class FunctionReward:
         if not math.isfinite(raw):
             return Reward(None, None, f"not_finite: the function returned {raw}")
         return Reward((raw - self._info.center) / self._info.scale, float(raw))
+
+
+class Cause(NamedTuple):
+    """Why most of the missing rewards are missing.
+
+    Attributes:
+        rewards: how many are missing for it; reasons that differ in their numbers alone are one.
+        reason: of the first of them, as `code: words`.
+    """
+
+    rewards: int
+    reason: str
+
+    @property
+    def too_long(self) -> bool:
+        """Whether the scorer reads no conversation of such a length."""
+        return self.reason.startswith("out_of_range:")
+
+    def advice(self, flag: str) -> str:
+        """What may help, where the command's `flag` decides about long conversations; empty if nothing is known."""
+        return f" ({flag} left drops the oldest tokens of what is too long)" if self.too_long else ""
+
+    def __str__(self) -> str:
+        """The words for a message."""
+        return f"{self.rewards} because: {self.reason}"
+
+
+def main_cause(rewards: Iterable[Reward]) -> Cause | None:
+    """The most frequent reason of the missing rewards; None if none is missing."""
+    alike: dict[str, list[str]] = {}
+    for reward in rewards:
+        if reward.value is None:
+            reason = reward.reason or "unknown: no reason was given"
+            alike.setdefault(re.sub(r"\d+(\.\d+)?", "#", reason), []).append(reason)
+    most = max(alike.values(), key=len, default=None)
+    return None if most is None else Cause(len(most), most[0])
 
 
 def missing_by_reason(rewards: Iterable[Reward]) -> Counter[str]:

@@ -19,7 +19,7 @@ from policy_trainer import optim
 from policy_trainer.branches import sequence_logprobs
 from policy_trainer.config import RoundConfig
 from policy_trainer.importance import Difference, probed_difference
-from policy_trainer.online import OnlineTrainer, Prompts, Purpose, check_missing
+from policy_trainer.online import OnlineTrainer, Prompts, Purpose
 from policy_trainer.reward_source import Reward
 from policy_trainer.rollout import decode_response
 from rlaif.errors import DataError, QualityError, RewardServerError, StorageError
@@ -113,7 +113,7 @@ class RoundTrainer(OnlineTrainer):
             try:
                 round_ = self.collect()
                 scored = [i for i, r in enumerate(round_.rewards) if r.value is not None]
-                check_missing(round_.rewards, scored, self.config.max_missing_rewards, self.step + 1)
+                self.check_missing(round_.rewards, scored)
             except (RewardServerError, QualityError):
                 self.save()
                 raise

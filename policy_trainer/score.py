@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from policy_trainer.answers import ask_all, read_journal, same_asker
 from policy_trainer.client import RewardClient
-from policy_trainer.reward_source import Reward, missing_by_reason
+from policy_trainer.reward_source import Reward, main_cause, missing_by_reason
 from rlaif.errors import DataError, QualityError, StorageError
 from rlaif.records import Journal, Quarantine, read_responses, write_parquet
 from rlaif.runs import write_atomic
@@ -142,10 +142,9 @@ def summary(rewards: Sequence[Reward], quarantine: Quarantine) -> str:
             f"sd {pstdev(raws):.3f})"
         )
         lines.append(f"{min(values):8.2f} {histogram(values)} {max(values):.2f}")
-    missing = missing_by_reason(rewards)
-    if missing:
-        (reason, _), *_ = Counter(r.reason or "unknown" for r in rewards if r.value is None).most_common(1)
-        lines.append(f"missing: {_counts(missing)}; most often: {reason}")
+    cause = main_cause(rewards)
+    if cause is not None:
+        lines.append(f"missing: {_counts(missing_by_reason(rewards))}; most often: {cause.reason}")
     if quarantine.count:
         lines.append("not understood: " + _counts(quarantine.reasons))
     return "\n".join(lines)

@@ -7,7 +7,6 @@ that a first small rollout shows.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from policy_trainer.batching import SequenceBatch, collate, pad_right
 from policy_trainer.logprobs import token_logprobs
-from policy_trainer.reward_source import Reward, RewardSource
+from policy_trainer.reward_source import Cause, Reward, RewardSource, main_cause
 from policy_trainer.rollout import RolloutEngine, Sampled, decode_response
 from rlaif.chat import render
 from rlaif.errors import SelfCheckError
@@ -26,6 +25,8 @@ from rlaif.types import Conversation, with_response
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TRUNCATION = "--reward_truncation"
+"""The flag of the online trainers that decides about conversations too long for the scorer."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 """Largest mean difference of log-probabilities, in nats, between two ways to compute them. Measured elsewhere for
 bfloat16 with other batch shapes: standard deviation 0.05 (facts of trl#6789); fp32 agrees to 1e-5."""
@@ -39,11 +40,15 @@ class SelfCheckReport:
         parity: mean |log-probability of the engine - of the trainer| per token, in nats.
         kl: mean k1 KL per response between policy and reference; None where they are different models.
         scores: normalised rewards of the sampled responses, missing ones left out.
+        missing: how many rewards are missing.
+        cause: why most of those are; None if none is.
     """
 
     parity: float
     kl: float | None
     scores: tuple[float, ...]
+    missing: int = 0
+    cause: Cause | None = None
 
     def __str__(self) -> str:
         """One line for the log."""
@@ -53,6 +58,11 @@ class SelfCheckReport:
         return (
             f"self-check passed: engine/trainer log-probabilities differ by {self.parity:.1e}, KL to reference {kl}, "
             f"rewards {mean:.2f} +- {spread:.2f} over {len(self.scores)} responses"
+            + (
+                ""
+                if self.cause is None
+                else f"; those of {self.missing} more are missing, {self.cause}{self.cause.advice(TRUNCATION)}"
+            )
         )
 
 
@@ -104,7 +114,9 @@ def self_check(
         )
         for s in sampled
     ]
-    return SelfCheckReport(parity, kl, check_rewards(source.score(conversations), source.info().name))
+    rewards = source.score(conversations)
+    scores = check_rewards(rewards, source.info().name)
+    return SelfCheckReport(parity, kl, scores, len(rewards) - len(scores), main_cause(rewards))
 
 
 def check_tokens(
@@ -210,10 +222,9 @@ def check_rewards(rewards: Sequence[Reward], name: str) -> tuple[float, ...]:
     """
     values = tuple(r.value for r in rewards if r.value is not None)
     if not values:
-        reason, count = Counter(r.reason or "no reason" for r in rewards).most_common(1)[0]
-        raise SelfCheckError(
-            f"{name} rewarded none of {len(rewards)} sampled responses; {count} because: {reason}"
-        )
+        cause = main_cause(rewards)
+        why = "" if cause is None else f"; {cause}{cause.advice(TRUNCATION)}"
+        raise SelfCheckError(f"{name} rewarded none of {len(rewards)} sampled responses{why}")
     if len(values) > 1 and max(values) == min(values):
         raise SelfCheckError(
             f"{name} gave each of {len(values)} sampled responses the same reward {values[0]:.4g}: nothing can be "

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,14 +18,17 @@ from policy_trainer.batching import SequenceBatch
 from policy_trainer.checkpoint import load_latest
 from policy_trainer.config import PPOConfig
 from policy_trainer.episodes import Episodes, Reading
+from policy_trainer.online import served_reward
 from policy_trainer.ppo import Trainer, train
 from policy_trainer.ptx import TextMix
-from policy_trainer.reward_source import FunctionReward
+from policy_trainer.reward_source import FunctionReward, Reward
+from protos.rlaif.reward.v1 import reward_pb2
 from rlaif.chat import EncodedPair
 from rlaif.cli import COMMANDS, parse_config
 from rlaif.errors import ConfigError, DataError, QualityError, SelfCheckError
 from rlaif.types import Conversation
 from tests.policy_trainer import tiny
+from tests.policy_trainer.reward_servers import NumberServer, conversation, serving
 
 CRITIC_FREE: dict[str, dict[str, Any]] = {
     "reinforce": {"advantage_estimator": "reinforce"},
@@ -420,6 +423,41 @@ def test_a_missing_reward_takes_its_response_out_and_is_counted(tmp_path: Path) 
         )
         assert row["objective/kl"] == pytest.approx(math.fsum(s["kl"] for s in kept) / len(kept), abs=1e-6)
         assert row["response/length"] <= 7
+
+
+def test_missing_rewards_are_told_once_with_their_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.ppo_config(tmp_path, max_steps=3, self_check=False)
+    train(config, source(lambda p, r: [None, None, *tiny.share_of_w0(p, r)[2:]]))
+    assert [row["reward/missing"] for row in metrics(tmp_path)] == [2, 2, 2]
+    told = [line for line in capsys.readouterr().err.splitlines() if "missing" in line]
+    assert len(told) == 1
+    assert told[0].startswith("2 of 8 rewards are missing at step 1, 2 because: no_reward: the function")
+
+
+def test_conversations_that_are_too_long_for_the_reward_model_name_the_flag_that_cuts_them(
+    tmp_path: Path,
+) -> None:
+    class TooLong(FunctionReward):
+        def score(self, conversations: Sequence[Conversation]) -> list[Reward]:
+            lengths = range(700, 700 + len(conversations))
+            return [Reward(None, None, f"out_of_range: it has {n} tokens") for n in lengths]
+
+    config = tiny.ppo_config(tmp_path, self_check=False)
+    with pytest.raises(QualityError, match=r"8 because: out_of_range: it has 700 .*--reward_truncation left"):
+        train(config, TooLong(tiny.share_of_w0))
+
+
+@pytest.mark.parametrize("truncation", ["reject", "left"])
+def test_the_reward_server_is_told_what_to_do_with_long_conversations(
+    tmp_path: Path, truncation: Literal["reject", "left"]
+) -> None:
+    with serving(server := NumberServer()) as address:
+        config = tiny.ppo_config(tmp_path, reward_server=address, reward_truncation=truncation)
+        with served_reward(config) as client:
+            client.score([conversation("1")])
+    assert reward_pb2.Truncation.Name(server.calls[-1].truncation) == f"TRUNCATION_{truncation.upper()}"
 
 
 def test_a_response_without_a_reward_has_no_gradient(step: Step) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from policy_trainer.reward_source import FunctionReward
+from policy_trainer.reward_source import FunctionReward, Reward
 from policy_trainer.rollout import HFRollout, Sampled
 from policy_trainer.selfcheck import SelfCheckReport, self_check
 from rlaif.chat import BUILTIN_TEMPLATES, encode_prompt
 from rlaif.errors import SelfCheckError
-from rlaif.types import user_prompt
+from rlaif.types import Conversation, user_prompt
 from tests.policy_trainer import tiny
 
 PROMPTS = [user_prompt(f"w{i} w{i + 1}") for i in range(12)]
@@ -41,6 +41,7 @@ def check(
     policy: torch.nn.Module | None = None,
     reference: torch.nn.Module | None = None,
     rewards: Callable[..., Any] = tiny.share_of_w0,
+    source: FunctionReward | None = None,
     tokenizer: Any = None,
     temperature: float = 0.7,
     eos_ids: Sequence[int] = (2,),
@@ -54,7 +55,7 @@ def check(
         tokenizer=tokenizer,
         eos_ids=eos_ids,
         engine=engine or HFRollout(tiny.model(), eos_ids),
-        source=FunctionReward(rewards),
+        source=source or FunctionReward(rewards),
         prompts=PROMPTS,
         prompt_ids=[encode_prompt(tokenizer, p, max_length=64) for p in PROMPTS],
         max_new_tokens=12,
@@ -69,6 +70,21 @@ def test_a_sound_set_up_passes() -> None:
     assert report.kl == 0.0
     assert len(report.scores) == 12
     assert "self-check passed" in str(report)
+
+
+def test_missing_rewards_are_counted_with_the_reason_of_most_whatever_its_numbers() -> None:
+    """Four reasons of two kinds: three conversations are too long, each by another length, and one is refused."""
+    reasons = [f"out_of_range: the conversation has {n} tokens" for n in (754, 803, 912)]
+    missing = [Reward(None, None, reason) for reason in ("unavailable: busy", *reasons)]
+
+    class Partly(FunctionReward):
+        def score(self, conversations: Sequence[Conversation]) -> list[Reward]:
+            return [*missing, *super().score(conversations)[len(missing) :]]
+
+    report = str(check(source=Partly(tiny.share_of_w0)))
+    assert "over 8 responses; those of 4 more are missing, 3 because: " + reasons[0] in report
+    assert "--reward_truncation left" in report
+    assert "missing" not in str(check())
 
 
 def test_an_engine_that_reports_at_temperature_1() -> None:
