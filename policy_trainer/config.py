@@ -597,6 +597,8 @@ class ScoreConfig:
     """JSONL, or Parquet by its name: the input with reward, reward_raw, reward_reason, ...; a row per response."""
     truncation: Literal["reject", "left"] = "reject"
     """A conversation longer than the model's context is a missing reward, or loses its oldest tokens."""
+    max_missing: float = 0.05
+    """Exit with an error if a larger share of the rewards is missing; the output is written all the same."""
     batch_size: int = 128
     """Conversations that are journalled together; a kill loses at most those in flight."""
     max_in_flight: int = 4
@@ -618,6 +620,7 @@ class ScoreConfig:
         require(self.max_in_flight > 0, "max_in_flight", self.max_in_flight, "at least 1")
         require(self.timeout_s > 0, "timeout_s", self.timeout_s, "positive")
         require(self.give_up_after_s >= 0, "give_up_after_s", self.give_up_after_s, "at least 0")
+        require(0 <= self.max_missing < 1, "max_missing", self.max_missing, "in [0, 1)")
         if self.dataset.absolute() == self.output.absolute():
             raise ConfigError("output is the dataset itself: name another file")
 

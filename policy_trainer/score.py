@@ -41,7 +41,7 @@ def run(config: ScoreConfig) -> None:
         RewardServerError: the server cannot be reached, or serves another model than an earlier run of this
             output.
         StorageError: the output cannot be written, or exists without its journal.
-        QualityError: no conversation at all got a reward.
+        QualityError: no conversation at all got a reward, or more than `max_missing` got none.
     """
     journal_path = config.output.with_name(config.output.name + ".journal")
     if config.output.exists() and not journal_path.exists():
@@ -74,12 +74,22 @@ def run(config: ScoreConfig) -> None:
             )
     scored = list(_scored_rows(config.dataset, rewards, info.version, quarantine))
     _write(config.output, [row for row, _ in scored], schema)
-    print(summary([reward for _, reward in scored], quarantine))
+    given = [reward for _, reward in scored]
+    print(summary(given, quarantine))
     print(f"written: {config.output}" + (f"; set aside: {quarantine.path}" if quarantine.count else ""))
-    if all(reward.value is None for _, reward in scored):
-        raise QualityError(
-            f"no conversation of {config.dataset} got a reward; the reasons are in {config.output}"
-        )
+    _refuse_if_too_many_missing(given, config)
+
+
+def _refuse_if_too_many_missing(rewards: Sequence[Reward], config: ScoreConfig) -> None:
+    cause = main_cause(rewards)
+    missing = sum(reward.value is None for reward in rewards)
+    if cause is None or (missing <= config.max_missing * len(rewards) and missing < len(rewards)):
+        return
+    advice = "the same command again asks for these alone"
+    if cause.too_long and config.truncation == "reject":
+        advice = "--truncation left, with another --output, drops the oldest tokens of what is too long"
+    found = f"{missing} of {len(rewards)} rewards are missing, {cause}; all reasons are in {config.output}"
+    raise QualityError(f"{found}; {advice}")
 
 
 def _missing(dataset: Path, rewards: Mapping[str, Reward]) -> dict[str, Conversation]:

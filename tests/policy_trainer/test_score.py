@@ -32,6 +32,7 @@ def config(folder: Path, address: str, **changes: Any) -> ScoreConfig:
         "batch_size": 3,
         "max_in_flight": 1,
         "give_up_after_s": 10.0,
+        "max_missing": 0.9,
     }
     return ScoreConfig(**{**settings, **changes})
 
@@ -219,9 +220,36 @@ def test_columns_that_parquet_cannot_hold_are_said_before_anything_is_asked(tmp_
 
 def test_no_reward_at_all_is_an_error_after_the_reasons_are_written(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", ["few", "many"])
-    with serving(NumberServer()) as at, pytest.raises(QualityError, match="no conversation"):
+    with serving(NumberServer()) as at, pytest.raises(QualityError, match="2 of 2 rewards are missing"):
         run(config(tmp_path, at))
     assert len(read_rows(tmp_path / "out.jsonl")) == 2
+
+
+def test_too_many_missing_rewards_are_an_error_after_all_is_written_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of 20 is the share that may be missing, two are more; the next run asks for those alone."""
+    numbers = [str(i) for i in range(19)]
+    write_rows(tmp_path / "in.jsonl", [*numbers, "many"])
+    write_rows(tmp_path / "worse.jsonl", [*numbers, "few 7", "few 12"])
+    with serving(NumberServer(max_items=64)) as at:
+        assert main(score_flags(at, tmp_path / "in.jsonl", tmp_path / "out.jsonl")) == 0
+        capsys.readouterr()
+        worse = score_flags(at, tmp_path / "worse.jsonl", tmp_path / "worse-out.jsonl")
+        assert main(worse) == 8
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlaif:")]
+    assert "2 of 21 rewards are missing, 2 because: out_of_range: few 7 is no number" in error
+    assert "--truncation left" in error and "another --output" in error
+    rows = read_rows(tmp_path / "worse-out.jsonl")
+    assert [row["reward"] is None for row in rows] == [False] * 19 + [True] * 2
+    wiser = NumberServer(score=lambda text: -1.0)
+    with serving(wiser) as at:
+        assert main([at if word == worse[2] else word for word in worse]) == 0
+    assert asked(wiser) == ["few 7", "few 12"]
+
+
+def score_flags(at: str, dataset: Path, output: Path) -> list[str]:
+    return ["score", "--reward_server", at, "--dataset", str(dataset), "--output", str(output)]
 
 
 def test_a_dead_server_is_one_line_and_exit_code_6(
