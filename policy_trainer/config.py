@@ -594,7 +594,7 @@ class ScoreConfig:
     dataset: Path
     """Conversations that end with an answer, or candidates: a file, or the folder of a run (`rlaif sample`)."""
     output: Path
-    """JSONL, or Parquet by its name: the input with reward, reward_raw, reward_reason, ...; a row per response."""
+    """.jsonl or .parquet: the input with reward, reward_raw, reward_reason, ...; a row per response."""
     truncation: Literal["reject", "left"] = "reject"
     """A conversation longer than the model's context is a missing reward, or loses its oldest tokens."""
     max_missing: float = 0.05
@@ -621,6 +621,8 @@ class ScoreConfig:
         require(self.timeout_s > 0, "timeout_s", self.timeout_s, "positive")
         require(self.give_up_after_s >= 0, "give_up_after_s", self.give_up_after_s, "at least 0")
         require(0 <= self.max_missing < 1, "max_missing", self.max_missing, "in [0, 1)")
+        if self.output.suffix not in (".parquet", ".jsonl"):
+            raise ConfigError(f"--output {self.output} must end in .parquet or .jsonl")
         if self.dataset.absolute() == self.output.absolute():
             raise ConfigError("output is the dataset itself: name another file")
 

@@ -252,6 +252,12 @@ def score_flags(at: str, dataset: Path, output: Path) -> list[str]:
     return ["score", "--reward_server", at, "--dataset", str(dataset), "--output", str(output)]
 
 
+@pytest.mark.parametrize("name", ["out.csv", "out.json", "out.jsonl.gz", "out"])
+def test_an_output_that_would_not_be_what_its_name_says_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"must end in \.parquet or \.jsonl"):
+        config(tmp_path, "127.0.0.1:1", output=tmp_path / name)
+
+
 def test_a_dead_server_is_one_line_and_exit_code_6(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
