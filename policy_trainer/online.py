@@ -460,17 +460,19 @@ def session(
         rows = world.from_main(lambda: [] if run is None else run.metrics())
         if run is not None:
             mark_best(run, rows)  # a kill may have come between a checkpoint and its mark
-        if config.self_check and trainer.step < config.max_steps:
-            trainer.self_check()
+        ended = reason_to_stop(config, rows)
         if run is not None and trainer.step >= config.max_steps:
             print(
                 f"{config.output_dir} has done all of its {config.max_steps} steps already", file=sys.stderr
             )
+        elif run is not None and ended is None and not trainer.untrained:
+            print(f"going on from step {trainer.step}", file=sys.stderr)
+        if config.self_check and trainer.step < config.max_steps:
+            trainer.self_check()
         what = f"{method.upper().replace('_', ' ')} steps"
-        with progress(config.max_steps, what) if world.is_main else nullcontext() as bar:
-            if bar is not None:
-                bar.advance(trainer.step)
-            at_work = Session(trainer, run, bar, stop, _held_out(trainer), reason_to_stop(config, rows))
+        done = trainer.step
+        with progress(config.max_steps, what, done=done) if world.is_main else nullcontext() as bar:
+            at_work = Session(trainer, run, bar, stop, _held_out(trainer), ended)
             try:
                 yield at_work
             except KeyboardInterrupt:

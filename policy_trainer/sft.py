@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
@@ -78,9 +79,9 @@ def run(config: SFTConfig) -> None:
         if config.max_steps is not None:
             steps = min(steps, config.max_steps)
         parameters = list(model.parameters())
-        with progress(steps, "SFT steps") if world.is_main else nullcontext() as bar:
-            if bar is not None:
-                bar.advance(step)
+        if 0 < step < steps and world.is_main:
+            print(f"going on from step {step}", file=sys.stderr)
+        with progress(steps, "SFT steps", done=step) if world.is_main else nullcontext() as bar:
             while step < steps:
                 started = time.perf_counter()
                 seen = step * config.per_device_train_batch_size

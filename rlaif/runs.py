@@ -365,7 +365,7 @@ class Progress(Protocol):
 
 
 @contextmanager
-def progress(total: int | None, description: str) -> Iterator[Progress]:
+def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[Progress]:
     """Show how far long work has come, on stderr, with rate and ETA.
 
     A bar on a terminal; elsewhere (a log file, CI) one plain line every ten seconds and one at the end.
@@ -373,12 +373,13 @@ def progress(total: int | None, description: str) -> Iterator[Progress]:
     Args:
         total: number of items, or None if unknown.
         description: what the items are, such as `labeling pairs`.
+        done: items that an earlier run has finished; they are no part of the rate.
     """
     if sys.stderr.isatty():
         with _bar() as display:
-            yield _Bar(display, display.add_task(description, total=total, stats=""))
+            yield _Bar(display, display.add_task(description, total=total, completed=done, stats=""))
     else:
-        lines = _Lines(total, description)
+        lines = _Lines(total, description, done)
         try:
             yield lines
         finally:
@@ -428,10 +429,10 @@ class _Bar:
 
 
 class _Lines:
-    def __init__(self, total: int | None, description: str) -> None:
+    def __init__(self, total: int | None, description: str, done: int) -> None:
         self._total = total
         self._description = description
-        self._done = 0
+        self._done = self._before = done
         self._stats: dict[str, object] = {}
         self._start = self._shown = time.monotonic()
 
@@ -444,10 +445,11 @@ class _Lines:
     def show(self) -> None:
         self._shown = time.monotonic()
         elapsed = self._shown - self._start
-        rate = self._done / elapsed if elapsed > 0 else 0.0
+        rate = (self._done - self._before) / elapsed if elapsed > 0 else 0.0
         of = "" if self._total is None else f"/{self._total}"
+        speed = f", {rate:.2f}/s" if rate else ""
         left = "" if self._total is None or not rate else f", {clock((self._total - self._done) / rate)} left"
-        line = f"{self._description}: {self._done}{of} in {clock(elapsed)}, {rate:.2f}/s{left} {_show(self._stats)}"
+        line = f"{self._description}: {self._done}{of} in {clock(elapsed)}{speed}{left} {_show(self._stats)}"
         print(
             line.rstrip(),
             file=sys.stderr,

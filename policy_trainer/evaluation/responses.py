@@ -75,8 +75,7 @@ def answer(
                 with suppress(FileNotFoundError):
                     journal.path.unlink()
                 journal.append(header)
-            with progress(len(prompts), f"sampling {side.name}") as bar:
-                bar.advance(len(kept))
+            with progress(len(prompts), f"sampling {side.name}", done=len(kept)) as bar:
                 for chunk in _sampled(side, prompts, config, start=len(kept)):
                     journal.append({"responses": chunk})
                     kept += chunk

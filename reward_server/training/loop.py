@@ -58,9 +58,10 @@ def optimise(
     torch.manual_seed(config.seed)
     first = load_checkpoint(checkpoint, model, optimizer, schedule)
     run.truncate_metrics(first)
+    if 0 < first < len(steps):
+        print(f"going on from step {first}", flush=True)
     model.train(not config.disable_dropout)  # in transformers the mode decides about dropout alone
-    with stop_on_signal() as stop, progress(len(steps), "training the reward model") as bar:
-        bar.advance(first)
+    with stop_on_signal() as stop, progress(len(steps), "training the reward model", done=first) as bar:
         for done, (epoch, members) in enumerate(steps[first:], first + 1):
             units = [unit for i in members for unit in prompts[i]]
             figures = accumulate_gradient(model, units, config, key)

@@ -475,7 +475,7 @@ def test_a_response_without_a_reward_has_no_gradient(step: Step) -> None:
 
 
 def test_too_many_missing_rewards_stop_at_a_checkpoint_and_the_run_goes_on_when_mended(
-    tmp_path: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = 0
 
@@ -490,7 +490,9 @@ def test_too_many_missing_rewards_stop_at_a_checkpoint_and_the_run_goes_on_when_
     ):
         train(config, source(failing))
     assert [row["step"] for row in metrics(tmp_path)] == [1]
+    assert "going on" not in capsys.readouterr().err
     train(config, source())
+    assert capsys.readouterr().err.startswith("going on from step 1\nself-check passed")
     whole = dataclasses.replace(config, output_dir=tmp_path / "whole")
     train(whole, source())
     expected = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]

@@ -281,7 +281,7 @@ def test_a_served_reward_trains_like_the_same_reward_computed_here(tmp_path: Pat
 # ---- supervised fine-tuning ----
 
 
-def test_sft_resumed_equals_sft_uninterrupted(tmp_path: Path) -> None:
+def test_sft_resumed_equals_sft_uninterrupted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.save_policy(tmp_path / "policy")
     data = tmp_path / "data.jsonl"
     lines = [{"prompt": f"w{i % 24}", "completion": f"w{(i + 1) % 24} w{(i * 5) % 24}"} for i in range(30)]
@@ -303,8 +303,11 @@ def test_sft_resumed_equals_sft_uninterrupted(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         sft.run(config)
     stopper.join()
-    assert len(rows(config.output_dir)) < 15
+    step = len(rows(config.output_dir))
+    assert step < 15
+    assert "going on" not in capsys.readouterr().err
     sft.run(config)
+    assert capsys.readouterr().err.splitlines()[0] == f"going on from step {step}"
     assert rows(config.output_dir) == rows(whole.output_dir)
     assert weights(config.output_dir) == weights(whole.output_dir)
 

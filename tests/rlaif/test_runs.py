@@ -244,3 +244,17 @@ def test_progress_off_a_terminal_ends_with_one_plain_line(capsys: pytest.Capture
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert re.fullmatch(r"labeling pairs: 3/4 in 0:00, [\d.]+/s, 0:00 left tokens=300 loss=0.1235", lines[0])
+
+
+def test_the_rate_and_the_time_left_do_not_count_what_an_earlier_run_has_done(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One item in a few microseconds is no 10**9 of them in a second, whatever was there before."""
+    with progress(10**9 + 2, "steps", done=10**9) as bar:
+        bar.advance(1)
+    with progress(6, "steps", done=6):
+        pass
+    resumed, finished = capsys.readouterr().err.splitlines()
+    found = re.fullmatch(r"steps: 1000000001/1000000002 in [\d:]+, ([\d.]+)/s, [\d:]+ left", resumed)
+    assert found is not None and float(found[1]) < 10**9
+    assert finished == "steps: 6/6 in 0:00"

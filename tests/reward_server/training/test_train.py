@@ -265,7 +265,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, dropout: bool)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_at_a_checkpoint_and_the_run_goes_on_to_the_same_weights(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
     """Long before a checkpoint is due, in the middle of an epoch, with dropout drawing from the generator."""
     backbone = tiny.save_language_model(tmp_path / "backbone", attention_dropout=0.3)
@@ -293,7 +293,9 @@ def test_a_signal_ends_at_a_checkpoint_and_the_run_goes_on_to_the_same_weights(
     steps = plan_steps([sum(u.terms for u in units) for units in prompts], 8, 0, 3)
     assert steps[8][0] == steps[7][0]  # no epoch ends there
     assert torch.load(stopped.output_dir / "checkpoint.pt", weights_only=True)["step"] == 8
+    assert "going on" not in capsys.readouterr().out
     run(stopped)
+    assert "going on from step 8\n" in capsys.readouterr().out
 
     for name in ("model.safetensors", "golden.json", "metrics.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
