@@ -238,12 +238,17 @@ class OnlineTrainer:
         Raises:
             SelfCheckError: with the cause.
         """
+        unlike = None
+        if self.config.ref_model is not None:
+            unlike = "they are different models"
+        elif not self.untrained:
+            unlike = "the policy has been trained already"
         chosen = range(min(SELF_CHECK_PROMPTS, len(self.prompts.ids)))
         self.engine.sync(self.policy, self.step)
         report = self_check(
             policy=self.policy,
             reference=self.reference,
-            same_model=self.config.ref_model is None and self.untrained,
+            unlike=unlike,
             tokenizer=self.tokenizer,
             eos_ids=self.eos_ids,
             engine=self.engine,

@@ -38,10 +38,11 @@ class SelfCheckReport:
 
     Attributes:
         parity: mean |log-probability of the engine - of the trainer| per token, in nats.
-        kl: mean k1 KL per response between policy and reference; None where they are different models.
+        kl: mean k1 KL per response between policy and reference; None where it was not checked.
         scores: normalised rewards of the sampled responses, missing ones left out.
         missing: how many rewards are missing.
         cause: why most of those are; None if none is.
+        unlike: why policy and reference may differ; None where they should not.
     """
 
     parity: float
@@ -49,12 +50,13 @@ class SelfCheckReport:
     scores: tuple[float, ...]
     missing: int = 0
     cause: Cause | None = None
+    unlike: str | None = None
 
     def __str__(self) -> str:
         """One line for the log."""
         mean = math.fsum(self.scores) / len(self.scores)
         spread = math.sqrt(math.fsum((s - mean) ** 2 for s in self.scores) / len(self.scores))
-        kl = "not checked, as they are different models" if self.kl is None else f"{self.kl:.1e}"
+        kl = f"not checked, as {self.unlike}" if self.kl is None else f"{self.kl:.1e}"
         return (
             f"self-check passed: engine/trainer log-probabilities differ by {self.parity:.1e}, KL to reference {kl}, "
             f"rewards {mean:.2f} +- {spread:.2f} over {len(self.scores)} responses"
@@ -71,7 +73,7 @@ def self_check(
     *,
     policy: PreTrainedModel,
     reference: PreTrainedModel,
-    same_model: bool,
+    unlike: str | None,
     tokenizer: PreTrainedTokenizerBase,
     eos_ids: Sequence[int],
     engine: RolloutEngine,
@@ -87,7 +89,8 @@ def self_check(
     Args:
         policy: as it will be trained.
         reference: the frozen model.
-        same_model: whether policy and reference should be equal now (a fresh run without `ref_model`).
+        unlike: why policy and reference may differ, for the report; None where they should be equal now (a fresh run
+            without `ref_model`).
         tokenizer: the policy's, with its chat template.
         eos_ids: tokens that end a response.
         engine: samples from `policy`.
@@ -107,7 +110,7 @@ def self_check(
     batch = collate([prompt_ids[s.prompt_index] for s in sampled], [s.response_ids for s in sampled])
     batch = batch.to(policy.device)
     parity = check_parity(policy, batch, sampled, temperature)
-    kl = check_reference(policy, reference, batch, temperature) if same_model else None
+    kl = check_reference(policy, reference, batch, temperature) if unlike is None else None
     conversations = [
         with_response(
             prompts[s.prompt_index], decode_response(tokenizer, prompt_ids[s.prompt_index], s, eos_ids)
@@ -116,7 +119,7 @@ def self_check(
     ]
     rewards = source.score(conversations)
     scores = check_rewards(rewards, source.info().name)
-    return SelfCheckReport(parity, kl, scores, len(rewards) - len(scores), main_cause(rewards))
+    return SelfCheckReport(parity, kl, scores, len(rewards) - len(scores), main_cause(rewards), unlike)
 
 
 def check_tokens(

@@ -44,6 +44,7 @@ def check(
     source: FunctionReward | None = None,
     tokenizer: Any = None,
     temperature: float = 0.7,
+    unlike: str | None = None,
     eos_ids: Sequence[int] = (2,),
 ) -> SelfCheckReport:
     policy = policy or tiny.model()
@@ -51,7 +52,7 @@ def check(
     return self_check(
         policy=policy,  # type: ignore[arg-type]
         reference=reference or tiny.model(),  # type: ignore[arg-type]
-        same_model=True,
+        unlike=unlike,
         tokenizer=tokenizer,
         eos_ids=eos_ids,
         engine=engine or HFRollout(tiny.model(), eos_ids),
@@ -120,6 +121,11 @@ def test_dropout_left_on() -> None:
 def test_a_reference_that_is_another_model() -> None:
     with pytest.raises(SelfCheckError, match="should be 0"):
         check(reference=tiny.model(seed=1))
+
+
+def test_a_policy_that_was_trained_may_differ_from_its_reference_and_the_report_says_why() -> None:
+    report = check(reference=tiny.model(seed=1), unlike="the policy has been trained already")
+    assert "KL to reference not checked, as the policy has been trained already," in str(report)
 
 
 def test_pad_that_is_eos() -> None:
