@@ -19,7 +19,7 @@ from policy_trainer.evaluation.config import EvaluatePolicyConfig
 from policy_trainer.evaluation.raters import Rater, Rating, load_function, rate_all
 from policy_trainer.evaluation.report import FRONTIER, draw_frontier, render
 from policy_trainer.evaluation.responses import Response, answer
-from policy_trainer.evaluation.sides import Side, find_sides
+from policy_trainer.evaluation.sides import Side, check_found, find_sides
 from rlaif.agreement import estimate_mean, finite, mean, same_position
 from rlaif.errors import QualityError
 from rlaif.published import SUBSET_COLUMNS
@@ -50,6 +50,7 @@ def run(config: EvaluatePolicyConfig) -> None:
         quarantine = Quarantine(folder / "quarantine.jsonl")
         prompts = list(islice(dict.fromkeys(read_prompts(config.dataset, quarantine)), config.limit))
         baseline, policies = find_sides(config)
+        check_found((baseline, *policies))
         if config.reward_function is not None:
             load_function(
                 config.reward_function

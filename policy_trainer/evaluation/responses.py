@@ -70,13 +70,14 @@ def answer(
     journal = Journal(folder / f"{side.key}.jsonl")
     kept = _kept(journal, header)
     if len(kept) < len(prompts):
+        chunks = _sampled(side, prompts, config, start=len(kept))
         with journal:
             if not kept:
                 with suppress(FileNotFoundError):
                     journal.path.unlink()
                 journal.append(header)
             with progress(len(prompts), f"sampling {side.name}", done=len(kept)) as bar:
-                for chunk in _sampled(side, prompts, config, start=len(kept)):
+                for chunk in chunks:
                     journal.append({"responses": chunk})
                     kept += chunk
                     bar.advance(len(chunk))
@@ -94,7 +95,7 @@ def _kept(journal: Journal, header: dict[str, str | None]) -> list[Response]:
 def _sampled(
     side: Side, prompts: Sequence[Conversation], config: EvaluatePolicyConfig, *, start: int
 ) -> Iterator[list[Response]]:
-    """Responses to the prompts from `start` on, chunk by chunk. A chunk's seed is its own."""
+    """Load the policy; responses to the prompts from `start` on, chunk by chunk. A chunk's seed is its own."""
     policy, tokenizer = load_policy(side.source, dtype=config.dtype, chat_template=side.chat_template)
     reference = None
     if side.reference is not None and side.reference != side.source:
@@ -109,7 +110,8 @@ def _sampled(
             f"a prompt of {longest} tokens and max_new_tokens {config.max_new_tokens} exceed the context of "
             f"{side.name}, {context}: lower --max_prompt_length or --max_new_tokens"
         )
-    for at in range(start, len(ids), CHUNK):
+
+    def sample(at: int) -> list[Response]:
         chunk = ids[at : at + CHUNK]
         sampled = engine.generate(
             chunk,
@@ -126,7 +128,7 @@ def _sampled(
                 config.micro_batch_tokens,
             )
             kls = [sum(s.logprobs) - of_reference for s, of_reference in zip(sampled, read, strict=True)]
-        yield [
+        return [
             Response(
                 decode_response(tokenizer, chunk[s.prompt_index], s, eos_ids),
                 s.finished,
@@ -135,3 +137,5 @@ def _sampled(
             )
             for s, kl in zip(sampled, kls, strict=True)
         ]
+
+    return map(sample, range(start, len(ids), CHUNK))

@@ -11,7 +11,7 @@ from typing import Any
 from policy_trainer.checkpoint import is_between_steps, list_checkpoints
 from policy_trainer.evaluation.config import EvaluatePolicyConfig
 from rlaif.errors import ConfigError, DataError
-from rlaif.models import ModelRef
+from rlaif.models import ModelRef, cannot_load
 from rlaif.types import content_id
 
 RECORDED_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -68,6 +68,29 @@ def find_sides(config: EvaluatePolicyConfig) -> tuple[Side, list[Side]]:
     if not unique:
         raise ConfigError(f"the only policy is the baseline itself, {baseline.name}: name another one")
     return baseline, list(unique.values())
+
+
+def check_found(sides: Sequence[Side]) -> None:
+    """Every side's file or model is there, and its reference: what is cheap to know before the first is sampled.
+
+    Raises:
+        DataError: a file of recorded responses is missing.
+        ModelError: a model is missing, or its configuration cannot be read.
+    """
+    from transformers import AutoConfig
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    for side in sides:
+        if side.recorded and not Path(side.source).exists():
+            raise DataError(f"cannot read {side.source}: does not exist; check the path")
+    models = [name for side in sides if not side.recorded for name in (side.source, side.reference) if name]
+    for name in dict.fromkeys(models):
+        path = _local(name)
+        try:
+            AutoConfig.from_pretrained(path)
+        except (OSError, ValueError) as err:
+            if find_adapter_config_file(path) is None:
+                raise cannot_load(ModelRef.parse(name), err) from err
 
 
 def identity(side: Side) -> str:

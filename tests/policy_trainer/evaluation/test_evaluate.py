@@ -11,6 +11,7 @@ import pytest
 from policy_trainer.config import PPOConfig
 from policy_trainer.evaluation.config import EvaluatePolicyConfig
 from policy_trainer.evaluation.evaluate import run
+from policy_trainer.evaluation.sides import Side, check_found
 from policy_trainer.ppo import train
 from policy_trainer.reward_source import FunctionReward
 from rlaif.errors import ConfigError, DataError, ModelError, QualityError, StorageError
@@ -275,6 +276,7 @@ def test_every_checkpoint_of_a_run_is_a_policy_and_its_reference_the_baseline(wo
 def test_a_reference_with_another_vocabulary_is_refused(world: Path) -> None:
     with pytest.raises(ModelError, match="different vocabularies"):
         run(config(world, ref_model="tinyworld:policy", reward_function=FUNCTION))
+    assert not (world / "out" / "run.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -291,6 +293,33 @@ def test_a_reference_with_another_vocabulary_is_refused(world: Path) -> None:
 def test_what_cannot_work_is_said_in_one_line(world: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         run(config(world, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "error", "said"),
+    [
+        ("bb", {}, ModelError, "no folder .*bb"),
+        ("empty", {}, ModelError, "empty"),
+        ("answers.jsonl", {}, DataError, "answers.jsonl.*does not exist"),
+        ("b", {"ref_model": "./aa"}, ModelError, "no folder ./aa"),
+    ],
+    ids=["no folder", "no model", "no file", "no reference"],
+)
+def test_a_policy_that_is_not_there_is_said_before_the_others_are_sampled(
+    world: Path, name: str, changes: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    """And nothing is left: the mended command may have other settings in the same folder."""
+    (world / "empty").mkdir()
+    names = (str(world / "b"), str(world / name))
+    with pytest.raises(error, match=said):
+        run(config(world, model_name_or_path=names, reward_function=FUNCTION, **changes))
+    assert not (world / "out" / "run.json").exists()
+    assert not (world / "out" / "responses").exists()
+
+
+def test_a_folder_of_adapters_is_a_model_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    check_found([Side(str(tmp_path), str(tmp_path))])
 
 
 def test_a_folder_that_is_no_run_is_refused(world: Path) -> None:
