@@ -44,6 +44,7 @@ class Recorded:
         self._journal = journal
         self._budget = budget
         self._in_flight: dict[int, asyncio.Future[Any]] = {}
+        self._abilities: Abilities | None = None
         self.offline = False
         self.used = Usage()
         self.replies = 0
@@ -69,9 +70,19 @@ class Recorded:
         return len(self._in_flight)
 
     async def probe(self) -> Abilities:
-        """See `labeler.llm.LLM.probe`. On record too: a resumed run reads its labels in the same way."""
-        key = request_key("probe", self.version)
-        return await self._once(key, "probe", self._llm.probe, asdict, lambda record: Abilities(**record))
+        """See `labeler.llm.LLM.probe`. On record with the first reply: a resumed run reads its labels in the same way.
+
+        Until something is paid for, another run asks again: an endpoint may since have been given log-probabilities.
+        """
+        if self._abilities is None:
+            self._abilities = await self._once(
+                self._abilities_key, "probe", self._llm.probe, asdict, lambda record: Abilities(**record)
+            )
+        return self._abilities
+
+    @property
+    def _abilities_key(self) -> int:
+        return request_key("abilities", self.version)
 
     async def generate(
         self,
@@ -180,9 +191,12 @@ class Recorded:
         try:
             answer = await ask()
             usage = _usage(answer)
-            self._journal.put(key, kind, to_record(answer), usage)
-            self.used += usage
-            self.replies += kind != "probe"
+            if not isinstance(answer, Abilities):
+                if self._abilities is not None and not self.replies:
+                    self._journal.put(self._abilities_key, "probe", asdict(self._abilities))
+                self._journal.put(key, kind, to_record(answer), usage)
+                self.used += usage
+                self.replies += 1
         except NoAnswer as err:
             if err.prompt_tokens:  # a reply that was broken off may not tell
                 usage = _usage(err)

@@ -1,10 +1,12 @@
 """What an OpenAI-compatible server can give, found out with a few requests of a token each before anything is paid for.
 
-Nothing is concluded from a server's name: each feature is asked for, and the reply must show that it was heeded.
+Nothing is concluded from a server's name: each feature is asked for, and the reply must show that it was heeded. Nor
+from a reply that is no answer (filtered, broken off): it is asked for again.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,7 +22,7 @@ from labeler.backends.completions import (
     request_body,
 )
 from labeler.backends.endpoint import Refused
-from labeler.llm import Abilities, RequestFailed
+from labeler.llm import Abilities, LLMOptions, RequestFailed
 from rlaif.errors import EndpointError, ModelError
 from rlaif.types import user_prompt
 
@@ -38,6 +40,16 @@ _THINKING_TOKENS = 1024
 
 _TOO_FEW = ("output limit was reached", "higher max_tokens")
 """What OpenAI says to a request that leaves a reasoning model no room to answer."""
+
+_FILTERED = (
+    "filtered",
+    "content_filter",
+    "content policy",
+    "content management policy",
+    "moderation",
+    "flagged",
+)
+"""Words of a refusal by a filter, which says nothing of the request's fields (Azure; OpenAI; OpenRouter)."""
 
 _DECODING = ("max_tokens", "temperature", "seed", "stop")
 
@@ -58,16 +70,26 @@ async def check_model(ask: Ask, model: str, where: str) -> None:
         raise ModelError(f"the endpoint {where} has no model {model!r}; it has: {', '.join(names[:10])}")
 
 
-async def find_features(ask: Ask, model: str, where: str) -> Features:
+async def find_features(ask: Ask, model: str, where: str, options: LLMOptions) -> Features:
     """What the server takes and gives.
 
+    Args:
+        ask: sends a request to it.
+        model: the model's name there.
+        where: named in errors.
+        options: how often a request is sent again whose reply is no answer, and after what wait.
+
     Raises:
-        EndpointError: it refuses even the simplest request.
+        EndpointError: it refuses even the simplest request, or a reply is no answer each time.
     """
+    ask = _until_answered(ask, model, where, options)
     features, tokens = Features(), 1
     while True:
         try:
             choice = await _ask_one(ask, model, features, _PREFIX, max_tokens=tokens)
+            if tokens == 1 and choice.finish_reason == "length" and _is_empty(choice):
+                features, tokens = replace(features, top_logprobs=0), _THINKING_TOKENS
+                continue
             break
         except Refused as err:
             if tokens == 1 and any(words in err.detail.lower() for words in _TOO_FEW):
@@ -97,6 +119,41 @@ def describe(features: Features) -> Abilities:
         return Abilities("none", features.continues, f"{route}: no log-probabilities")
     note = f"{route}: log-probabilities of the {features.top_logprobs} likeliest tokens"
     return Abilities("top_k", features.continues, note)
+
+
+def _until_answered(ask: Ask, model: str, where: str, options: LLMOptions) -> Ask:
+    """Ask, and again where the reply is no answer: nothing can be seen in it of what the server gives."""
+
+    async def answered(path: str, body: Mapping[str, Any] | None) -> Any:
+        for attempt in range(options.max_retries + 1):
+            if attempt:
+                await asyncio.sleep(options.backoff_s * 2.0 ** (attempt - 1))
+            try:
+                reply = await ask(path, body)
+            except Refused as err:
+                if not any(words in err.detail.lower() for words in _FILTERED):
+                    raise
+                said = str(err)
+                continue
+            if path not in PATHS.values():
+                return reply
+            choice = read_choice(reply)
+            if choice.finish_reason not in ("stop", "length"):
+                said = f"the endpoint ended the reply with {choice.finish_reason!r}"
+            elif choice.finish_reason == "stop" and choice.text is None and _is_empty(choice):
+                said = "the endpoint's answer has no text"
+            else:
+                return reply
+        raise EndpointError(
+            f"{where} does not answer the simplest request for {model}, so what it can give is not known: {said}, "
+            f"{options.max_retries + 1} times; run the same command again, or ask another endpoint"
+        )
+
+    return answered
+
+
+def _is_empty(choice: Choice) -> bool:
+    return not (choice.text or choice.thought or choice.top)
 
 
 async def _ask_one(

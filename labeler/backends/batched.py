@@ -27,7 +27,7 @@ class BatchedEndpoint(OpenAIModel):
     """`openai:` through the Batch API. Requests are built and replies read as for sending them one by one.
 
     A request without a reply is put aside and fails with `Postponed`; ask again after the batches' exchange. The probe
-    is sent at once, and its result kept, so that every run builds the same requests.
+    is sent at once, and its result kept with the first request, so that every run builds the same ones.
 
     Args:
         ref: the model and its one endpoint.
@@ -46,6 +46,8 @@ class BatchedEndpoint(OpenAIModel):
             )
         super().__init__(ref, options)
         self._store = batches.store
+        self._fact = f"abilities of {self.name}"
+        self._kept = False
         self._client = AsyncOpenAI(
             base_url=url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
@@ -61,16 +63,19 @@ class BatchedEndpoint(OpenAIModel):
 
     async def _features(self) -> Features:
         if self._found is None:
-            name = f"features of {self.name}"
-            kept = self._store.fact(name)
+            kept = self._store.fact(self._fact)
             if kept is None:
                 # Token ids of an answer are of no use to a request in the next batch.
-                found = replace(await super()._features(), token_ids=False)
-                self._store.keep_fact(name, {**asdict(found), "refused": sorted(found.refused)})
-                self._found = found
+                self._found = replace(await super()._features(), token_ids=False)
             else:
                 self._found = Features(**{**kept, "refused": frozenset(kept["refused"])})
+                self._kept = True
         return self._found
+
+    def _keep(self, features: Features) -> None:
+        if not self._kept:
+            self._store.keep_fact(self._fact, {**asdict(features), "refused": sorted(features.refused)})
+            self._kept = True
 
     async def _complete(
         self,
@@ -85,6 +90,7 @@ class BatchedEndpoint(OpenAIModel):
         request = content_id(self.name, path, body)
         found = self._store.find(request)
         if found is None:
+            self._keep(await self._features())
             prefix = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
             self._store.add(request, self.name, path, body, most_tokens(messages, prefix, max_tokens))
             raise Postponed(WAITING)

@@ -76,6 +76,7 @@ class OpenAIModel:
             urls = base_url.split(",") if base_url else [None]
             wires = [HTTPWire(url, key or "none", options.max_in_flight + 8) for url in urls]
         self._ref = ref
+        self._options = options
         self._endpoints = Endpoints(wires, ref.name, options)
         self._found: Features | None = None
         self._probing = asyncio.Lock()
@@ -353,7 +354,7 @@ class OpenAIModel:
         where = endpoint.wire.where
         try:
             await check_model(ask, self._ref.name, where)
-            return await find_features(ask, self._ref.name, where)
+            return await find_features(ask, self._ref.name, where, self._options)
         except RequestFailed as err:
             raise EndpointError(
                 f"{where} does not answer as OpenAI's API does: {err}; the base URL of a server usually ends in /v1"

@@ -48,6 +48,7 @@ class ScriptedServer:
         refuses: fields that a request must not have.
         fault: called with the request body before each completion (probe requests excepted).
         amend: called with the request body and the choice that answers it, which it may change (probes excepted).
+        amend_probe: the same for the choices that answer probes.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class ScriptedServer:
         refuses: tuple[str, ...] = (),
         fault: Callable[[dict[str, Any]], Fault | None] = lambda body: None,
         amend: Callable[[dict[str, Any], dict[str, Any]], None] = lambda body, choice: None,
+        amend_probe: Callable[[dict[str, Any], dict[str, Any]], None] = lambda body, choice: None,
     ) -> None:
-        self.amend = amend
+        self.amend, self.amend_probe = amend, amend_probe
         self.reply, self.vllm, self.logprobs, self.top_k, self.fault = reply, vllm, logprobs, top_k, fault
         self.most_top, self.template, self.prefills, self.refuses = most_top, template, prefills, refuses
         self.asked: list[dict[str, Any]] = []
@@ -162,8 +164,7 @@ class ScriptedServer:
         else:
             choice.update(told)
             told = {}
-        if PROBE not in user:
-            self.amend(body, choice)
+        (self.amend_probe if PROBE in user else self.amend)(body, choice)
         usage = {"prompt_tokens": len(text), "completion_tokens": 1, "total_tokens": len(text) + 1}
         done = {"id": "x", "object": "chat.completion", "created": 0, "model": "judge"}
         return {**done, **told, "choices": [choice], "usage": usage}, 200, {}

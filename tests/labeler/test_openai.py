@@ -168,6 +168,71 @@ def test_the_probe_finds_what_an_endpoint_gives(
     assert server.asked == []
 
 
+def unanswered(
+    times: int, finish: str = "content_filter"
+) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    """The first replies to a probe are no answers: without text, and without log-probabilities."""
+    left = iter(range(times))
+
+    def amend(body: dict[str, Any], choice: dict[str, Any]) -> None:
+        if next(left, None) is not None:
+            choice |= {"message": {"role": "assistant", "content": None}, "logprobs": None}
+            choice["finish_reason"] = finish
+
+    return amend
+
+
+@pytest.mark.parametrize("finish", ["content_filter", "abort", "stop"])
+def test_a_reply_to_the_probe_that_is_no_answer_is_asked_for_again(finish: str) -> None:
+    with ScriptedServer(script, amend_probe=unanswered(2, finish)) as server:
+        assert ask(server.ref, lambda llm: llm.probe()).logprobs == "top_k"
+
+
+def test_a_probe_that_is_never_answered_is_no_verdict_and_the_next_request_probes_again() -> None:
+    async def twice(llm: OpenAIModel) -> str:
+        for _ in range(2):
+            with pytest.raises(EndpointError, match=r"'content_filter', 3 times"):
+                await llm.probe()
+        return (await llm.probe()).logprobs
+
+    with ScriptedServer(script, amend_probe=unanswered(6)) as server:
+        assert ask(server.ref, twice) == "top_k"
+
+
+def test_a_vllm_that_breaks_off_a_probe_is_still_a_vllm() -> None:
+    broken = iter((False, True, False))
+
+    def amend(body: dict[str, Any], choice: dict[str, Any]) -> None:
+        if next(broken, False):
+            choice |= {"finish_reason": "abort", "logprobs": None}
+
+    with ScriptedServer(script, vllm=True, amend_probe=amend) as server:
+        assert ask(server.ref, lambda llm: llm.probe()).logprobs == "exact"
+
+
+def test_a_probe_that_a_filter_refuses_loses_no_feature() -> None:
+    class Filtering(ScriptedServer):
+        filtered = iter(range(2))
+
+        def refusal(self, body: dict[str, Any]) -> str | None:
+            if next(self.filtered, None) is not None:
+                return "The response was filtered due to the prompt triggering content management policy."
+            return super().refusal(body)
+
+    with Filtering(script, vllm=True) as server:
+        assert ask(server.ref, lambda llm: llm.probe()).logprobs == "exact"
+
+
+def test_a_model_whose_first_token_is_hidden_thinking_has_no_place_for_labels() -> None:
+    def amend(body: dict[str, Any], choice: dict[str, Any]) -> None:
+        choice["logprobs"] = None
+        if body["max_tokens"] == 1:
+            choice |= {"message": {"role": "assistant", "content": None}, "finish_reason": "length"}
+
+    with ScriptedServer(script, amend_probe=amend) as server:
+        assert ask(server.ref, lambda llm: llm.probe()).logprobs == "none"
+
+
 def test_a_model_that_takes_neither_temperature_nor_max_tokens_still_generates() -> None:
     refuses = ("max_tokens", "temperature", "stop", "logprobs")
     with ScriptedServer(script, refuses=refuses) as server:

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from labeler.backends.openai import OpenAIModel
 from labeler.backends.scripted import Asked, ScriptedModel
 from labeler.database import Database
-from labeler.journal import JOURNAL_FILE, ReplyJournal, Usage
+from labeler.journal import JOURNAL_FILE, ReplyJournal, Usage, request_key
 from labeler.llm import Abilities, Generation, LabelReading, LLMOptions, Postponed, RequestFailed
 from labeler.recorded import NOT_ASKED, Recorded
 from rlaif.errors import EndpointError
@@ -106,8 +106,8 @@ def test_whatever_decides_a_reply_makes_another_request(journal: ReplyJournal) -
 def test_a_replay_says_what_the_run_said_and_asks_nothing(tmp_path: Path) -> None:
     with ReplyJournal(tmp_path) as journal:
         first = Recorded(ScriptedModel(says), journal)
-        said = [asyncio.run(ask(first)) for ask in REQUESTS.values()]  # type: ignore[arg-type]
         abilities = asyncio.run(first.probe())
+        said = [asyncio.run(ask(first)) for ask in REQUESTS.values()]  # type: ignore[arg-type]
     with ReplyJournal(tmp_path) as journal:
         silent = ScriptedModel(lambda asked: pytest.fail("asked"))
         again = Recorded(silent, journal)
@@ -305,17 +305,35 @@ def test_top_tokens_on_record_are_read_anew_without_asking(tmp_path: Path) -> No
     )
 
 
-def test_abilities_on_record_are_those_of_the_first_run(journal: ReplyJournal) -> None:
-    class Changing(ScriptedModel):
-        found = "exact"
+class Changing(ScriptedModel):
+    """A model whose abilities are what is set."""
 
-        async def probe(self) -> Abilities:
-            return Abilities(self.found, note="a note")  # type: ignore[arg-type]
+    found: Literal["exact", "none"] = "exact"
 
+    async def probe(self) -> Abilities:
+        return Abilities(self.found, note="a note")
+
+
+def test_abilities_under_which_replies_were_paid_for_are_those_of_all_runs(journal: ReplyJournal) -> None:
     model = Changing(says)
-    assert asyncio.run(Recorded(model, journal).probe()).logprobs == "exact"
+    first = Recorded(model, journal)
+    assert asyncio.run(first.probe()).logprobs == "exact"
+    asyncio.run(first.generate(Q, max_tokens=9))
     model.found = "none"
+    assert asyncio.run(first.probe()).logprobs == "exact"
     assert asyncio.run(Recorded(model, journal).probe()) == Abilities("exact", note="a note")
+
+
+def test_abilities_that_nothing_was_paid_for_under_are_asked_again(journal: ReplyJournal) -> None:
+    model = Changing(says)
+    model.found = "none"
+    assert asyncio.run(Recorded(model, journal).probe()).logprobs == "none"
+    journal.put(request_key("probe", model.version), "probe", {"logprobs": "none"})  # as older versions did
+    model.found = "exact"
+    again = Recorded(model, journal)
+    assert asyncio.run(again.probe()).logprobs == "exact"
+    again.offline = True
+    assert asyncio.run(again.probe()).logprobs == "exact"
 
 
 def test_readings_go_on_from_the_generation_they_are_given(journal: ReplyJournal) -> None:
