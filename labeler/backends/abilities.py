@@ -17,12 +17,13 @@ from labeler.backends.completions import (
     Features,
     ask_ids,
     ask_top,
+    check_ended,
     ids_body,
     read_choice,
     request_body,
 )
 from labeler.backends.endpoint import Refused
-from labeler.llm import Abilities, LLMOptions, RequestFailed
+from labeler.llm import Abilities, LLMOptions, NoAnswer, RequestFailed
 from rlaif.errors import EndpointError, ModelError
 from rlaif.types import user_prompt
 
@@ -138,12 +139,15 @@ def _until_answered(ask: Ask, model: str, where: str, options: LLMOptions) -> As
             if path not in PATHS.values():
                 return reply
             choice = read_choice(reply)
-            if choice.finish_reason not in ("stop", "length"):
-                said = f"the endpoint ended the reply with {choice.finish_reason!r}"
-            elif choice.finish_reason == "stop" and choice.text is None and _is_empty(choice):
+            try:
+                check_ended(choice)
+            except NoAnswer as err:
+                said = str(err)
+                continue
+            if choice.finish_reason == "stop" and choice.text is None and _is_empty(choice):
                 said = "the endpoint's answer has no text"
-            else:
-                return reply
+                continue
+            return reply
         raise EndpointError(
             f"{where} does not answer the simplest request for {model}, so what it can give is not known: {said}, "
             f"{options.max_retries + 1} times; run the same command again, or ask another endpoint"

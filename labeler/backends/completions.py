@@ -231,6 +231,16 @@ def _finish(word: str | None) -> str:
     return "stop" if told in _ENDS else "length" if told in _CUTS else told
 
 
+def check_ended(choice: Choice) -> None:
+    """Refuse a reply that was ended neither by the model nor at a limit of tokens.
+
+    Raises:
+        NoAnswer: it was filtered or broken off.
+    """
+    if choice.finish_reason not in ("stop", "length"):
+        raise NoAnswer(f"the endpoint ended the reply with {choice.finish_reason!r}", *choice.usage)
+
+
 def written_text(choice: Choice, *, continued: bool) -> str:
     """The text that was generated. An empty one is an answer only if the model ended it itself.
 
@@ -242,8 +252,7 @@ def written_text(choice: Choice, *, continued: bool) -> str:
     Raises:
         NoAnswer: the reply was filtered or broken off, or has no text.
     """
-    if choice.finish_reason not in ("stop", "length"):
-        raise NoAnswer(f"the endpoint ended the reply with {choice.finish_reason!r}", *choice.usage)
+    check_ended(choice)
     if choice.text:
         return choice.text
     if continued and choice.thought:
@@ -263,8 +272,9 @@ def listed_tokens(choice: Choice) -> tuple[tuple[str, float], ...]:
     """The likeliest tokens of the first position, as `Choice.top`.
 
     Raises:
-        NoAnswer: the reply has no log-probabilities.
+        NoAnswer: the reply was filtered or broken off, or has no log-probabilities.
     """
+    check_ended(choice)
     if not choice.top:
         raise NoAnswer("the endpoint left out the log-probabilities of this answer", *choice.usage)
     return choice.top
@@ -295,8 +305,10 @@ def read_ids(choice: Choice, ids: Sequence[int]) -> dict[int, float]:
     """Log-probability by token id, as `ask_ids` asked for them.
 
     Raises:
+        NoAnswer: the reply was filtered or broken off.
         RequestFailed: the server left one out.
     """
+    check_ended(choice)
     told = dict(choice.top)
     try:
         return {i: told[f"token_id:{i}"] for i in ids}

@@ -24,6 +24,7 @@ from labeler.backends.completions import (
     Json,
     ask_ids,
     ask_top,
+    check_ended,
     ids_body,
     listed_tokens,
     read_choice,
@@ -283,7 +284,9 @@ class OpenAIModel:
         question = user_prompt(f"Write {label} and nothing else.")
         body = request_body(features, self._ref.name, question, "", max_tokens=8, temperature=0.0)
         body.update(ask_top(features, features.route))
-        choice = await self._complete(PATHS[features.route], body, question, 8, urgent=True)
+        choice = await self._complete(
+            PATHS[features.route], body, question, 8, check=check_ended, urgent=True
+        )
         return any(piece.decode(errors="replace").strip() == label for piece in choice.pieces)
 
     # ---- requests ----

@@ -69,6 +69,12 @@ def test_a_recorded_text_completion_becomes_labels() -> None:
     assert [math.exp(lp) for lp in distribution.logprobs] == pytest.approx([0.375, 0.5])
 
 
+def filtered(logprobs: object) -> dict[str, Any]:
+    """A reply to a request for a label that a filter ended."""
+    message = {"role": "assistant", "content": None}
+    return {"choices": [{"message": message, "logprobs": logprobs, "finish_reason": "content_filter"}]}
+
+
 @pytest.mark.parametrize(
     ("reply", "text"),
     [
@@ -76,9 +82,11 @@ def test_a_recorded_text_completion_becomes_labels() -> None:
         ({"choices": []}, "no choice that can be read"),
         ([1], "no choice that can be read"),
         ({"choices": [{"message": {"content": "2"}, "logprobs": None}]}, "left out the log-probabilities"),
+        (filtered(None), "ended the reply with 'content_filter'"),
+        (filtered(CHAT["choices"][0]["logprobs"]), "ended the reply with 'content_filter'"),
         (CHAT, "none of the labels A, B is among"),
     ],
-    ids=["empty", "no-choice", "list", "no-logprobs", "other-labels"],
+    ids=["empty", "no-choice", "list", "no-logprobs", "filtered", "filtered-with-logprobs", "other-labels"],
 )
 def test_a_reply_that_cannot_be_read_fails_its_row(reply: object, text: str) -> None:
     with pytest.raises(RequestFailed, match=text):

@@ -13,7 +13,7 @@ import pytest
 
 from labeler.backends.openai import OpenAIModel
 from labeler.judge import Judge
-from labeler.llm import LabelReading, LLMOptions, RequestFailed
+from labeler.llm import LabelReading, LLMOptions, NoAnswer, RequestFailed
 from labeler.rubric import load_rubric
 from rlaif.errors import EndpointError, ModelError
 from rlaif.models import ModelRef
@@ -291,6 +291,42 @@ def test_a_label_after_a_rewritten_rationale_is_asked_as_text() -> None:
 def test_an_answer_without_logprobs_costs_its_row_alone() -> None:
     with ScriptedServer(lambda user, prefix, wanted: "Sorry.") as server, pytest.raises(RequestFailed):
         read(server.ref)
+
+
+def test_a_label_that_was_filtered_fails_with_that_reason_by_token_ids_too() -> None:
+    def amend(body: dict[str, Any], choice: dict[str, Any]) -> None:
+        choice |= {"finish_reason": "content_filter", "logprobs": None}
+
+    for vllm in (True, False):
+        with ScriptedServer(script, vllm=vllm, amend=amend) as server:
+            with pytest.raises(NoAnswer, match="ended the reply with 'content_filter'") as failed:
+                read(server.ref)
+            assert failed.value.prompt_tokens
+
+
+def test_a_filtered_reply_does_not_tell_that_a_label_is_split() -> None:
+    filters = iter((True,))
+
+    def amend(body: dict[str, Any], choice: dict[str, Any]) -> None:
+        if body["max_tokens"] > 1 and next(filters, False):
+            choice |= {"finish_reason": "content_filter", "logprobs": None}
+
+    async def twice(llm: OpenAIModel) -> LabelReading:
+        with pytest.raises(NoAnswer, match="content_filter"):
+            await llm.label_logprobs(Q, "", ("1", "10"))
+        return await llm.label_logprobs(Q, "", ("1", "10"))
+
+    def whole(user: str, prefix: str, wanted: bool) -> str | dict[str, float]:
+        return {"1": 0.5, "10": 0.2} if wanted else "10"
+
+    class OneToken(ScriptedServer):
+        def generated(self, said: str, body: dict[str, Any]) -> dict[str, Any]:
+            entry = {"token": said, "logprob": -0.1, "bytes": list(said.encode())}
+            content = [{**entry, "top_logprobs": [entry]}]
+            return {"index": 0, "finish_reason": "stop", "text": said, "logprobs": {"content": content}}
+
+    with OneToken(whole, amend=amend) as server:
+        assert math.exp(ask(server.ref, twice).distribution.logprobs[1]) == pytest.approx(0.2)
 
 
 def test_a_token_listed_beyond_those_asked_for_is_no_reading() -> None:
