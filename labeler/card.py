@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,6 +194,7 @@ def write_card(folder: Path) -> None:
         f"# {title}\n\n{kind.intro}",
         *facts_parts(source),
         how_to_load(kind.files, folder.name, "DPOTrainer" if "preference" in kind.tags else None),
+        how_to_export(folder.name) if "preference" in kind.tags else "",
         *(column_table(meaning, name) for name, meaning in kind.columns.items()),
         *origin_parts(source),
     ]
@@ -347,19 +349,43 @@ def how_to_load(files: Sequence[DataFile], place: str | None, trainer: str | Non
     if trainer is not None:
         lines += ["", WHAT_TRL_READS]
     if trainer is not None and trainer != "KTOTrainer":
-        lines += ["", "```"]
-        data = place or files[0].path
-        lines += [
-            f"rlaif train {what} --dataset {data} --model_name_or_path MODEL ..." for what in ("rm", "dpo")
-        ]
-        lines += ["```"]
+        lines += ["", _WHAT_RLAIF_READS, "", "```bash", *_training(place or files[0].path), "```"]
     return "\n".join(lines)
 
+
+def how_to_export(place: str) -> str:
+    """The command that makes of labels what other trainers read."""
+    return (
+        "For other trainers, or the hub, with held-out prompts or the sure pairs alone (`rlaif export --help`):"
+        f"\n\n```bash\nrlaif export --dataset {shlex.quote(place)} --format trl-preference "
+        "--output_file preferences.parquet\n```"
+    )
+
+
+def _training(data: str) -> Iterator[str]:
+    """Commands from the labels to a policy."""
+    if "/" in data:  # a repository
+        folder = data.rpartition("/")[2]
+        yield f"hf download {data} --repo-type dataset --local-dir {folder}"
+        data = folder
+    data = shlex.quote(data)
+    yield f"rlaif train rm --model_name_or_path MODEL --dataset {data} --output_dir rm"
+    yield "rlaif serve --model rm --port 50051"
+    for method in ("dpo", "ppo"):
+        yield (
+            f"rlaif train {method} --model_name_or_path MODEL --dataset {data} --reward_server 127.0.0.1:50051 "
+            f"--output_dir {method}"
+        )
+
+
+_WHAT_RLAIF_READS = """`rlaif train rm` learns a reward model from the soft label, `chosen_prob`. `rlaif train dpo` \
+and `rlaif train ppo` are online: they take the prompts alone, sample responses to them, and learn from what a reward \
+server says of these. DPO on the pairs as they are is TRL's."""
 
 WHAT_TRL_READS = """TRL reads the columns as they are, and part of the label. Its `RewardTrainer` subtracts `margin`, \
 where there is one, from the difference of rewards. Its `DPOTrainer` takes the chosen response as the better one, \
 however sure the label is: `label_smoothing` is one number for all rows. Its `KTOTrainer` reads `label`. None of them \
-reads the soft label itself; `rlaif train rm` and `rlaif train dpo` learn from `chosen_prob`."""
+reads the soft label itself."""
 
 
 def column_table(meaning: Mapping[str, str], config: str = "default") -> str:

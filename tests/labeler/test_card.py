@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from labeler import columns, preferences, rank, revise, sample, scores
 from labeler.card import KINDS, read_source, size_category, table
 from labeler.export.shapes import SCHEMAS
 from labeler.rubric import rubric_path
-from rlaif.cli import main
+from rlaif.cli import COMMANDS, Command, find_command, main, parse_config
+from rlaif.records import Quarantine, read_prompts
 from tests.labeler.commands import label, pair, scripted, write_lines
 
 HEADER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
@@ -77,6 +79,37 @@ def test_the_card_of_pairs_says_what_the_report_says(tmp_path: Path) -> None:
     assert rubric.rstrip() in text
     assert report["rubrics"]["helpfulness-pair"] in text
     assert str(tmp_path) not in text, "a card is published; where its files lay is nobody's business"
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The `rlaif` commands that a card shows, as arguments."""
+    return [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("rlaif ")]
+
+
+def test_the_commands_of_a_card_are_whole_and_its_prompts_and_labels_are_read(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "pairs.jsonl", [pair(0), pair(1)])
+    assert label(scripted(tmp_path), data, tmp_path / "lab") == 0
+    _, text = card(tmp_path / "lab")
+    found = {command.name: config for command, config in map(parse, commands_of(text))}
+    assert list(found) == ["train rm", "serve", "train dpo", "train ppo", "export"]
+    for name in ("train rm", "train dpo", "train ppo", "export"):
+        assert str(found[name].dataset) == "lab"
+    assert str(found["serve"].model) == str(found["train rm"].output_dir)
+    for name in ("train dpo", "train ppo"):
+        assert found[name].reward_server == f"127.0.0.1:{found['serve'].port}"
+    assert "`rlaif train dpo` learn from `chosen_prob`" not in text
+    assert len(list(read_prompts(tmp_path / "lab", Quarantine(None)))) == 2
+    assert (
+        main(["export", "--dataset", str(tmp_path / "lab"), "--output_file", str(tmp_path / "p.parquet")])
+        == 0
+    )
+    _, text = card(tmp_path / "p-report")
+    assert [command.name for command, _ in map(parse, commands_of(text))] == list(found)[:4]
+
+
+def parse(argv: list[str]) -> tuple[Command, Any]:
+    command, rest = find_command(argv, COMMANDS)
+    return command, parse_config(command, rest)
 
 
 def test_without_people_the_card_says_that_agreement_is_not_known(tmp_path: Path) -> None:
