@@ -293,8 +293,13 @@ def open_session(config: RequestConfig, command: str) -> Iterator[Session]:
 
 @contextmanager
 def _scratch_session(config: RequestConfig, command: str) -> Iterator[Session]:
-    """A session for a dry run. It knows the replies on record and writes in a folder that vanishes."""
+    """A session for a dry run. It knows the replies on record and writes in a folder that vanishes.
+
+    Raises:
+        StorageError: the directory holds another run.
+    """
     folder = Path(config.output_dir)
+    Run.check(folder, config, command=command)
     on_record, written = Totals(), None
     earlier = []
     if (folder / JOURNAL_FILE).is_file():

@@ -134,6 +134,18 @@ class Run:
         """Let the directory go: another configuration may use it. For a run that failed before it had any result."""
         (self.directory / "run.json").unlink(missing_ok=True)
 
+    @classmethod
+    def check(cls, output_dir: str | os.PathLike[str], config: Any, *, command: str) -> None:
+        """Refuse a directory that `open` would refuse for the run it holds; nothing is written or locked.
+
+        Raises:
+            StorageError: the folder holds a run of another command or configuration.
+        """
+        directory = Path(output_dir)
+        if (directory / "run.json").is_file():
+            earlier = _read_record(directory / "run.json")
+            _check_same_run(directory, earlier, command, cls.identity(config), _defaults(config))
+
     @staticmethod
     def identity(config: Any) -> dict[str, Any]:
         """The config fields that decide the result, as JSON values: all but `output_dir` and `config.VOLATILE`."""

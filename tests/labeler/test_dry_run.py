@@ -143,6 +143,22 @@ def test_what_is_on_record_is_subtracted_and_no_reply_is_made_up(
     assert facts(capsys)["requests"] == "0"
 
 
+def test_a_directory_that_the_run_would_refuse_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "data.jsonl", [pair(0)])
+    out, judge = tmp_path / "out", scripted(tmp_path)
+    assert label(judge, data, out, "--no-cot") == 0
+    capsys.readouterr()
+    said = []
+    for dry in ((), ("--dry_run",)):
+        assert label(judge, data, out, *dry) == 7
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1] and "holds a run with cot=False, this one has True" in said[0]
+    assert label(judge, data, out, "--dry_run", kind="scores") == 7
+    assert "holds a run of `rlaif label pairs`" in capsys.readouterr().err
+
+
 def test_a_pair_and_its_swap_are_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     swapped = {**pair(0), "response_a": "bad 0", "response_b": "good 0"}
     data = write_lines(tmp_path / "data.jsonl", [pair(0), swapped, pair(0)])
