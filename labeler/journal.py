@@ -19,6 +19,11 @@ from rlaif.types import content_id
 
 JOURNAL_FILE = "journal.sqlite"
 
+ASKED_AGAIN = (
+    "asks for these alone, save those whose reply is on record and says nothing; what is too long fails again"
+)
+"""What the next run does about rows without an answer."""
+
 _TABLES = """
 CREATE TABLE IF NOT EXISTS replies (
     id INTEGER PRIMARY KEY, key INTEGER NOT NULL UNIQUE, kind TEXT NOT NULL, prompt_tokens INTEGER NOT NULL,

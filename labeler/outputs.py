@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from labeler.journal import ASKED_AGAIN
 from rlaif.errors import QualityError
 from rlaif.storage import replacing, storing, write_atomic
 from rlaif.types import LOW_LABEL_MASS
@@ -102,5 +103,5 @@ def refuse_if_too_many_open(
         first = next(iter(reasons))
         raise QualityError(
             f"{count} of {total} {what} (most often: {first}); see {folder / 'unlabelled.jsonl'}. "
-            "The same command again asks for these alone"
+            f"The same command again {ASKED_AGAIN}; --max_unlabelled allows for more"
         )

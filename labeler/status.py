@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from labeler.config import StatusConfig
 from labeler.heartbeat import is_alive, read_heartbeat
-from labeler.journal import JOURNAL_FILE, ReplyJournal, Totals
+from labeler.journal import ASKED_AGAIN, JOURNAL_FILE, ReplyJournal, Totals
 from rlaif.errors import DataError, StorageError
 from rlaif.runs import clock, short
 
@@ -164,7 +164,7 @@ def _next(state: State, error: str | None, command: str, unlabelled: Mapping[str
     if state in ("stopped", "killed"):
         return "run the same command again; what is on record is not asked again"
     if unlabelled:
-        return f"see {folder / 'unlabelled.jsonl'}, then run the same command again: it asks for these alone"
+        return f"see {folder / 'unlabelled.jsonl'}, then run the same command again: it {ASKED_AGAIN}"
     if command == "sample":
         return f"rlaif label pairs --dataset {folder} --judge ... --output_dir ..."
     if command == "eval judge":

@@ -251,24 +251,34 @@ class OpenAIModel:
                 "does not continue a text, so its parts cannot be read: use a rubric with one-token labels, such as "
                 "helpfulness-score-5"
             )
-        first, cost = await self._list(features, messages, prefix)
+
+        def says_one(choice: Choice) -> None:
+            top = listed_tokens(choice)[: features.top_logprobs]
+            if not tokens_to_continue(top, split):
+                read_top_tokens(top, labels)
+
+        first, cost = await self._list(features, messages, prefix, says_one)
         if not split:
             return LabelReading(read_top_tokens(first, labels), *cost.usage, top=first)
         started = tokens_to_continue(first, split)
-        lists = await asyncio.gather(*(self._list(features, messages, prefix + t) for t in started.values()))
+        lists = await asyncio.gather(
+            *(self._list(features, messages, prefix + t, listed_tokens) for t in started.values())
+        )
         after = {text: top for text, (top, _) in zip(started, lists, strict=True)}
         distribution = read_top_tokens_in_parts(first, after, labels)
         return LabelReading(distribution, *_sum_usage(cost, *(choice for _, choice in lists)))
 
     async def _list(
-        self, features: Features, messages: Conversation, prefix: str
+        self,
+        features: Features,
+        messages: Conversation,
+        prefix: str,
+        check: Callable[[Choice], object],
     ) -> tuple[tuple[tuple[str, float], ...], Choice]:
         """The likeliest tokens after `prefix`, and the reply that they are from."""
         body = self._one_token(features, messages, prefix)
         body.update(ask_top(features, features.route))
-        choice = await self._complete(
-            PATHS[features.route], body, messages, 1, check=listed_tokens, urgent=True
-        )
+        choice = await self._complete(PATHS[features.route], body, messages, 1, check=check, urgent=True)
         # vLLM lists the sampled token beyond those asked for; it may be far less likely than what is left out.
         return choice.top[: features.top_logprobs], choice
 

@@ -82,6 +82,23 @@ def test_labels_equal_those_of_an_online_run(
     assert labels(tmp_path / "out") == online[rounds == 2]
 
 
+def test_replies_that_list_no_label_are_asked_for_again_by_the_next_run_as_online(
+    tmp_path: Path, online: Online, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, elsewhere = rows(tmp_path), True
+
+    def reply(user: str, prefix: str, wanted: bool) -> str | dict[str, float]:
+        return {"A": 0.9} if elsewhere and wanted else judges(user, prefix, wanted)
+
+    with BatchServer(reply) as server:
+        assert label(server.ref, data, tmp_path / "out", *BATCH) == 8
+        assert "none of the labels 1, 2 is among the top" in capsys.readouterr().err
+        elsewhere = False
+        assert label(server.ref, data, tmp_path / "out", *BATCH) == 0
+        assert sent(server).total() == 12 + 12 + 12
+    assert labels(tmp_path / "out") == online[True]
+
+
 def test_an_online_run_goes_on_from_batches_and_the_other_way_round(tmp_path: Path, online: Online) -> None:
     data = rows(tmp_path)
     with BatchServer(judges) as server:

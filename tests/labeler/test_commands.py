@@ -71,6 +71,17 @@ def test_bad_rows_are_quarantined_and_the_rest_is_labelled(tmp_path: Path) -> No
     assert [x["line"] for x in lines] == [2, 3]
 
 
+def test_a_run_with_too_many_open_rows_says_which_of_them_another_run_may_mend(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = scripted(tmp_path, [{"fail": "context too long: the model takes 16 tokens"}])
+    data = write_lines(tmp_path / "pairs.jsonl", [pair(0)])
+    assert label(judge, data, tmp_path / "out", "--no-cot") == 8
+    error = capsys.readouterr().err
+    assert "save those whose reply is on record and says nothing; what is too long fails again" in error
+    assert "--max_unlabelled" in error
+
+
 def test_failed_rows_stay_unlabelled_with_a_reason_and_the_next_run_asks_for_them_alone(
     tmp_path: Path,
 ) -> None:

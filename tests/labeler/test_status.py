@@ -134,7 +134,7 @@ def test_a_finished_run_names_what_stays_open_and_what_to_do(
     assert status.unlabelled == {"context too long": 1}
     assert status.open_requests == {"context too long": 2}  # both orders
     assert status.replies["label"] == 38
-    assert "unlabelled.jsonl" in status.next
+    assert "unlabelled.jsonl" in status.next and "what is too long fails again" in status.next
     (tmp_path / "judge.yaml").write_text(yaml.safe_dump({"rules": [{"probs": [0.6, 0.2]}]}))
     clean = command(f"scripted:{tmp_path / 'judge.yaml'}", tmp_path, 5)
     assert main([*clean[:-1], str(tmp_path / "clean")]) == 0
