@@ -299,6 +299,7 @@ def _scores(report: Facts) -> Iterator[tuple[str, str | None]]:
 
 def _responses(report: Facts) -> Iterator[tuple[str, str | None]]:
     yield "prompts", _count(report.get("prompts"), zero=True)
+    yield "prompts without a response", _count(report.get("prompts_unanswered"))
     yield "responses", _count(report.get("responses"), zero=True)
     yield "revised", _count(report.get("revised"), zero=True)
     yield "unchanged by the revision", _count(report.get("unchanged"))

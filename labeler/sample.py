@@ -109,7 +109,6 @@ def run(config: SampleConfig) -> None:
             """The draws of each prompt that have their replies; the others are counted and listed."""
             with write_unlabelled(session.folder) as write_open:
                 for row, found in replay(prompts(Quarantine(None)), look_up):
-                    count["prompts"] += 1
                     whole = []
                     for draw, done in zip(row, found, strict=True):
                         if isinstance(done, str):
@@ -124,6 +123,7 @@ def run(config: SampleConfig) -> None:
                             count["completion_tokens"] += reply.completion_tokens
                             finish[reply.finish_reason] += 1
                         whole.append((draw, done))
+                    count["prompts" if whole else "unanswered"] += 1
                     if whole:
                         yield whole
 
@@ -134,6 +134,7 @@ def run(config: SampleConfig) -> None:
             write_parquet(data_file, (_candidates(row, names) for row in answered()), SCHEMA)
         report: dict[str, Any] = {
             "prompts": count["prompts"],
+            **({"prompts_unanswered": count["unanswered"]} if count["unanswered"] else {}),
             "responses": count["responses"],
             "unlabelled": dict(unlabelled.most_common()),
             "finish_reason": dict(finish.most_common()),

@@ -71,6 +71,20 @@ def test_bad_rows_are_quarantined_and_the_rest_is_labelled(tmp_path: Path) -> No
     assert [x["line"] for x in lines] == [2, 3]
 
 
+def test_sampling_counts_the_prompts_that_have_responses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = scripted(tmp_path, [{"user": "long", "fail": "context too long"}, {"text": "said"}])
+    data = write_lines(tmp_path / "prompts.jsonl", [{"prompt": p} for p in ("a long one", "b", "c")])
+    command = ["sample", "--model_name_or_path", policy, "--dataset", str(data), "--max_unlabelled", "0.5"]
+    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 0
+    found = report(tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out" / "candidates.parquet").num_rows
+    assert (found["prompts"], found["prompts_unanswered"]) == (rows, 1) == (2, 1)
+    assert "prompts_unanswered" in capsys.readouterr().out
+    assert "| prompts without a response | 1 |" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_run_with_too_many_open_rows_says_which_of_them_another_run_may_mend(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
