@@ -46,7 +46,11 @@ class RewardServerError(RlaifError, ConnectionError):
 
 
 class StorageError(RlaifError, OSError):
-    """Output that cannot be written: a full disk, a read-only folder, a run directory of another run."""
+    """Output that cannot be written, or is not this run's to write.
+
+    A full disk, a read-only folder, a damaged file; a run directory that another process writes, or that holds a run of
+    another command or with other settings.
+    """
 
     exit_code = 7
 
