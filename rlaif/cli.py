@@ -165,6 +165,15 @@ SPELLED_ELSEWHERE = {
 """Methods that people look for by their own names, and the commands that are them."""
 
 
+FLAGS_ELSEWHERE = {
+    "model": ("model_name_or_path", "judge"),
+    "model_name_or_path": ("model", "judge"),
+    "out": ("output_dir", "output_file", "output"),
+    "output": ("output_dir", "output_file"),
+}
+"""What a flag that another command has, or people look for, is called; the first that the command has is meant."""
+
+
 def usage(commands: Sequence[Command] = COMMANDS) -> str:
     """The text of `rlaif --help`."""
     width = max(len(c.name) for c in commands)
@@ -267,7 +276,8 @@ def _check_flags(arguments: Sequence[str], config_class: type[Any], command: Com
 
 
 def _nearest(name: str, names: Sequence[str], command: Command, dashes: str = "") -> str:
-    close = get_close_matches(name, names, n=1)
+    meant = FLAGS_ELSEWHERE.get(name, ())
+    close = [flag for flag in meant if flag in names] or get_close_matches(name, names, n=1)
     return f"did you mean {dashes}{close[0]}?" if close else f"see rlaif {command.name} --help"
 
 

@@ -28,7 +28,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rlaif import __version__
 from rlaif.errors import ConfigError, QualityError, RlaifError, StorageError
-from rlaif.storage import LOCK_FILE, cut_torn_line, lock_file, storing, write_atomic, write_parquet
+from rlaif.storage import (
+    LOCK_FILE,
+    cut_torn_line,
+    lock_file,
+    refuse_file_as_folder,
+    storing,
+    write_atomic,
+    write_parquet,
+)
 from rlaif.trackers import Tracker, TrackerName, check_trackers, open_trackers
 
 if TYPE_CHECKING:
@@ -136,12 +144,13 @@ class Run:
 
     @classmethod
     def check(cls, output_dir: str | os.PathLike[str], config: Any, *, command: str) -> None:
-        """Refuse a directory that `open` would refuse for the run it holds; nothing is written or locked.
+        """Refuse a directory that `open` would refuse for what it is or holds; nothing is written or locked.
 
         Raises:
-            StorageError: the folder holds a run of another command or configuration.
+            StorageError: it is a file, or holds a run of another command or configuration.
         """
         directory = Path(output_dir)
+        refuse_file_as_folder(directory)
         if (directory / "run.json").is_file():
             earlier = _read_record(directory / "run.json")
             _check_same_run(directory, earlier, command, cls.identity(config), _defaults(config))

@@ -51,9 +51,23 @@ def storing(path: str | os.PathLike[str]) -> Iterator[None]:
     except RlaifError:
         raise
     except OSError as err:
+        refuse_file_as_folder(Path(path).parent)
         what = os.strerror(err.errno).lower() if err.errno else str(err)
         advice = _ADVICE.get(err.errno or 0, "check the path")
         raise StorageError(f"cannot write {os.fspath(path)}: {what}; {advice}") from err
+
+
+def refuse_file_as_folder(folder: Path) -> None:
+    """Refuse a place for files that is a file itself, or would lie below one.
+
+    Raises:
+        StorageError: it does.
+    """
+    for place in (folder, *folder.parents):
+        if os.path.exists(place):  # unlike Path's, also where one may not look
+            if not os.path.isdir(place):
+                raise StorageError(f"{place} is a file and not a directory; choose another place to write to")
+            return
 
 
 @contextmanager

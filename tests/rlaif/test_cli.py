@@ -131,6 +131,12 @@ def test_a_wrong_config_file_gets_one_line(tmp_path: Path, content: str, said: s
             ["train", "example", "--output_dir", "x", "--lerning_rate", "1"],
             "no flag --lerning_rate; did you mean --learn",
         ),
+        (["sample", "--model", "hf:m"], "has no flag --model; did you mean --model_name_or_path?"),
+        (["label", "pairs", "--model=hf:m"], "has no flag --model; did you mean --judge?"),
+        (["label", "pairs", "--model-name-or-path", "m"], "_path; did you mean --judge?"),
+        (["serve", "--model_name_or_path", "m"], "did you mean --model?"),
+        (["label", "pairs", "--out", "x"], "has no flag --out; did you mean --output_dir?"),
+        (["export", "--out", "x"], "has no flag --out; did you mean --output_file?"),
         (["train", "example", "--output_dir", "x", "--seed", "many"], "Error parsing --seed"),
         (
             ["train", "example", "--output_dir", "x", "--kind", "l2"],

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from rlaif.errors import DataError, StorageError
-from rlaif.storage import Journal, only_writer, storing, write_atomic, write_parquet
+from rlaif.storage import Journal, lock_file, only_writer, storing, write_atomic, write_parquet
 from tests.disks import small_disk
 
 
@@ -146,6 +146,16 @@ def test_a_folder_in_the_way_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"cannot write .*taken: is a directory"):
         write_atomic(tmp_path / "taken", "x")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("below", ["x", "deeper/x"])
+def test_a_file_in_the_place_of_a_folder_is_called_that(tmp_path: Path, below: str) -> None:
+    (tmp_path / "prompts.jsonl").write_text("{}")
+    for write in (lambda path: write_atomic(path, "x"), lock_file):
+        with pytest.raises(
+            StorageError, match=r"prompts\.jsonl is a file and not a directory; choose another"
+        ):
+            write(tmp_path / "prompts.jsonl" / below)
 
 
 def test_storing_translates_the_system_s_errors_only() -> None:
