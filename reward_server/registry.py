@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -46,10 +46,14 @@ class TooManyModels(RlaifError):
 
 @dataclass(slots=True, eq=False)
 class Model:
-    """A loaded model with its queue, the calls that hold it, and its unloading once somebody asked for that."""
+    """A loaded model with its queue, the calls that hold it, and its unloading once somebody asked for that.
+
+    `files` are those that it was read from, as they were before; None if that is not known.
+    """
 
     batcher: Batcher
     state: State
+    files: Hashable | None = None
     holders: int = 0
     free: asyncio.Event = field(default_factory=asyncio.Event)
     leaving: asyncio.Task[None] | None = None
@@ -105,8 +109,14 @@ class ModelRegistry:
 
     def find(self, version: str) -> Model | None:
         """The loaded model of this version that still takes calls."""
-        usable = (m for m in self._models if m.state in (State.READY, State.ACTIVE))
-        return next((m for m in usable if m.version == version), None)
+        return next((m for m in self._usable() if m.version == version), None)
+
+    def _usable(self) -> Iterator[Model]:
+        return (m for m in self._models if m.state in (State.READY, State.ACTIVE))
+
+    def _no_such(self, version: str) -> NoSuchModel:
+        loaded = " and ".join(m.version for m in self._usable())
+        return NoSuchModel(f"no model of version {version} is loaded, only {loaded}")
 
     @contextmanager
     def hold(self, model: Model) -> Iterator[Batcher]:
@@ -120,8 +130,13 @@ class ModelRegistry:
             if model.holders == 0:
                 model.free.set()
 
-    async def load(self, load: Callable[[], Awaitable[Scorer]], *, activate: bool = False) -> Model:
+    async def load(
+        self, load: Callable[[], Awaitable[Scorer]], *, files: Hashable | None = None, activate: bool = False
+    ) -> Model:
         """Load, warm up and keep a model. A version that is loaded already is not kept twice.
+
+        One that was loaded from the same `files` is there: it is not loaded again, and needs no room. A version says
+        more, but only once the weights are read.
 
         Cancelling this call does not stop what loads, since a thread cannot be stopped: until that has ended it counts
         as a model, and then what it made is closed.
@@ -130,13 +145,20 @@ class ModelRegistry:
             TooManyModels: there is no room.
             RlaifError: it cannot be loaded, or is not what it says it is.
         """
+        same = None if files is None else next((m for m in self._usable() if m.files == files), None)
+        if same is not None:
+            if activate:
+                self.activate(same.version)
+            return same
         if len(self._models) + self._loading >= self._max_models:
+            loaded = " and ".join(m.version for m in self._models)
             raise TooManyModels(
-                f"{self._max_models} models are loaded, which is all that this server holds: unload one"
+                f"{self._max_models} models are loaded, which is all that this server holds ({loaded}): "
+                "unload one, or activate one of these by its version"
             )
         self._loading += 1
         left = asyncio.Event()
-        loading = self._begin(self._load(load, activate, left), "a model could not be loaded")
+        loading = self._begin(self._load(load, files, activate, left), "a model could not be loaded")
         try:
             model = await asyncio.shield(loading)
         except asyncio.CancelledError:
@@ -146,7 +168,11 @@ class ModelRegistry:
         return model
 
     async def _load(
-        self, load: Callable[[], Awaitable[Scorer]], activate: bool, left: asyncio.Event
+        self,
+        load: Callable[[], Awaitable[Scorer]],
+        files: Hashable | None,
+        activate: bool,
+        left: asyncio.Event,
     ) -> Model | None:
         """See `load`; nothing is kept if the caller left meanwhile."""
         try:
@@ -159,7 +185,7 @@ class ModelRegistry:
                 raise
             model = self.find(scorer.version)
             if model is None and not left.is_set():
-                model = self._keep(scorer)
+                model = self._keep(scorer, files)
             else:
                 await scorer.close()
         finally:
@@ -168,8 +194,8 @@ class ModelRegistry:
             self.activate(model.version)
         return model
 
-    def _keep(self, scorer: Scorer) -> Model:
-        model = Model(self._queue(scorer), State.READY)
+    def _keep(self, scorer: Scorer, files: Hashable | None) -> Model:
+        model = Model(self._queue(scorer), State.READY, files)
         model.free.set()
         self._models.append(model)
         model.batcher.start().add_done_callback(self._note)
@@ -183,7 +209,7 @@ class ModelRegistry:
         """
         model = self.find(version)
         if model is None:
-            raise NoSuchModel(f"no model of version {version} is loaded")
+            raise self._no_such(version)
         before = self.active
         if before is not None:
             before.state = State.READY
@@ -203,7 +229,7 @@ class ModelRegistry:
             draining = (m for m in self._models if m.state is State.DRAINING)
             model = next((m for m in draining if m.version == version), None)
         if model is None:
-            raise NoSuchModel(f"no model of version {version} is loaded")
+            raise self._no_such(version)
         if model.state is State.ACTIVE:
             raise NoSuchModel(f"version {version} is active: activate another one first")
         if model.leaving is None:

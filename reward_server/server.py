@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from reward_server.batcher import Batcher
 from reward_server.config import ServeConfig
 from reward_server.facade.app import Facade
+from reward_server.files import files_of
 from reward_server.observe import Metrics, Observer, Observers
 from reward_server.registry import ModelRegistry
 from reward_server.scorers.base import Scorer
@@ -52,6 +53,8 @@ class RewardServer:
 
     def __init__(self, config: ServeConfig, traces: Traces | None = None) -> None:
         self._config = config
+        # As they are before they are read.
+        self._files = None if config.model is None else files_of(config.model)
         self._metrics = None if config.metrics_port is None else Metrics()
         self._traces = traces
         heard = [observer for observer in (self._metrics, traces) if observer is not None]
@@ -138,7 +141,7 @@ class RewardServer:
         self._registry = ModelRegistry(
             self._queue, max_models=self._config.max_models, observer=self._observer
         )
-        await self._registry.load(at_hand, activate=True)
+        await self._registry.load(at_hand, files=self._files, activate=True)
         self._service.open(self._registry)
         for name in _HEALTH_SERVICES:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

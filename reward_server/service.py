@@ -20,6 +20,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from protos.rlaif.reward.v1 import reward_pb2 as pb
 from reward_server import wire
 from reward_server.batcher import Overloaded, Priority, Report, TooLate
+from reward_server.files import files_of
 from reward_server.observe import Call, Observer
 from reward_server.registry import Model, ModelRegistry, NoSuchModel, TooManyModels
 from reward_server.scorers.base import Failure, Outcome, Scorer, Task
@@ -329,7 +330,7 @@ class RewardService:
     async def load_model(
         self, request: pb.LoadModelRequest, time_left_s: float | None
     ) -> pb.LoadModelResponse:
-        """Load a model beside the active one.
+        """Load a model beside the active one, or find it among those that are loaded.
 
         Raises:
             Refusal: there is no such model, or no room for it.
@@ -337,8 +338,11 @@ class RewardService:
         self._active()
         if not request.model:
             raise _invalid([BadRequest.FieldViolation(field="model", description="must name a model")])
+        files = await asyncio.to_thread(files_of, request.model)
         try:
-            model = await self._models.load(lambda: self._load(request.model), activate=request.activate)
+            model = await self._models.load(
+                lambda: self._load(request.model), files=files, activate=request.activate
+            )
         except TooManyModels as err:
             raise Refusal(
                 code_pb2.RESOURCE_EXHAUSTED, str(err), ErrorInfo(reason="TOO_MANY_MODELS", domain=wire.DOMAIN)

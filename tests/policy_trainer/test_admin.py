@@ -54,7 +54,7 @@ def test_what_the_server_refuses_is_one_line(capsys: pytest.CaptureFixture[str],
             at = f"--reward_server={served.address}"
             for arguments, words in (
                 (("unload", "--version=length-1"), "version length-1 is active: activate another one first"),
-                (("activate", "--version=length-9"), "no model of version length-9 is loaded"),
+                (("activate", "--version=length-9"), "no model of version length-9 is loaded, only length-1"),
                 (("load", f"--model={tmp_path}"), "1 models are loaded, which is all that this server holds"),
             ):
                 assert await rlaif(arguments[0], at, *arguments[1:]) == 6

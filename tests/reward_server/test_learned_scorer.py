@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from protos.rlaif.reward.v1 import reward_pb2 as pb
 from protos.rlaif.reward.v1 import reward_pb2_grpc
 from reward_server.config import ServeConfig
+from reward_server.files import files_of
 from reward_server.forward import scores
 from reward_server.model import load_backbone, load_reward_model
 from reward_server.scorers.base import Scored, ScoreTask
@@ -328,3 +329,49 @@ def test_an_unloaded_model_is_freed_without_a_garbage_collection(checkpoint: Pat
             signal.signal(number, handler)
         gc.unfreeze()
         gc.enable()
+
+
+def test_load_goes_back_to_a_model_that_a_full_server_holds(tmp_path: Path) -> None:
+    old = tiny.save_classifier(tmp_path / "old", seed=1)
+    new = tiny.save_classifier(tmp_path / "new", seed=2)
+
+    async def scenario() -> None:
+        config = ServeConfig(model=str(old), port=0, max_models=2, device="cpu")
+        server = RewardServer(config)
+        address = await server.start()
+        try:
+            await server.open(load_scorer(config))
+            async with grpc.aio.insecure_channel(address) as channel:
+                admin: Any = reward_pb2_grpc.ModelAdminServiceStub(channel)  # type: ignore[no-untyped-call]
+
+                async def load(model: str) -> pb.LoadedModel:
+                    answer = await admin.LoadModel(pb.LoadModelRequest(model=model, activate=True))
+                    found: pb.LoadedModel = answer.model
+                    return found
+
+                await load(str(new))
+                back = await load(os.path.relpath(old))
+                assert (back.model.name, back.state) == (str(old), pb.MODEL_STATE_ACTIVE)
+                tiny.save_classifier(new, seed=3)
+                with pytest.raises(grpc.aio.AioRpcError) as failed:  # other weights under an old name
+                    await load(str(new))
+                assert failed.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert back.model.version in str(failed.value.details())
+        finally:
+            await server.drain()
+
+    asyncio.run(scenario())
+
+
+def test_files_are_the_same_as_long_as_nothing_is_written(tmp_path: Path) -> None:
+    folder = tiny.save_classifier(tmp_path / "rm")
+    known = files_of(str(folder))
+    assert known is not None and known == files_of(f"hf:{folder}")
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert files_of(str(folder)) not in (None, known)
+    (folder / "adapter_config.json").write_text("{}")  # what it adapts lies elsewhere
+    assert files_of(str(folder)) is None
+    composite = tmp_path / "both.yaml"
+    composite.write_text("parts: {}")
+    for name in (str(composite), str(tmp_path), "gpt2", "vllm:gpt2", "tinyworld:none", ""):
+        assert files_of(name) is None

@@ -281,12 +281,36 @@ def test_what_cannot_be_done_with_models_is_refused() -> None:
     async def scenario() -> None:
         models = registry(max_models=1)
         await models.load(lambda: made(Versioned(1)), activate=True)
-        with pytest.raises(TooManyModels, match="unload one"):
+        with pytest.raises(TooManyModels, match=r"holds \(v1\): unload one, or activate one of these"):
             await models.load(lambda: made(Versioned(2)))
         with pytest.raises(NoSuchModel, match="is active"):
             await models.unload("v1")
-        with pytest.raises(NoSuchModel, match="v9"):
+        with pytest.raises(NoSuchModel, match="no model of version v9 is loaded, only v1"):
             models.activate("v9")
+        with pytest.raises(NoSuchModel, match="no model of version v9 is loaded, only v1"):
+            await models.unload("v9")
+        await models.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_model_whose_files_are_as_they_were_is_there_without_being_loaded_again() -> None:
+    async def scenario() -> None:
+        models = registry(max_models=2)
+        await models.load(lambda: made(Versioned(1)), files=("rm1", 1), activate=True)
+        await models.load(lambda: made(Versioned(2)), files=("rm2", 1), activate=True)
+
+        async def again() -> Scorer:
+            raise AssertionError("it is loaded")
+
+        back = await models.load(again, files=("rm1", 1), activate=True)
+        assert (back.version, back.state) == ("v1", State.ACTIVE)
+        for changed in (("rm1", 2), None):
+            with pytest.raises(TooManyModels):
+                await models.load(again, files=changed)
+        await models.unload("v2")
+        with pytest.raises(AssertionError, match="it is loaded"):  # the files of a model that is gone
+            await models.load(again, files=("rm2", 1))
         await models.close()
 
     asyncio.run(scenario())
