@@ -26,7 +26,7 @@ from policy_trainer.logprobs import (
 from rlaif.chat import ensure_pad_token, ensure_template
 from rlaif.errors import ConfigError, ModelError
 from rlaif.lora import add_adapters, check_tied, imported
-from rlaif.models import ModelRef
+from rlaif.models import ModelRef, reason, require_pretrained
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -198,6 +198,7 @@ def _pretrained(model_name_or_path: str, dtype: torch.dtype) -> tuple[Any, PreTr
     from transformers.utils.peft_utils import find_adapter_config_file
 
     path = ModelRef.parse(model_name_or_path).pretrained_path()
+    require_pretrained(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         adapters = find_adapter_config_file(path)
@@ -234,8 +235,7 @@ def _pretrained(model_name_or_path: str, dtype: torch.dtype) -> tuple[Any, PreTr
 
 
 def _cannot_load(model_name_or_path: str, err: Exception) -> ModelError:
-    reason = " ".join(str(err).split())[:200]
-    return ModelError(f"cannot load {model_name_or_path!r} as a causal language model: {reason}")
+    return ModelError(f"cannot load {model_name_or_path!r} as a causal language model: {reason(err)}")
 
 
 @torch.no_grad()
@@ -379,11 +379,11 @@ def build_critic(policy: PreTrainedModel, critic_init: str) -> ValueModel:
     from transformers import AutoModelForSequenceClassification
 
     path = ModelRef.parse(critic_init).pretrained_path()
+    require_pretrained(path)
     try:
         rm = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=policy.dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as err:
-        reason = " ".join(str(err).split())[:200]
-        raise ModelError(f"cannot load {critic_init!r} as a reward model: {reason}") from err
+        raise ModelError(f"cannot load {critic_init!r} as a reward model: {reason(err)}") from err
     if rm.config.vocab_size != policy.config.vocab_size:
         raise ModelError(
             f"the reward model reads {rm.config.vocab_size} token ids and the policy writes "

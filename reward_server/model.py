@@ -32,7 +32,7 @@ from reward_server.positions import context_length
 from reward_server.scorers.base import Normalization
 from rlaif.chat import ensure_pad_token, ensure_template, template_hash
 from rlaif.errors import ModelError
-from rlaif.models import ModelRef
+from rlaif.models import ModelRef, reason, require_pretrained
 from rlaif.storage import write_atomic
 
 CARD = "reward_model.json"
@@ -170,6 +170,7 @@ def save_card(folder: Path, card: dict[str, Any]) -> None:
 
 def _load(path: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """Model, tokenizer, and the names of the weights that the checkpoint did not have (head and pooler only)."""
+    require_pretrained(path)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -177,9 +178,8 @@ def _load(path: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrai
                 path, num_labels=1, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except (OSError, ValueError, KeyError, SafetensorError) as err:
-        detail = " ".join(str(err).split())[:200]
         raise ModelError(
-            f"cannot load {path} as a reward model; check the name or folder ({detail})"
+            f"cannot load {path} as a reward model; check the name or folder ({reason(err)})"
         ) from err
     if info["mismatched_keys"]:
         shapes = ", ".join(f"{key} of shape {tuple(old)}" for key, old, _ in sorted(info["mismatched_keys"]))

@@ -301,7 +301,13 @@ async def _first(*futures: asyncio.Future[Any]) -> None:
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
+def log_to_stderr() -> None:
+    """Print warnings with time and origin, each once: huggingface_hub prints its own besides."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("huggingface_hub").propagate = False
+
+
 def run(config: ServeConfig) -> None:
     """Serve rewards (see `ServeConfig`)."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr()
     asyncio.run(serve(config, lambda: asyncio.to_thread(load_scorer, config)))

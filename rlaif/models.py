@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import textwrap
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,10 +110,81 @@ def has_length_dependent_positions(config: Any) -> bool:
     return bool(length_dependent_positions(config))
 
 
+def require_pretrained(path: str, *, hint: str = "", endpoint: str | None = None) -> None:
+    """See that there is a model to load before a library goes and looks for it, asking again for a minute.
+
+    What the hub's cache holds is not asked for. The hub is asked once; whatever it answers but that it knows no such
+    model is left to the loading.
+
+    Args:
+        path: what `from_pretrained` will be given.
+        hint: what else the name may have been meant for; follows the message.
+        endpoint: address of the hub; None for the one that huggingface_hub uses.
+
+    Raises:
+        ModelError: the folder is that of a run without a model; or there is no such folder, and the hub has no such
+            model, or cannot be asked.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        _require_no_bare_run(folder)
+        return
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+
+    missing = f"there is no folder {path} here, and "
+    try:
+        if any(isinstance(try_to_load_from_cache(path, name), str) for name in _CONFIGS):
+            return
+        if constants.HF_HUB_OFFLINE:
+            raise ModelError(f"{missing}none of this name in the hub's cache (HF_HUB_OFFLINE is set){hint}")
+        get_hf_file_metadata(hf_hub_url(path, _CONFIGS[0], endpoint=endpoint))
+    except ModelError:
+        raise
+    except GatedRepoError:  # a kind of RepositoryNotFoundError
+        return
+    except HFValidationError as err:
+        raise ModelError(f"{missing}a model of the hub cannot have this name{hint}") from err
+    except RepositoryNotFoundError as err:
+        raise ModelError(
+            f"{missing}no model of this name on the hub, or one that you may not read (hf auth login){hint}"
+        ) from err
+    except HfHubHTTPError:
+        return  # it has no config.json, may not be read, or the hub is busy: loading goes about it as it does
+    except Exception as err:  # of whichever HTTP library huggingface_hub is built on
+        raise ModelError(
+            f"{missing}the hub at {endpoint or constants.ENDPOINT} cannot be asked: {reason(err)}{hint}"
+        ) from err
+
+
+_CONFIGS = ("config.json", "adapter_config.json")
+
+
+def _require_no_bare_run(folder: Path) -> None:
+    if any((folder / name).exists() for name in _CONFIGS):
+        return
+    try:
+        command = json.loads((folder / "run.json").read_text(encoding="utf-8"))["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    raise ModelError(f"{folder} holds a run of `rlaif {command}` and no model: name the folder of a model")
+
+
+def reason(err: Exception) -> str:
+    """What an error of a library says, on one line, cut between words."""
+    return textwrap.shorten(str(err), 200, placeholder=" ...") or type(err).__name__
+
+
+def endpoint_hint(ref: ModelRef) -> str:
+    """What a name without a slash may have been meant for."""
+    return "" if "/" in ref.name else f"; if it runs behind an endpoint, write openai:{ref.name}@BASE_URL"
+
+
 def cannot_load(ref: ModelRef, err: Exception) -> ModelError:
     """The one line for a model that does not load."""
-    detail = " ".join(str(err).split())
-    hint = "" if "/" in ref.name else f"; if it runs behind an endpoint, write openai:{ref.name}@BASE_URL"
-    return ModelError(
-        f"model {ref} cannot be loaded: {detail[:200]}{'...' if len(detail) > 200 else ''}{hint}"
-    )
+    return ModelError(f"model {ref} cannot be loaded: {reason(err)}{endpoint_hint(ref)}")

@@ -18,7 +18,7 @@ from labeler.backends.labels import Tokens, find_aliases, find_spellings, label_
 from labeler.llm import Abilities, Generation, LabelReading, RequestFailed
 from rlaif.chat import render
 from rlaif.errors import DataError
-from rlaif.models import ModelRef, cannot_load
+from rlaif.models import ModelRef, cannot_load, endpoint_hint, require_pretrained
 from rlaif.types import Conversation, Message, to_dicts
 
 _TAIL = 4
@@ -265,6 +265,7 @@ def load_tokenizer(ref: ModelRef, path: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none.
     """
+    require_pretrained(path, hint=endpoint_hint(ref))
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as err:

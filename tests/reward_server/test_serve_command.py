@@ -76,3 +76,16 @@ def test_a_model_in_vllm_is_refused_by_one_line_where_it_cannot_be(tmp_path: Pat
     if find_spec("vllm") is None:
         with pytest.raises(ModelError, match="pip install"):
             load_scorer(ServeConfig(model=named))
+
+
+_WARN = """
+from huggingface_hub.utils import logging
+from reward_server.server import log_to_stderr
+log_to_stderr()
+logging.get_logger("huggingface_hub.any").warning("from the hub")
+"""
+
+
+def test_a_warning_of_the_hub_is_printed_once() -> None:
+    done = subprocess.run([sys.executable, "-c", _WARN], capture_output=True, text=True, check=True)
+    assert done.stderr.count("from the hub") == 1
