@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -194,7 +195,7 @@ def _load(model_name_or_path: str, dtype: str, device: torch.device | None) -> L
 
 def _pretrained(model_name_or_path: str, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model and the tokenizer of a folder or a hub name; adapters are merged into their model."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.peft_utils import find_adapter_config_file
 
     path = ModelRef.parse(model_name_or_path).pretrained_path()
@@ -202,6 +203,8 @@ def _pretrained(model_name_or_path: str, dtype: torch.dtype) -> tuple[Any, PreTr
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         adapters = find_adapter_config_file(path)
+        described = None if adapters else AutoConfig.from_pretrained(path)
+        _require_no_reward_model(model_name_or_path, path, getattr(described, "architectures", None))
         if adapters is None:
             loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
             if missing := sorted(loaded[1]["missing_keys"]):
@@ -232,6 +235,16 @@ def _pretrained(model_name_or_path: str, dtype: torch.dtype) -> tuple[Any, PreTr
     # What is trained further, and its adapters, start from here and not from the bare model.
     model.name_or_path = model.config.name_or_path = path
     return model.requires_grad_(True), tokenizer
+
+
+def _require_no_reward_model(model_name_or_path: str, path: str, architectures: Sequence[str] | None) -> None:
+    """Where embeddings are tied, a classifier lacks no weight of a language model, and what it samples is noise."""
+    classifies = any(name.endswith("ForSequenceClassification") for name in architectures or ())
+    if classifies or (Path(path) / "reward_model.json").exists():
+        raise ModelError(
+            f"{model_name_or_path!r} is a reward model and no policy: name a causal language model, and serve this one "
+            "with rlaif serve"
+        )
 
 
 def _cannot_load(model_name_or_path: str, err: Exception) -> ModelError:

@@ -89,15 +89,33 @@ def test_an_unknown_model_is_one_clear_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_reward_model_is_no_policy(tmp_path: Path) -> None:
-    """It has no head over the vocabulary: a random one would be trained."""
+def test_a_model_without_a_head_over_the_vocabulary_is_no_policy(tmp_path: Path) -> None:
+    """A random one would be trained."""
     tiny.save_policy(tmp_path)
-    config = tiny.model().config
-    config.num_labels = 1
-    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    tiny.model().model.save_pretrained(tmp_path)
     with pytest.raises(
         ModelError, match=r"no causal language model: it lacks weights, such as lm_head\.weight"
     ):
+        load_policy(str(tmp_path))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reward_model_is_no_policy(tied: bool, tmp_path: Path) -> None:
+    """With tied embeddings it would sample, as no weight is missing."""
+    tiny.save_policy(tmp_path)
+    config = tiny.model().config
+    config.num_labels, config.tie_word_embeddings = 1, tied
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="is a reward model and no policy") as caught:
+        load_policy(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_with_the_card_of_a_reward_model_is_no_policy(tmp_path: Path) -> None:
+    """Whatever its architecture is called."""
+    tiny.save_policy(tmp_path)
+    (tmp_path / "reward_model.json").write_text("{}")
+    with pytest.raises(ModelError, match="is a reward model and no policy"):
         load_policy(str(tmp_path))
 
 
