@@ -89,6 +89,15 @@ def test_a_score_is_the_expectation_over_the_levels_with_its_distribution() -> N
     asyncio.run(scenario())
 
 
+def test_an_empty_response_has_the_lowest_score_without_a_question() -> None:
+    async def scenario() -> None:
+        async with serving(scorer()) as served:
+            (empty,) = (await served.stub.Score(score_request(""))).outcomes
+            assert (empty.score.raw, empty.score.tokens) == (1.0, 0)
+
+    asyncio.run(scenario())
+
+
 def test_a_direct_score_is_that_of_the_full_softmax_of_transformers(tmp_path: Path) -> None:
     """A real model through the whole server: the expectation over the ten labels by hand from its logits."""
     folder = save_tiny(tmp_path / "lm")

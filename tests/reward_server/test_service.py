@@ -269,6 +269,8 @@ def test_bad_fields_are_named_and_bad_items_fail_alone() -> None:
             codes = [o.error.code for o in (await served.stub.Score(request)).outcomes]
             bad = code_pb2.INVALID_ARGUMENT
             assert codes == [code_pb2.OK, bad, bad, code_pb2.OUT_OF_RANGE]
+            (empty,) = (await served.stub.Score(score_request(""))).outcomes
+            assert empty.HasField("score"), "a response of no text is a response"
             request.truncation = pb.TRUNCATION_LEFT
             assert (await served.stub.Score(request)).outcomes[3].HasField("score")
 
