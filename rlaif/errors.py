@@ -34,9 +34,18 @@ class ModelError(RlaifError, ValueError):
 
 
 class EndpointError(RlaifError, ConnectionError):
-    """An LLM endpoint that cannot be reached or refuses every request."""
+    """An LLM endpoint that cannot be reached or refuses every request.
+
+    Attributes:
+        fault: what is wrong, without `advice`: what whoever ran the command can do, which is nothing to say to those
+            whom a server answers.
+    """
 
     exit_code = 5
+
+    def __init__(self, fault: str, *, advice: str = "") -> None:
+        super().__init__(f"{fault} {advice}".rstrip())
+        self.fault = fault
 
 
 class RewardServerError(RlaifError, ConnectionError):

@@ -277,7 +277,8 @@ class Endpoints:
                 if isinstance(failure.error, EndpointError):
                     raise EndpointError(
                         f"no connection to {self.where if only is None else only.wire.where} after {attempt} attempts: "
-                        "is the server running? Answers so far are kept; run the same command again to go on"
+                        "is the server running?",
+                        advice="Answers so far are kept; run the same command again to go on",
                     ) from failure
                 raise failure.error from failure
             backoff = min(_LONGEST_BACKOFF_S, self._options.backoff_s * 2.0 ** min(attempt - 1, 20))

@@ -134,8 +134,8 @@ class VLLMModel(LocalModel):
                 finished = out
         except EngineDeadError as err:
             raise EndpointError(
-                f"the engine of {self.name} has ended; what it printed says why. Answers so far are kept; run the "
-                "same command again to go on"
+                f"the engine of {self.name} has ended; what it printed says why.",
+                advice="Answers so far are kept; run the same command again to go on",
             ) from err
         except (VLLMClientError, EngineGenerateError) as err:
             raise RequestFailed(f"vLLM failed the request: {' '.join(str(err).split())[:200]}") from err

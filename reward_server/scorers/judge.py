@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import string
 import threading
 from collections.abc import Coroutine, Sequence
@@ -34,6 +35,8 @@ from rlaif.models import ModelRef
 from rlaif.types import Judgment, Score, content_id, user_prompt
 
 _CHARS_PER_TOKEN = 4  # for the queue's bookkeeping alone; the back end tokenises
+
+_LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -86,6 +89,7 @@ class JudgeScorer:
         self.name = score_judge.name
         self.version = content_id(score_judge.version, pair_judge.version if pair_judge else None)
         self.parallel_batches = max_in_flight
+        self._away = False
         levels = score_judge.rubric.levels
         self.normalization = Normalization(
             center=(levels[0] + levels[-1]) / 2,
@@ -169,11 +173,25 @@ class JudgeScorer:
             assert isinstance(task, CompareTask)  # others are refused in prepare
             return await self._compare(task)
         except EndpointError as err:
-            return Failure("unavailable", str(err))
+            if not self._away:
+                _LOG.warning(
+                    "the judge %s cannot be asked: %s; until it answers, items fail as unavailable",
+                    self.name,
+                    err.fault,
+                )
+            self._away = True
+            return Failure("unavailable", err.fault)
+
+    def _hear(self, *judgments: Judgment | None) -> None:
+        """Note that the judge answers, if it did: an empty response, for one, is ruled without it."""
+        if self._away and any(j is not None and j.labels is not None for j in judgments):
+            self._away = False
+            _LOG.warning("the judge %s answers again", self.name)
 
     async def _score(self, task: ScoreTask) -> Outcome:
         response = task.conversation[-1].content
         score = await self._score_judge.judge_score(task.conversation[:-1], response)
+        self._hear(score.judgment)
         return _scored(score, task.with_rationale)
 
     async def _decide(self, task: DecisionTask) -> Outcome:
@@ -181,6 +199,7 @@ class JudgeScorer:
         answers = [f"{letter}: {option}" for letter, option in zip(rubric.labels, task.options, strict=True)]
         question = user_prompt("\n".join((task.question, "", *answers)))
         score = await Judge(self._score_judge.llm, rubric).judge_score(question, task.text)
+        self._hear(score.judgment)
         if score.judgment is None:  # ruled without asking the model
             return Failure("no_score", "the text says nothing")
         return _scored(score, with_rationale=False)
@@ -188,6 +207,7 @@ class JudgeScorer:
     async def _compare(self, task: CompareTask) -> Outcome:
         assert self._pair_judge is not None  # refused in prepare
         preference = await self._pair_judge.judge_pair(task.pair)
+        self._hear(preference.ab, preference.ba)
         if preference.p_a is None:
             return Failure("no_score", preference.reason or "the judge gave no reading")
         ab, ba = preference.ab, preference.ba

@@ -18,7 +18,7 @@ from labeler.rubric import Rubric, RubricFile
 from protos.rlaif.reward.v1 import reward_pb2 as pb
 from reward_server.config import ServeConfig
 from reward_server.scorers.judge import JudgeScorer
-from rlaif.errors import ConfigError
+from rlaif.errors import ConfigError, EndpointError
 from tests.labeler.tiny import WORDS, save_tiny, tiny_model, tiny_tokenizer
 from tests.reward_server.fakes import conversation, score_request, serving
 
@@ -96,6 +96,39 @@ def test_an_empty_response_has_the_lowest_score_without_a_question() -> None:
             assert (empty.score.raw, empty.score.tokens) == (1.0, 0)
 
     asyncio.run(scenario())
+
+
+def test_an_endpoint_that_is_gone_is_in_the_log_once_and_once_when_it_is_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gone = True
+
+    def answer(asked: Asked) -> str | tuple[float, ...]:
+        if gone:
+            raise EndpointError("no connection to http://a/v1", advice="Run the same command again.")
+        return reply(asked)
+
+    async def scenario() -> None:
+        nonlocal gone
+        judge = Judge(ScriptedModel(answer), Rubric(SCORE, "hash-of-score", cot=False))
+        async with serving(JudgeScorer(judge, None, max_in_flight=4)) as served:
+            for responses in (("a", "b"), ("c", "")):  # nobody is asked about an empty one
+                outcomes = (await served.stub.Score(score_request(*responses))).outcomes
+                failed = [o.error for o in outcomes if o.HasField("error")]
+                assert {(e.code, e.message) for e in failed} == {
+                    (code_pb2.UNAVAILABLE, "no connection to http://a/v1")
+                }
+            (said,) = caplog.messages
+            assert "cannot be asked: no connection to http://a/v1; until it answers" in said
+            assert "Run the same" not in said
+            gone = False
+            for response in ("d", "e"):
+                (outcome,) = (await served.stub.Score(score_request(response))).outcomes
+                assert outcome.HasField("score")
+            assert len(caplog.messages) == 2 and caplog.messages[1].endswith("answers again")
+
+    with caplog.at_level("WARNING", logger="reward_server"):
+        asyncio.run(scenario())
 
 
 def test_a_direct_score_is_that_of_the_full_softmax_of_transformers(tmp_path: Path) -> None:
