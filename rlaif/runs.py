@@ -19,7 +19,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -131,12 +131,27 @@ class Run:
             raise
         return cls(directory, resumed=resumed, record=record, lock=lock, report_to=report_to)
 
-    def end(self, step: int, reason: str) -> None:
-        """Note in `run.json` after which step the run ended, and why; opening the run again takes the note back."""
+    def end(self, step: int | None, reason: str) -> None:
+        """Note in `run.json` after which step the run ended, and why; opening the run again takes the note back.
+
+        `step` is None for a command without steps.
+        """
         at = datetime.now(UTC).isoformat(timespec="seconds")
         self.record["ended"] = {"step": step, "reason": reason, "at": at}
         text = json.dumps(self.record, indent=2, ensure_ascii=False) + "\n"
         write_atomic(self.directory / "run.json", text)
+
+    @contextmanager
+    def noting_errors(self) -> Iterator[None]:
+        """Note in `run.json` with which error a command without steps ended, if it does."""
+        try:
+            yield
+        except BaseException as err:
+            said = " ".join(str(err).split())
+            reason = said if isinstance(err, RlaifError) else f"{type(err).__name__}: {said}"
+            with suppress(StorageError):  # a full disk may be the error itself
+                self.end(None, "interrupted" if isinstance(err, KeyboardInterrupt) else reason)
+            raise
 
     def disown(self) -> None:
         """Let the directory go: another configuration may use it. For a run that failed before it had any result."""

@@ -45,7 +45,7 @@ def run(config: EvaluatePolicyConfig) -> None:
         StorageError: the output cannot be written, or holds another evaluation.
         QualityError: too many comparisons are missing; the report is written all the same.
     """
-    with Run.open(config.output_dir, config, command="eval policy") as opened:
+    with Run.open(config.output_dir, config, command="eval policy") as opened, opened.noting_errors():
         folder = opened.directory
         quarantine = Quarantine(folder / "quarantine.jsonl")
         prompts = list(islice(dict.fromkeys(read_prompts(config.dataset, quarantine)), config.limit))

@@ -48,7 +48,7 @@ def run(config: EvaluateConfig) -> None:
         QualityError: no row could be scored.
         StorageError: the output cannot be written.
     """
-    with Run.open(config.output_dir, config, command="eval rm") as opened:
+    with Run.open(config.output_dir, config, command="eval rm") as opened, opened.noting_errors():
         rows = _read(config, Quarantine(opened.directory / "quarantine.jsonl"))
         scorer = load_scorer(
             ServeConfig(

@@ -99,7 +99,8 @@ def how_it_ended(source: Source) -> str:
     ended, beat = source.record.get("ended"), source.json("progress.json")
     if ended is not None:
         reason = "all its steps are done" if ended["reason"] == "max_steps" else ended["reason"]
-        return f"Ended after step {ended['step']}, {moment(ended['at'])}: {reason}."
+        step = "" if ended["step"] is None else f" after step {ended['step']},"
+        return f"Ended{step} {moment(ended['at'])}: {reason.removesuffix('.')}."
     if beat is not None:
         done = f"{beat['done']:,}" + (f" of {beat['total']:,}" if beat.get("total") else "")
         return {

@@ -134,13 +134,23 @@ def read(path: Path) -> Source:
     Raises:
         DataError: it holds none.
     """
-    scrape = _parsed(path)
-    if MARK not in scrape.counts:
+    if not _is_of_a_server(path):
         raise DataError(
             f"{path} is neither a run directory nor the metrics of a reward server: save those with "
             "curl http://HOST:METRICS_PORT/metrics > FILE"
         )
     return Source(path, COMMAND)
+
+
+def _is_of_a_server(path: Path) -> bool:
+    """Whether a line of the file, which may be anything, is of a reward server's metrics."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            if not any(line.startswith(MARK) for line in lines):
+                return False
+    except OSError as err:
+        raise DataError(f"{path} cannot be read: {err}") from err
+    return MARK in _parsed(path).counts
 
 
 def _parsed(path: Path) -> Scrape:

@@ -81,6 +81,27 @@ def test_a_run_that_was_interrupted_keeps_its_folder(tmp_path: Path) -> None:
     assert open_run(tmp_path).resumed
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (QualityError("too many\nare missing"), "too many are missing"),
+        (ZeroDivisionError("by 0"), "ZeroDivisionError: by 0"),
+    ],
+)
+def test_how_a_command_without_steps_ended_is_on_record_until_it_is_run_again(
+    error: BaseException, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(type(error)), open_run(tmp_path) as run, run.noting_errors():
+        (tmp_path / "answers.jsonl").write_text("paid\n")
+        raise error
+    ended = json.loads((tmp_path / "run.json").read_text())["ended"]
+    assert (ended["step"], ended["reason"]) == (None, reason)
+    with open_run(tmp_path) as run, run.noting_errors():
+        assert "ended" not in json.loads((tmp_path / "run.json").read_text())
+    assert "ended" not in json.loads((tmp_path / "run.json").read_text())
+
+
 def test_a_volatile_field_or_another_path_to_the_folder_may_differ(tmp_path: Path) -> None:
     open_run(tmp_path)
     assert open_run(tmp_path, max_in_flight=9, output_dir=tmp_path / ".." / tmp_path.name).resumed

@@ -14,7 +14,7 @@ from policy_trainer.evaluation.evaluate import run
 from policy_trainer.evaluation.sides import Side, check_found
 from policy_trainer.ppo import train
 from policy_trainer.reward_source import FunctionReward
-from rlaif.errors import ConfigError, DataError, ModelError, QualityError, StorageError
+from rlaif.errors import ConfigError, DataError, ModelError, QualityError, RewardServerError, StorageError
 from tests.policy_trainer import tiny
 from tests.policy_trainer.reward_servers import NumberServer, free_port, serving
 
@@ -101,6 +101,15 @@ def test_kl_is_that_to_the_reference_and_0_for_its_twin(world: Path) -> None:
     assert b["kl"]["value"] > 1.0
     assert same["ratings"][0]["ties"] == 1.0  # the same weights, the same seed, the same words
     assert (world / "out" / "frontier.png").stat().st_size > 1000
+
+
+def test_an_evaluation_whose_server_is_gone_has_on_record_how_it_ended(world: Path) -> None:
+    with serving(server()) as at:
+        pass
+    with pytest.raises(RewardServerError):
+        run(config(world, reward_server=at, give_up_after_s=0.0))
+    reason = json.loads((world / "out" / "run.json").read_text())["ended"]["reason"]
+    assert reason.startswith(f"no reward server at {at}")
 
 
 def test_the_same_command_again_samples_and_asks_nothing(

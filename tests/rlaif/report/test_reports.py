@@ -13,6 +13,8 @@ import pytest
 
 from rlaif.cli import main
 from rlaif.report import server
+from rlaif.report.findings import how_it_ended
+from rlaif.report.source import Source
 from tests.labeler.review.serving import labelled, review
 from tests.rlaif.report import runs
 from tests.rlaif.report.pages import Read, read
@@ -413,6 +415,28 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(
     code, line = refused(capsys, "--runs", tmp_path / "notes.txt", "--output", tmp_path / "page.html")
     assert code == 3 and "metrics" in line
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("content", [b'{"score": 1.5, "response": "a"}\n', b"PAR1\xff\xfe"])
+def test_a_data_file_is_said_to_be_none_of_what_has_a_report(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.jsonl").write_bytes(content)
+    code, line = refused(capsys, "--runs", tmp_path / "s.jsonl", "--output", tmp_path / "page.html")
+    assert code == 3 and "s.jsonl is neither a run directory nor the metrics of a reward server" in line
+    broken = tmp_path / "broken.txt"
+    broken.write_text(f"# TYPE {server.MARK} gauge\n{server.MARK}{{a=}} x y z\n")
+    code, line = refused(capsys, "--runs", broken, "--output", tmp_path / "page.html")
+    assert code == 3 and "broken.txt cannot be read as Prometheus metrics" in line
+
+
+def test_an_evaluation_that_ended_with_an_error_says_which(tmp_path: Path) -> None:
+    record = {
+        "command": "eval policy",
+        "ended": {"step": None, "reason": "no reward server at a:1", "at": "2026-11-26T10:00:00+00:00"},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert how_it_ended(Source.read(tmp_path)) == "Ended 2026-11-26 10:00 UTC: no reward server at a:1."
 
 
 @pytest.mark.parametrize("name", ["candidates.parquet", "report.json"])
