@@ -71,6 +71,38 @@ def test_bad_rows_are_quarantined_and_the_rest_is_labelled(tmp_path: Path) -> No
     assert [x["line"] for x in lines] == [2, 3]
 
 
+def test_a_probe_without_a_verdict_or_logprobs_is_asked_again_by_the_next_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filtered = True
+
+    def amend(body: dict[str, Any], choice: dict[str, Any]) -> None:
+        if filtered:
+            choice |= {"finish_reason": "content_filter", "logprobs": None}
+
+    data = write_lines(tmp_path / "pairs.jsonl", [pair(0)])
+    flags = ("--max_retries", "0", "--no-cot")
+    with ScriptedServer(prefers_good, amend_probe=amend, logprobs=False) as server:
+        assert label(server.ref, data, tmp_path / "out", *flags) == 5
+        assert "ended the reply with 'content_filter'" in capsys.readouterr().err
+        filtered = False
+        assert label(server.ref, data, tmp_path / "out", *flags) == 5
+        assert "gives no log-probabilities" in capsys.readouterr().err
+        server.logprobs = True
+        assert label(server.ref, data, tmp_path / "out", *flags) == 0
+
+
+def test_a_run_by_a_fallback_keeps_to_it(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "pairs.jsonl", [pair(i) for i in range(3)])
+    flags = ("--no-cot", "--fallback", "samples", "--num_samples", "2")
+    with ScriptedServer(lambda *asked: {"1": 0.6, "2": 0.4} if asked[2] else "1", logprobs=False) as server:
+        assert label(server.ref, data, tmp_path / "out", *flags, "--ties", "keep", "--limit", "1") == 0
+        server.logprobs = True
+        assert label(server.ref, data, tmp_path / "out", *flags, "--ties", "keep") == 0
+    assert len(server.asked) == 3 * 2 * 2
+    assert [row["source"] for row in preferences(tmp_path / "out")] == ["samples"] * 3
+
+
 def test_sampling_counts_the_prompts_that_have_responses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

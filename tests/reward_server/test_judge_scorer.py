@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from google.rpc import code_pb2
 
+from labeler.backends.openai import OpenAIModel
 from labeler.backends.scripted import Asked, ScriptedModel
 from labeler.judge import Judge
-from labeler.llm import RequestFailed
+from labeler.llm import LLMOptions, RequestFailed
 from labeler.rubric import Rubric, RubricFile
 from protos.rlaif.reward.v1 import reward_pb2 as pb
 from reward_server.config import ServeConfig
 from reward_server.scorers.judge import JudgeScorer
 from rlaif.errors import ConfigError, EndpointError
+from rlaif.models import ModelRef
+from tests.labeler.openai_server import ScriptedServer
 from tests.labeler.tiny import WORDS, save_tiny, tiny_model, tiny_tokenizer
 from tests.reward_server.fakes import conversation, score_request, serving
 
@@ -129,6 +133,26 @@ def test_an_endpoint_that_is_gone_is_in_the_log_once_and_once_when_it_is_back(
 
     with caplog.at_level("WARNING", logger="reward_server"):
         asyncio.run(scenario())
+
+
+def test_an_endpoint_whose_probe_was_filtered_is_probed_again_by_the_next_request() -> None:
+    filters = iter((True,))
+
+    def amend(body: dict[str, Any], choice: dict[str, Any]) -> None:
+        if next(filters, False):
+            choice |= {"finish_reason": "content_filter", "logprobs": None}
+
+    async def scenario(ref: str) -> None:
+        model = OpenAIModel(ModelRef.parse(ref), LLMOptions(max_retries=0))
+        judge = Judge(model, Rubric(SCORE, "hash-of-score", cot=False))
+        async with serving(JudgeScorer(judge, None, max_in_flight=4)) as served:
+            refused = (await served.stub.Score(score_request("fine"))).outcomes[0].error
+            assert refused.code == code_pb2.UNAVAILABLE and "content_filter" in refused.message
+            outcome = (await served.stub.Score(score_request("fine"))).outcomes[0]
+            assert outcome.score.raw == pytest.approx(8)
+
+    with ScriptedServer(lambda *asked: {"8": 1.0 - 1e-9}, vllm=True, amend_probe=amend) as server:
+        asyncio.run(scenario(server.ref))
 
 
 def test_a_direct_score_is_that_of_the_full_softmax_of_transformers(tmp_path: Path) -> None:
