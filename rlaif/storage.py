@@ -66,7 +66,9 @@ def refuse_file_as_folder(folder: Path) -> None:
     for place in (folder, *folder.parents):
         if os.path.exists(place):  # unlike Path's, also where one may not look
             if not os.path.isdir(place):
-                raise StorageError(f"{place} is a file and not a directory; choose another place to write to")
+                raise StorageError(
+                    f"cannot write below {place}: it is a file and not a directory; choose another folder"
+                )
             return
 
 

@@ -157,7 +157,7 @@ def test_a_directory_that_the_run_would_refuse_is_refused(
     assert said[0] == said[1] and "holds a run with cot=False, this one has True" in said[0]
     for dry in ((), ("--dry_run",)):
         assert label(judge, data, data, *dry) == 7
-        assert "data.jsonl is a file and not a directory" in capsys.readouterr().err
+        assert "data.jsonl: it is a file and not a directory" in capsys.readouterr().err
     assert label(judge, data, out, "--dry_run", kind="scores") == 7
     assert "holds a run of `rlaif label pairs`" in capsys.readouterr().err
 

@@ -153,7 +153,7 @@ def test_a_file_in_the_place_of_a_folder_is_called_that(tmp_path: Path, below: s
     (tmp_path / "prompts.jsonl").write_text("{}")
     for write in (lambda path: write_atomic(path, "x"), lock_file):
         with pytest.raises(
-            StorageError, match=r"prompts\.jsonl is a file and not a directory; choose another"
+            StorageError, match=r"prompts\.jsonl: it is a file and not a directory; choose another"
         ):
             write(tmp_path / "prompts.jsonl" / below)
 
