@@ -154,7 +154,7 @@ class ModelRegistry:
             loaded = " and ".join(m.version for m in self._models)
             raise TooManyModels(
                 f"{self._max_models} models are loaded, which is all that this server holds ({loaded}): "
-                "unload one, or activate one of these by its version"
+                "unload one, or activate one of these (rlaif models activate --version VERSION)"
             )
         self._loading += 1
         left = asyncio.Event()
