@@ -11,7 +11,7 @@ from typing import Any
 from policy_trainer.checkpoint import is_between_steps, list_checkpoints
 from policy_trainer.evaluation.config import EvaluatePolicyConfig
 from rlaif.errors import ConfigError, DataError
-from rlaif.models import ModelRef, cannot_load
+from rlaif.models import ModelRef, cannot_load, require_pretrained
 from rlaif.types import content_id
 
 RECORDED_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -86,6 +86,7 @@ def check_found(sides: Sequence[Side]) -> None:
     models = [name for side in sides if not side.recorded for name in (side.source, side.reference) if name]
     for name in dict.fromkeys(models):
         path = _local(name)
+        require_pretrained(path)
         try:
             AutoConfig.from_pretrained(path)
         except (OSError, ValueError) as err:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from policy_trainer.config import PPOConfig
 from policy_trainer.evaluation.config import EvaluatePolicyConfig
@@ -324,6 +325,14 @@ def test_a_policy_that_is_not_there_is_said_before_the_others_are_sampled(
         run(config(world, model_name_or_path=names, reward_function=FUNCTION, **changes))
     assert not (world / "out" / "run.json").exists()
     assert not (world / "out" / "responses").exists()
+
+
+def test_a_mistyped_folder_that_could_be_a_name_of_the_hub_is_told_to_be_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="no folder runs/bb here"):
+        check_found([Side("runs/bb", "runs/bb")])
 
 
 def test_a_folder_of_adapters_is_a_model_that_is_there(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from transformers import (
     DebertaV2ForSequenceClassification,
     OPTConfig,
     OPTForSequenceClassification,
+    PreTrainedModel,
 )
 
 from reward_server.forward import BatchedForward
@@ -29,6 +30,7 @@ from reward_server.model import load_backbone, load_reward_model
 from reward_server.training.config import RewardModelConfig
 from reward_server.training.data import (
     Comparison,
+    PromptUnits,
     Unit,
     by_prompt,
     cut,
@@ -223,6 +225,13 @@ class Killed(BaseException):
     """Stands for `kill -9`: nothing may be cleaned up."""
 
 
+def begin(settings: RewardModelConfig, set_aside: Path) -> tuple[PreTrainedModel, list[PromptUnits]]:
+    """The model and the data that `run` begins with."""
+    model, tokenizer = load_backbone(settings.model_name_or_path, chat_template="transcript", seed=0)
+    training, _ = read_split(settings, set_aside)
+    return model, by_prompt(training, tokenizer, 64, "soft_cross_entropy")
+
+
 @pytest.mark.parametrize("dropout", [False, True])
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, dropout: bool) -> None:
     backbone = tiny.save_language_model(tmp_path / "backbone", attention_dropout=0.3)
@@ -239,9 +248,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, dropout: bool)
     killed = replace(whole, output_dir=tmp_path / "killed")
     run(whole)
 
-    model, tokenizer = load_backbone(str(backbone), chat_template="transcript", seed=0)
-    training, _ = read_split(killed, tmp_path / "quarantine.jsonl")
-    prompts = by_prompt(training, tokenizer, 64, "soft_cross_entropy")
+    model, prompts = begin(killed, tmp_path / "quarantine.jsonl")
 
     class KilledRun(Run):
         def log(self, step: int, metrics: Any) -> None:
@@ -276,9 +283,7 @@ def test_a_signal_ends_at_a_checkpoint_and_the_run_goes_on_to_the_same_weights(
     stopped = replace(whole, output_dir=tmp_path / "stopped")
     run(whole)
 
-    model, tokenizer = load_backbone(str(backbone), chat_template="transcript", seed=0)
-    training, _ = read_split(stopped, tmp_path / "quarantine.jsonl")
-    prompts = by_prompt(training, tokenizer, 64, "soft_cross_entropy")
+    model, prompts = begin(stopped, tmp_path / "quarantine.jsonl")
 
     class SignalledRun(Run):
         def log(self, step: int, metrics: Any) -> None:
